@@ -1,0 +1,189 @@
+"""Merge experts into one model: ``merge(base, experts, method)``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from lightning_merge import __version__
+from lightning_merge.checkpoints import Source, Weights, open_weights, save_weights
+from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.methods import Context, MergeMethod
+from lightning_merge.task_vectors import Inventory, Matrices, TaskVectors, find_non_finite, take_inventory, wide
+
+Experts = Union[Sequence[Source], Mapping[str, Source]]
+"""The experts: a sequence of sources, or a mapping from the expert's name to its source."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One model made of several.
+
+    Args:
+        weights: The merged parameters and buffers, in the dtype and on the device of the base.
+        inventory: What happened to every parameter.
+        manifest: Method, arguments, versions, and the sha256 of every file that went in.
+        experts: The experts by name, for what they keep to themselves.
+        hyper_parameters: The arguments of the base's (else the first expert's) LightningModule, where its file has them.
+    """
+
+    weights: dict[str, Tensor]
+    inventory: Inventory
+    manifest: dict[str, Any]
+    experts: dict[str, Weights]
+    hyper_parameters: dict[str, Any]
+
+    def for_task(self, expert: str) -> dict[str, Tensor]:
+        """Return the merged model as one expert's task needs it: with the parameters that were excluded (its head).
+
+        Raises:
+            MergeError: If there is no such expert.
+        """
+        if expert not in self.experts:
+            raise MergeError(f"There is no expert {expert!r}; the experts are {', '.join(self.experts)}.")
+        source = self.experts[expert]
+        return self.weights | {name: source[name] for name in self.inventory.private[source.name]}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the merged model to one file, see :func:`lightning_merge.checkpoints.save_weights`."""
+        return save_weights(path, self.weights, hyper_parameters=self.hyper_parameters, manifest=self.manifest)
+
+
+def merge(
+    base: Source,
+    experts: Experts,
+    method: MergeMethod,
+    *,
+    scale: float | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    matrices: Matrices | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    allow_non_finite: bool = False,
+    output: str | os.PathLike[str] | None = None,
+) -> Merged:
+    """Merge experts that were fine-tuned from one base.
+
+    All conflicts between the models are found before anything is computed. The inputs are never changed.
+
+    Args:
+        base: The model that the experts started from: a file, a folder, or a state dict.
+        experts: The experts: a sequence of sources, or a mapping from a name to a source.
+        method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
+        scale: Scaling coefficient of the update; by default the method's own.
+        include: Merge only the parameters whose name matches one of these shell patterns.
+        exclude: Do not merge those that match one of these; ``weights`` keeps the base's, ``for_task`` the expert's.
+        matrices: Which parameters count as matrices.
+        dtype: Precision of the arithmetic; by default float64 for methods that factorize and float32 for the others.
+        device: Where to compute; by default where the base's weights are.
+        seed: For methods that draw random numbers; every parameter derives its own from this and its name.
+        workers: Parameters that are merged at the same time. The result is the same for any number.
+        allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+        output: Also write the merged model to this file.
+
+    Returns:
+        The merged model.
+
+    Raises:
+        MergeError: If the models do not fit together, hold values that are not finite, or cannot be read or written.
+    """
+    if scale is not None:
+        method = replace(method, scale=scale)
+    origin = open_weights(base, name=None if isinstance(base, (str, os.PathLike)) else "base")
+    sources = open_experts(experts)
+    inventory = take_inventory(origin, list(sources.values()), include, exclude)
+    if not allow_non_finite:
+        floating = [*inventory.merged, *inventory.averaged]
+        raise_all(find_non_finite([origin, *sources.values()], floating))
+
+    matrices = matrices or Matrices()
+    task_vectors = TaskVectors(origin, list(sources.values()), inventory.merged, dtype or method.dtype, device)
+    survey = method.survey(task_vectors)
+
+    def merged_parameter(name: str) -> Tensor:
+        base_tensor = origin[name]
+        context = Context(name, survey, seed=zlib.crc32(f"{seed}/{name}".encode()))
+        update = update_of(method, task_vectors[name], context, matrices)
+        result = wide(base_tensor).to(update) + method.scale * update
+        return result.to(base_tensor)
+
+    with ThreadPoolExecutor(workers) as pool:
+        weights = dict(zip(inventory.merged, pool.map(merged_parameter, inventory.merged), strict=True))
+    for name in inventory.averaged:
+        mean = torch.stack([wide(expert[name]) for expert in sources.values()]).mean(dim=0)
+        weights[name] = mean.to(origin[name])
+    weights |= {name: origin[name].clone() for name in inventory.copied}
+    weights |= {alias: weights[owner] for alias, owner in inventory.tied.items()}
+
+    first = next(iter(sources.values()))
+    merged = Merged(
+        weights={name: weights[name] for name in origin},
+        inventory=inventory,
+        manifest=make_manifest(method, matrices, seed, origin, sources),
+        experts=sources,
+        hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
+    )
+    if output is not None:
+        merged.save(output)
+    return merged
+
+
+def open_experts(experts: Experts) -> dict[str, Weights]:
+    """Open every expert for reading, under its name, its path, or its position."""
+    if isinstance(experts, Mapping):
+        named = {name: open_weights(source, name) for name, source in experts.items()}
+    else:
+        named = {}
+        for i, source in enumerate(experts):
+            weights = open_weights(source, None if isinstance(source, (str, os.PathLike, Weights)) else f"expert {i}")
+            if weights.name in named:
+                raise MergeError(f"The expert {weights.name} is given twice.")
+            named[weights.name] = weights
+    if not named:
+        raise MergeError("There are no experts to merge; give at least one.")
+    return named
+
+
+def update_of(method: MergeMethod, deltas: Tensor, context: Context, matrices: Matrices) -> Tensor:
+    """Apply a method to the task tensors of one parameter: ``(T, …) -> (…)``."""
+    if not deltas.any():
+        return torch.zeros_like(deltas[0])  # an update of zeros costs nothing
+    view = matrices.view(context.name, deltas.shape[1:])
+    if view is None:
+        return method.tensor(deltas, context)
+    blocks = deltas.reshape(len(deltas), *view).unbind(dim=1)  # each (T, m, n)
+    return torch.cat([method.matrix(block, context) for block in blocks]).reshape(deltas.shape[1:])
+
+
+def make_manifest(
+    method: MergeMethod, matrices: Matrices, seed: int, base: Weights, experts: Mapping[str, Weights]
+) -> dict[str, Any]:
+    """Record how a merge came to be: plain values only, so that it can be stored anywhere."""
+
+    def source(weights: Weights) -> dict[str, Any]:
+        return {"path": str(weights.path) if weights.path else None, "sha256": weights.fingerprint()}
+
+    return {
+        "method": method.describe(),
+        "matrices": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(matrices).items()},
+        "seed": seed,
+        "base": source(base),
+        "experts": {name: source(weights) for name, weights in experts.items()},
+        "versions": {
+            "lightning_merge": __version__,
+            "torch": str(torch.__version__),
+            "python": ".".join(map(str, sys.version_info[:3])),
+        },
+    }

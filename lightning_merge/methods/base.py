@@ -1,0 +1,90 @@
+"""What every merging method is: a frozen set of hyper-parameters and a rule on stacked task vectors."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_merge.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may know beside the task vectors of the one parameter it merges.
+
+    Args:
+        name: The name of the parameter.
+        survey: What the method's own :meth:`MergeMethod.survey` returned for this model.
+        seed: The seed of this parameter, derived from the seed of the merge and the parameter's name.
+    """
+
+    name: str = ""
+    survey: Any = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class MergeMethod(ABC):
+    """A merging method: a rule that turns the task vectors of T experts into one update of the base.
+
+    The merged parameter is ``base + scale * update``. A subclass is a frozen dataclass whose fields are the paper's
+    hyper-parameters under the paper's names; it overrides :meth:`matrix`, :meth:`tensor`, or both. A rule is a pure
+    function: it never changes its inputs and does not depend on the order in which parameters come.
+
+    Args:
+        scale: Scaling coefficient of the update.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+    """The precision in which the rules are computed; methods that factorize ask for float64."""
+
+    _: KW_ONLY
+    scale: float = 1.0
+
+    def survey(self, task_vectors: TaskVectors) -> Any:
+        """Look once at the whole model before merging, for a statistic such as a global threshold.
+
+        Args:
+            task_vectors: The task vectors of every parameter; iterate as often as needed, one parameter at a time.
+
+        Returns:
+            Anything; the rules find it in ``context.survey``.
+        """
+        return None
+
+    def matrix(self, deltas: Tensor, context: Context) -> Tensor:
+        """Merge a parameter that is a matrix: ``(T, m, n) -> (m, n)``. By default like any other tensor."""
+        return self.tensor(deltas, context)
+
+    def tensor(self, deltas: Tensor, context: Context) -> Tensor:
+        """Merge a parameter that is no matrix: ``(T, …) -> (…)``. By default the mean."""
+        return deltas.mean(dim=0)
+
+    def describe(self) -> dict[str, Any]:
+        """The method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
+        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"class_path": type(self).__name__, "init_args": arguments}
+
+
+def check_range(
+    method: MergeMethod, name: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    """Raise a ValueError that names the allowed range unless ``low <= method.name <= high`` (or ``<`` where open)."""
+    value = getattr(method, name)
+    above = value > low if open_low else value >= low
+    under = value < high if open_high else value <= high
+    if not (above and under):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{type(method).__name__}: {name} must lie in {interval}, got {value!r}.")
+
+
+def check_choice(method: MergeMethod, name: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the choices unless ``method.name`` is one of them."""
+    value = getattr(method, name)
+    if value not in choices:
+        raise ValueError(f"{type(method).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")

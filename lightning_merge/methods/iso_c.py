@@ -1,0 +1,36 @@
+"""Iso-C (Marczak et al., "No Task Left Behind: Isotropic Model Merging", ICML 2025, arXiv 2502.04959)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.linalg import isotropic
+from lightning_merge.methods.base import Context, MergeMethod
+
+
+def iso_c(deltas: Tensor) -> Tensor:
+    """Give the sum of the task matrices a flat spectrum, ``mean(s) U Vt``: ``(T, m, n) -> (m, n)``.
+
+    The mean is over all ``min(m, n)`` singular values. Directions in the null space of the sum stay zero.
+    """
+    factor, s = isotropic(deltas.sum(dim=0))
+    return s.mean() * factor
+
+
+@dataclass(frozen=True)
+class IsoC(MergeMethod):
+    """Isotropic merging in the common subspace. Tensors that are no matrices are averaged.
+
+    Args:
+        scale: Scaling coefficient; the paper chooses it on validation data, SCORE's comparison uses 1.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float64
+
+    def matrix(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, m, n) -> (m, n)``, see :func:`iso_c`."""
+        return iso_c(deltas)

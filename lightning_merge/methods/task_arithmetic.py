@@ -1,0 +1,25 @@
+"""Task Arithmetic (Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
+
+from lightning_merge.methods.base import Context, MergeMethod
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(MergeMethod):
+    """The sum of the task vectors, scaled.
+
+    Args:
+        scale: Scaling coefficient. The paper chooses it on validation data; 0.3 is customary, SCORE's paper uses 1.
+    """
+
+    _: KW_ONLY
+    scale: float = 0.3
+
+    def tensor(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, …) -> (…)``: the sum."""
+        return deltas.sum(dim=0)

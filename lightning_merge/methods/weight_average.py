@@ -1,0 +1,16 @@
+"""Weight averaging: the mean of the experts (Wortsman et al., "Model soups", ICML 2022, arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_merge.methods.base import MergeMethod
+
+
+@dataclass(frozen=True)
+class WeightAverage(MergeMethod):
+    """The mean of the experts' weights: the mean is the default rule of every parameter.
+
+    Args:
+        scale: Scaling coefficient of the mean task vector; 1 is the average itself.
+    """

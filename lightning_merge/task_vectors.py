@@ -1,0 +1,247 @@
+"""What is merged of a set of models, and how: which parameters they share, and the differences to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from lightning_merge.checkpoints import Weights
+from lightning_merge.errors import raise_all
+
+_RUNNING_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """When a parameter counts as a matrix. The default is the rule that all published codes share.
+
+    Args:
+        exclude: Two-dimensional parameters whose name matches one of these patterns are not matrices.
+        flatten_convolutions: See a convolution kernel as a matrix ``(out, in · height · width)``. Published codes don't.
+        split: See a parameter whose name matches one of these patterns as three matrices, one above the other: the
+            fused query, key and value projections of an attention layer. Published codes don't.
+    """
+
+    exclude: Sequence[str] = ("*text_projection*",)
+    flatten_convolutions: bool = False
+    split: Sequence[str] = ()
+
+    def view(self, name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
+        """How a parameter is seen: as ``(blocks, m, n)``, matrices one above the other; None if it is no matrix."""
+        if matches(name, self.exclude) or 0 in shape:
+            return None
+        if len(shape) == 2:
+            rows, columns = shape
+        elif len(shape) > 2 and self.flatten_convolutions:
+            rows, columns = shape[0], torch.Size(shape[1:]).numel()
+        else:
+            return None
+        blocks = 3 if matches(name, self.split) and rows % 3 == 0 else 1
+        return blocks, rows // blocks, columns
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What happens to every parameter of the base.
+
+    Args:
+        merged: Merged by the method as task vectors.
+        averaged: BatchNorm's running statistics: the mean over the experts. (Adding up differences of variances can
+            make a variance negative.)
+        copied: Taken from the base: integer buffers, and whatever the user excluded.
+        tied: Names that share a tensor with another name: ``{alias: name}``. They stay tied.
+        private: Excluded parameters of each expert, by the expert's name.
+    """
+
+    merged: tuple[str, ...]
+    averaged: tuple[str, ...]
+    copied: tuple[str, ...]
+    tied: dict[str, str]
+    private: dict[str, tuple[str, ...]]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of the shell patterns (``*.norm.*``, ``head.*``)."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def take_inventory(
+    base: Weights, experts: Sequence[Weights], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> Inventory:
+    """Compare the models by names, shapes and dtypes, without reading a tensor.
+
+    Args:
+        base: The model that the experts were fine-tuned from.
+        experts: The experts.
+        include: Merge only the parameters that match one of these patterns.
+        exclude: Do not merge the parameters that match one of these patterns.
+
+    Returns:
+        What happens to every parameter.
+
+    Raises:
+        MergeError: If the models do not fit together; every conflict is listed.
+    """
+
+    def left_out(name: str) -> bool:
+        return matches(name, exclude) or (include is not None and not matches(name, include))
+
+    tied = {alias: owner for alias, owner in base.tied.items() if all(_shares(e, alias, owner) for e in experts)}
+    names = [name for name in base if name not in tied]
+    raise_all(
+        [
+            *_unused_patterns(base, experts, [*(include or ()), *exclude]),
+            *_missing(base, experts, left_out, tied),
+            *_extra(base, experts, left_out),
+            *_different(base, experts, [name for name in names if not left_out(name)]),
+        ]
+    )
+    merged, averaged, copied = [], [], []
+    for name in names:
+        if left_out(name) or not base.meta[name].is_floating_point():
+            copied.append(name)
+        elif name.rpartition(".")[2] in _RUNNING_STATISTICS:
+            averaged.append(name)
+        else:
+            merged.append(name)
+    if not merged:
+        raise_all(["Nothing is left to merge: every parameter is excluded."])
+    return Inventory(
+        tuple(merged),
+        tuple(averaged),
+        tuple(copied),
+        tied,
+        {expert.name: tuple(name for name in expert if left_out(name)) for expert in experts},
+    )
+
+
+def _shares(expert: Weights, alias: str, owner: str) -> bool:
+    """Whether two names that the base ties are one in the expert, too (a file may leave the second name out)."""
+    return alias not in expert or expert.tied.get(alias, alias) == expert.tied.get(owner, owner)
+
+
+def _unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
+    names = {name for model in (base, *experts) for name in model}
+    return [
+        f"The pattern {pattern!r} matches no parameter; names look like {', '.join(list(base)[:3])}."
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def _missing(base, experts, left_out, tied) -> list[str]:
+    return [
+        f"Expert {expert.name} lacks {name!r}, which the base has; give the expert's complete weights, "
+        f"or leave the parameter out with exclude={_pattern(name)!r}."
+        for expert in experts
+        for name in base
+        if name not in expert and not left_out(name) and name not in tied
+    ]
+
+
+def _extra(base, experts, left_out) -> list[str]:
+    return [
+        f"Expert {expert.name} has {name!r}, which the base {base.name} lacks, so that there is no difference to take; "
+        f"if it belongs to this expert alone (a head), leave it out with exclude={_pattern(name)!r}, "
+        "else give the base that the expert started from."
+        for expert in experts
+        for name in expert
+        if name not in base and not left_out(name) and name not in base.tied
+    ]
+
+
+def _different(base, experts, names) -> list[str]:
+    problems = []
+    for expert in experts:
+        for name in names:
+            if name not in expert:
+                continue
+            mine, theirs = base.meta[name], expert.meta[name]
+            if mine.shape != theirs.shape:
+                problems.append(
+                    f"{name!r} has shape {tuple(theirs.shape)} in expert {expert.name} and {tuple(mine.shape)} in the "
+                    f"base; leave it out with exclude={_pattern(name)!r}, or give experts of one architecture."
+                )
+            elif mine.is_floating_point() != theirs.is_floating_point():
+                problems.append(
+                    f"{name!r} is {theirs.dtype} in expert {expert.name} and {mine.dtype} in the base; quantized "
+                    f"weights cannot be merged: give floating-point weights, or exclude={_pattern(name)!r}."
+                )
+    return problems
+
+
+def _pattern(name: str) -> str:
+    """The pattern that leaves out the module of a parameter: ``head.weight -> head.*``."""
+    module, dot, _ = name.rpartition(".")
+    return f"{module}.*" if dot else name
+
+
+def find_non_finite(models: Sequence[Weights], names: Sequence[str]) -> list[str]:
+    """Say which parameters of which models hold NaN or infinite values; reads every tensor once."""
+    return [
+        f"{name!r} of {model.name} holds values that are not finite ({_count_non_finite(model[name])} of "
+        f"{model.meta[name].numel()}); was its training diverging? Give another checkpoint, or merge all the same "
+        "with allow_non_finite=True."
+        for model in models
+        for name in names
+        if name in model and not bool(torch.isfinite(model[name]).all())
+    ]
+
+
+def _count_non_finite(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
+
+
+class TaskVectors:
+    """The differences ``expert - base`` of every merged parameter, computed when they are asked for.
+
+    Args:
+        base: The base.
+        experts: T experts.
+        names: The merged parameters.
+        dtype: What the differences are converted to; they are taken in float32 (float64 if the weights are).
+        device: Where they are put; by default where the weights are.
+    """
+
+    def __init__(
+        self,
+        base: Weights,
+        experts: Sequence[Weights],
+        names: Sequence[str],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._base = base
+        self._experts = experts
+        self._names = names
+        self._dtype = dtype
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The stacked differences of one parameter: ``(T, …)``."""
+        base = wide(self._base[name]).to(self._device)
+        return torch.stack([wide(e[name]).to(base.device) - base for e in self._experts]).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter's name and task tensors, one at a time."""
+        for name in self._names:
+            yield name, self[name]
+
+    def numel(self, name: str) -> int:
+        """The number of entries of a parameter in one model, known without reading it."""
+        return self._base.meta[name].numel()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is: half precision is never computed in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
