@@ -177,7 +177,9 @@ def make_manifest(
 
     return {
         "method": method.describe(),
-        "matrices": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(matrices).items()},
+        "matrices": {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(matrices).items()
+        },
         "seed": seed,
         "base": source(base),
         "experts": {name: source(weights) for name, weights in experts.items()},

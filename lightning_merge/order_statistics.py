@@ -31,7 +31,9 @@ def kth_magnitude(chunks: Callable[[], Iterable[Tensor]], k: int) -> Tensor:
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         counts = torch.zeros(len(first), 2**_DIGIT, dtype=torch.int64, device=first.device)
         for chunk in chunks():
-            for row, settled, count in zip(chunk.abs().reshape(len(chunk), -1).view(integer), prefix, counts, strict=True):
+            for row, settled, count in zip(
+                chunk.abs().reshape(len(chunk), -1).view(integer), prefix, counts, strict=True
+            ):
                 bits = row.to(torch.int64) >> shift
                 if shift < width - _DIGIT:  # in the first pass nothing is settled and everything counts
                     bits = bits[(bits >> _DIGIT) == settled]

@@ -1,0 +1,6 @@
+"""Callbacks for any Lightning project; import them as ``lightning_merge.callbacks``."""
+
+from lightning_merge.callbacks.freeze_batchnorm import FreezeBatchNorm
+from lightning_merge.callbacks.merge_after_fit import MergeAfterFit
+
+__all__ = ["FreezeBatchNorm", "MergeAfterFit"]

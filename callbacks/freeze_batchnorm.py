@@ -1,0 +1,19 @@
+"""Keep BatchNorm's running statistics as they were before the fit."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class FreezeBatchNorm(Callback):
+    """Train with BatchNorm in evaluation mode, so that all experts share the base's running statistics.
+
+    Scale and shift of the layers are still trained.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Put every BatchNorm layer into evaluation mode."""
+        for module in pl_module.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()

@@ -1,0 +1,68 @@
+"""Merge the model that was just fitted with earlier experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_merge.checkpoints import open_weights
+from lightning_merge.errors import MergeError
+from lightning_merge.merging import merge
+from lightning_merge.methods import SCORE, MergeMethod
+
+
+class MergeAfterFit(Callback):
+    """At the end of ``fit``, merge this run's model with experts of earlier runs into one checkpoint.
+
+    The model is the checkpoint that a ``ModelCheckpoint`` with a monitored metric chose, else the last weights.
+    ``trainer.test(ckpt_path=callback.output)`` takes the result.
+
+    Args:
+        base: The checkpoint that all experts started from.
+        experts: The checkpoints of the earlier experts.
+        method: The merging method.
+        output: The file to write.
+        exclude: Shell patterns of parameters that are not merged.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        experts: list[str],
+        method: MergeMethod = SCORE(),  # noqa: B008, a frozen dataclass
+        output: str = "merged.ckpt",
+        exclude: list[str] | None = None,
+    ) -> None:
+        self.base = base
+        self.experts = experts
+        self.method = method
+        self.output = output
+        self.exclude = exclude or []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look for the files before the fit and not after it."""
+        if stage != "fit":
+            return
+        for path in (self.base, *self.experts):
+            if not Path(path).exists():
+                raise MergeError(f"MergeAfterFit: there is no checkpoint {path}.")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge on rank zero; every rank waits for the file."""
+        if trainer.is_global_zero:
+            experts = {path: open_weights(path) for path in self.experts}
+            merged = merge(
+                self.base, experts | {"this run": self._this_run(trainer, pl_module)}, self.method, exclude=self.exclude
+            )
+            merged.hyper_parameters.update(pl_module.hparams)
+            merged.save(self.output)
+        trainer.strategy.barrier()
+
+    @staticmethod
+    def _this_run(trainer: Trainer, pl_module: LightningModule):
+        callback = trainer.checkpoint_callback
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return open_weights(callback.best_model_path, "this run")
+        return open_weights(pl_module.state_dict(), "this run")

@@ -1,0 +1,74 @@
+"""The command line: ``LightningCLI`` with the verbs ``merge``, ``evaluate`` and ``benchmark``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lightning_merge.errors import MergeError
+from lightning_merge.trainer import MergeTrainer
+
+
+class MergeCLI(LightningCLI):
+    """``LightningCLI`` with three more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``."""
+
+    def __init__(self, *args: Any, trainer_class: type[Trainer] = MergeTrainer, **kwargs: Any) -> None:
+        super().__init__(*args, trainer_class=trainer_class, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
+        more = {verb: {"model", "datamodule"} for verb in ("merge", "evaluate", "benchmark")}
+        return {**LightningCLI.subcommands(), **more}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; files can be merged without a model, so it is not required here."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+        for key, kind, subclasses in (
+            ("model", self._model_class, self.subclass_mode_model),
+            ("data", self._datamodule_class, self.subclass_mode_data),
+        ):
+            parser.add_lightning_class_args(kind, key, subclass_mode=subclasses, required=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Make sure that there is a model where the verb needs one."""
+        if self.subcommand != "merge" and self._get(self.config, "model") is None:
+            raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
+
+    def after_merge(self) -> None:
+        """Show the evaluation of the merged model, if there was one."""
+        self._show_table()
+
+    def after_evaluate(self) -> None:
+        """Show the table."""
+        self._show_table()
+
+    def after_benchmark(self) -> None:
+        """Show the table."""
+        self._show_table()
+
+    def _show_table(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.table is not None:
+            sys.stdout.write(f"\n{self.trainer.table}\n")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning-merge``; what cannot work ends in one sentence and exit status 1."""
+    import lightning_merge.callbacks
+    import lightning_merge.data
+    import lightning_merge.models  # noqa: F401, so that short class names are known
+
+    try:
+        MergeCLI(
+            args=args,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
+        )
+    except MergeError as error:
+        sys.stderr.write(f"lightning-merge: {error}\n")
+        sys.exit(1)

@@ -1,0 +1,278 @@
+"""Leave one domain out: fit an expert for each domain, merge the others', evaluate, for every domain in turn.
+
+Every job leaves a ``done`` marker in its folder, so that a benchmark that was interrupted goes on where it stopped::
+
+    output/settings.json            what the results depend on
+    output/base/                    the common start, if it is fitted first
+    output/experts/DOMAIN/          one expert each: expert.ckpt, logs
+    output/held_out/DOMAIN/done     what was measured on that domain
+    output/results.jsonl, table.md, table.csv
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from lightning_merge.checkpoints import Weights, open_weights, save_weights, write_text
+from lightning_merge.data import DomainDataModule
+from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.candidates import Record
+from lightning_merge.evaluation.held_out import BASE, evaluate_domain
+from lightning_merge.evaluation.table import Table
+from lightning_merge.merging import merge
+from lightning_merge.methods import MergeMethod
+
+if TYPE_CHECKING:
+    from lightning_merge.trainer import MergeTrainer
+
+_DONE = "done"
+_TRAINER_SETTINGS = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "gradient_clip_val",
+    "accumulate_grad_batches",
+    "limit_train_batches",
+    "limit_test_batches",
+    "fast_dev_run",
+)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """How the common start of all experts is fitted, where there is no pretrained model.
+
+    Args:
+        domains: The domains to fit it on; they are not among those that are left out.
+        max_epochs: Epochs, if not as many as for an expert.
+        hparams: Hyper-parameters of the model that differ from an expert's, such as ``learning_rate``.
+    """
+
+    domains: Sequence[str]
+    max_epochs: int | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Benchmark:
+    """The jobs of one benchmark, see :meth:`lightning_merge.trainer.MergeTrainer.benchmark` for its arguments."""
+
+    trainer: MergeTrainer
+    model: LightningModule
+    datamodule: DomainDataModule
+    methods: Mapping[str, MergeMethod]
+    output: Path
+    domains: Sequence[str]
+    pretrain: Pretrain | None = None
+
+    def run(self) -> Table:
+        """Do every job that is not done, and write the results."""
+        self._check()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._claim_output(seed)
+        jobs = [
+            *([("base", self.fit_base)] if self.pretrain else []),
+            *((f"expert {domain}", lambda domain=domain: self.fit_expert(domain)) for domain in self.domains),
+            *((f"held out {domain}", lambda domain=domain: self.hold_out(domain)) for domain in self.domains),
+        ]
+        for name, job in tqdm(
+            jobs, desc="benchmark", unit="job", disable=None if self.trainer.is_global_zero else True
+        ):
+            seed_everything(seed, workers=True, verbose=False)  # a job does not depend on those that ran before it
+            started = time.perf_counter()
+            with _quiet_lightning():
+                job()
+            rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")
+        return self.write_results()
+
+    # The jobs
+
+    def fit_base(self) -> None:
+        """Fit the common start of all experts."""
+        assert self.pretrain is not None
+        epochs = {"max_epochs": self.pretrain.max_epochs} if self.pretrain.max_epochs else {}
+        self._fit(self.pretrain.domains, self.output / "base", self.pretrain.hparams, **epochs)
+
+    def fit_expert(self, domain: str) -> None:
+        """Fit the expert of a domain, from the base."""
+        self._fit([domain], self._expert_folder(domain), {})
+
+    def _fit(self, domains: Sequence[str], folder: Path, hparams: Mapping[str, Any], **arguments: Any) -> None:
+        if (folder / _DONE).exists():
+            return
+        model = copy.deepcopy(self.model)
+        model.hparams.update(hparams)
+        if (base := self.output / "base" / "expert.ckpt").exists():
+            model.load_state_dict(dict(open_weights(base)))
+        trainer = self.trainer.again(
+            default_root_dir=str(folder),
+            logger=CSVLogger(folder, name="", version="logs"),
+            callbacks=copy.deepcopy(self.trainer.given_callbacks),
+            **arguments,
+        )
+        started = time.perf_counter()
+        trainer.fit(model, datamodule=self.datamodule.only(train=domains, test=domains))
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        weights = _best_weights(trainer) or model.state_dict()
+        if trainer.is_global_zero:
+            save_weights(folder / "expert.ckpt", weights, hyper_parameters=model.hparams)
+            _mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
+        trainer.strategy.barrier()
+
+    def hold_out(self, domain: str) -> None:
+        """Merge the experts of all other domains by every method and evaluate on this domain."""
+        folder = self.output / "held_out" / domain
+        done = self._records(domain)
+        missing = {
+            name: method
+            for name, method in self.methods.items()
+            if not any(record["row"] == name and record["method"] == method.describe() for record in done)
+        }
+        if done and not missing:
+            return
+        base = self._base()
+        experts = {name: self._expert(name) for name in self.domains}
+        others = {name: weights for name, weights in experts.items() if name != domain}
+        candidates, seconds = ({} if done else {BASE: base}), {}
+        for name, method in missing.items():
+            started = time.perf_counter()
+            candidates[name] = merge(base, others, method).weights
+            seconds[name] = time.perf_counter() - started
+        found = evaluate_domain(
+            self.trainer, self.model, self.datamodule, domain, candidates, experts={} if done else experts
+        )
+        for record in found:
+            row = record["row"]
+            record["method"] = missing[row].describe() if row in missing else None
+            record["merge_seconds"] = seconds.get(row)
+        records = [record for record in done if record["row"] not in missing] + found
+        if self.trainer.is_global_zero:
+            _mark_done(folder, {"records": records})
+        self.trainer.strategy.barrier()
+
+    # What is on disk
+
+    def _expert_folder(self, domain: str) -> Path:
+        return self.output / "experts" / domain
+
+    def _expert(self, domain: str) -> Weights:
+        return open_weights(self._expert_folder(domain) / "expert.ckpt")
+
+    def _base(self) -> Mapping[str, Any]:
+        return open_weights(self.output / "base" / "expert.ckpt") if self.pretrain else self.model.state_dict()
+
+    def _records(self, domain: str) -> list[Record]:
+        marker = self.output / "held_out" / domain / _DONE
+        return json.loads(marker.read_text())["records"] if marker.exists() else []
+
+    def write_results(self) -> Table:
+        """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
+        records = [record for domain in self.domains for record in self._records(domain)]
+        kept = [record for record in records if record["method"] is None or record["row"] in self.methods]
+        table = Table(kept)
+        if self.trainer.is_global_zero:
+            table.save(self.output)
+        return table
+
+    # Checks before anything runs
+
+    def _check(self) -> None:
+        if len(self.domains) < 2:
+            raise MergeError(
+                f"Leaving a domain out needs at least two, and there is {', '.join(self.domains) or 'none'}."
+            )
+        known, pretrain = self.datamodule.domains, list(self.pretrain.domains if self.pretrain else [])
+        unknown = [domain for domain in [*self.domains, *pretrain] if domain not in known]
+        if unknown:
+            raise MergeError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(known)}.")
+        both = [domain for domain in self.domains if domain in pretrain]
+        if both:
+            raise MergeError(f"The base would be fitted on {both[0]!r}, which is held out later; take it out of one.")
+        unknown = [key for key in (self.pretrain.hparams if self.pretrain else {}) if key not in self.model.hparams]
+        if unknown:
+            raise MergeError(
+                f"The model has no hyper-parameter {unknown[0]!r} to change for the base; it has "
+                f"{', '.join(self.model.hparams)}."
+            )
+        if not self.methods:
+            raise MergeError("There are no methods to compare; give at least one.")
+        for domain in [*self.domains, *pretrain]:
+            self.datamodule.split(domain, "test")
+        self.datamodule.check([*self.domains, *pretrain])
+
+    def _claim_output(self, seed: int) -> None:
+        """Note the settings in the output folder, or make sure that what is there was made with the same ones."""
+        arguments = self.trainer.arguments
+        settings = {
+            "model": {"class": type(self.model).__name__, **dict(self.model.hparams)},
+            "data": self.datamodule.description() | {"test_on": self.datamodule.test_on},
+            "trainer": {name: arguments[name] for name in _TRAINER_SETTINGS if arguments.get(name) is not None},
+            "pretrain": asdict(self.pretrain) if self.pretrain else None,
+            "domains": list(self.domains),
+            "seed": seed,
+        }
+        settings = json.loads(json.dumps(settings, default=str))
+        file = self.output / "settings.json"
+        if file.exists():
+            before, now = _flat(json.loads(file.read_text())), _flat(settings)
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            if changed:
+                differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
+                raise MergeError(
+                    f"{self.output} holds results of other settings ({differences}); choose another output folder, "
+                    "or delete this one."
+                )
+        elif self.trainer.is_global_zero:
+            write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning from introducing itself in every job; its warnings are still shown."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _best_weights(trainer: MergeTrainer) -> Weights | None:
+    """The checkpoint that a ModelCheckpoint with a monitored metric chose; None where nothing was monitored."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        return open_weights(callback.best_model_path)
+    return None
+
+
+def _mark_done(folder: Path, content: Mapping[str, Any]) -> None:
+    write_text(folder / _DONE, json.dumps(content) + "\n")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,130 @@
+"""Evaluate many sets of weights of one module in a single pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_merge.errors import raise_all
+from lightning_merge.models.metrics import classification_metrics
+
+Record = dict[str, Any]
+"""One measurement: ``row``, ``domain``, and a value in [0, 1] for every metric."""
+
+
+def evaluate_candidates(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    candidates: Mapping[str, Mapping[str, Tensor]],
+    ensembles: Mapping[str, Sequence[str]] | None = None,
+) -> list[Record]:
+    """Run every candidate on every test loader, reading the data once.
+
+    Args:
+        trainer: Runs the pass, on as many processes as it has; the numbers do not depend on how many.
+        module: Maps images to logits; its own weights are not used.
+        datamodule: Its test loaders yield ``(images, labels)``, one loader for each of its ``test_domains``.
+        candidates: Complete weights of the module, by name.
+        ensembles: Further rows: candidates whose logits are averaged.
+
+    Returns:
+        A record for every candidate and ensemble on every domain.
+
+    Raises:
+        MergeError: If a candidate does not have the module's parameters.
+    """
+    _check_fit(module, candidates)
+    domains = list(datamodule.test_domains)
+    evaluator = CandidateEvaluator(module, candidates, ensembles or {}, domains, len(datamodule.class_names))
+    logged: dict[str, float] = {}
+    for results in trainer.test(evaluator, datamodule=datamodule, verbose=False):
+        logged |= results
+    return [
+        {"row": row, "domain": domain}
+        | {name: logged[evaluator.key(row, domain, name)] for name in evaluator.metric_names}
+        for row in evaluator.rows
+        for domain in domains
+    ]
+
+
+def _check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
+    own = module.state_dict()
+    problems = []
+    for name, weights in candidates.items():
+        problems += [f"The candidate {name!r} lacks {key!r} of the model." for key in own if key not in weights]
+        problems += [f"The candidate {name!r} has {key!r}, which the model lacks." for key in weights if key not in own]
+        problems += [
+            f"{key!r} has shape {tuple(weights[key].shape)} in the candidate {name!r}, {tuple(own[key].shape)} in the "
+            "model; is the candidate of another backbone or head?"
+            for key in own
+            if key in weights and weights[key].shape != own[key].shape
+        ]
+    raise_all(problems)
+
+
+class CandidateEvaluator(LightningModule):
+    """Puts each candidate's weights into one module in turn, batch by batch, and keeps metrics for each.
+
+    Args:
+        module: Maps images to logits.
+        candidates: Complete weights of the module, by name.
+        ensembles: Rows whose logits are the mean of some candidates' logits.
+        domains: Names of the test loaders.
+        num_classes: Number of classes.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        candidates: Mapping[str, Mapping[str, Tensor]],
+        ensembles: Mapping[str, Sequence[str]],
+        domains: Sequence[str],
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.rows = [*candidates, *ensembles]
+        self.metric_names = list(classification_metrics(num_classes))
+        self._domains = list(domains)
+        self._candidates = {name: dict(weights) for name, weights in candidates.items()}
+        self._ensembles = ensembles
+        self._metrics = nn.ModuleList(classification_metrics(num_classes) for _ in self.rows for _ in domains)
+
+    @property
+    def preprocessing(self) -> Any:
+        """The preprocessing of the module's backbone, which the data module asks for."""
+        return getattr(self.module, "preprocessing", None)
+
+    def key(self, row: str, domain: str, metric: str) -> str:
+        """The name under which a number is logged: by position, because names of rows are free text."""
+        return f"{self.rows.index(row)}/{self._domains.index(domain)}/{metric}"
+
+    def on_test_start(self) -> None:
+        """Move the candidates to the device."""
+        self._candidates = {
+            name: {key: tensor.to(self.device) for key, tensor in weights.items()}
+            for name, weights in self._candidates.items()
+        }
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch for every candidate and ensemble."""
+        images, labels = batch
+        logits = {
+            name: functional_call(self.module, weights, (images,)).float() for name, weights in self._candidates.items()
+        }
+        for name, members in self._ensembles.items():
+            logits[name] = torch.stack([logits[member] for member in members]).mean(dim=0)
+        for i, name in enumerate(self.rows):
+            self._metrics[i * len(self._domains) + dataloader_idx].update(logits[name], labels)
+
+    def on_test_epoch_end(self) -> None:
+        """Log everything that was measured."""
+        for i, metrics in enumerate(self._metrics):
+            row, domain = divmod(i, len(self._domains))
+            self.log_dict({f"{row}/{domain}/{name}": value for name, value in metrics.compute().items()})

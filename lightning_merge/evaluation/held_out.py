@@ -1,0 +1,54 @@
+"""What is measured on one domain: the base, its own expert, the others' ensemble, and every merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_merge.evaluation.candidates import Record, evaluate_candidates
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from lightning_merge.data import DomainDataModule
+    from lightning_merge.trainer import MergeTrainer
+
+BASE, OWN_EXPERT, ENSEMBLE = "base", "own expert", "logit ensemble"
+
+
+def evaluate_domain(
+    trainer: MergeTrainer,
+    model: LightningModule,
+    datamodule: DomainDataModule,
+    domain: str,
+    candidates: Mapping[str, Mapping[str, Tensor]],
+    experts: Mapping[str, Mapping[str, Tensor]],
+) -> list[Record]:
+    """Evaluate on one domain; the data are read once.
+
+    Args:
+        trainer: Its settings are used for the evaluation.
+        model: Maps images to logits; its own weights are not used.
+        datamodule: Holds the domain. Where it tests on all of a domain, the domain's own expert, which has seen most of
+            it, is tested on the test split only.
+        domain: The domain to test on.
+        candidates: Weights by the name of their row.
+        experts: Weights by domain. That of this domain is the row ``own expert``; the others are a row each and together
+            the ``logit ensemble``.
+
+    Returns:
+        A record for each row.
+    """
+    others = {f"expert {name}": weights for name, weights in experts.items() if name != domain}
+    passes = {datamodule.test_on: {**candidates, **others}}
+    if domain in experts:
+        passes.setdefault("test", {})[OWN_EXPERT] = experts[domain]
+    records = []
+    for test_on, rows in passes.items():
+        ensembles = {ENSEMBLE: list(others)} if others and test_on == datamodule.test_on else {}
+        data = datamodule.only(train=[], test=[domain], test_on=test_on)
+        found = evaluate_candidates(trainer.again(), model, data, rows, ensembles)
+        records += [record | {"test_on": test_on} for record in found]
+    return records

@@ -1,0 +1,214 @@
+"""The LightningModule that is fine-tuned on one domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_merge.checkpoints import open_weights
+from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.models.backbones import image_tower, load_clip, split_name, timm_backbone
+from lightning_merge.models.heads import LinearHead, zero_shot_head
+from lightning_merge.models.metrics import classification_metrics
+
+
+class Expert(LightningModule):
+    """A pretrained backbone and a head, fine-tuned on one domain by the recipe of SCORE's paper.
+
+    AdamW on all weights, a linear warm-up, then a cosine to zero; the loss is cross-entropy. The paper clips gradients
+    at norm 1 (``trainer.gradient_clip_val: 1.0``) and uses batches of 128 (``data.batch_size``).
+
+    Args:
+        backbone: ``timm/MODEL`` or ``open_clip/MODEL`` (its image tower).
+        num_classes: Number of classes; may be left out where ``class_names`` are given.
+        class_names: The classes in the order of the labels; the zero-shot head is built from them.
+        pretrained: For timm: True for its own weights, False for none. For open_clip: a tag such as ``openai``.
+            For both: a file of weights for this backbone.
+        backbone_args: Further keywords for ``timm.create_model`` or ``open_clip.create_model``, such as ``img_size``.
+        head: ``linear`` starts from zero; ``zero_shot`` is made of open_clip's text embeddings and is never trained.
+        templates: Prompts for the zero-shot head, each with one ``{}``; by default CLIP's 80 for ImageNet.
+        freeze_head: Train the backbone only. The zero-shot head is always frozen.
+        weights: Start from these weights (a checkpoint of another ``fit``), backbone and head.
+        learning_rate: Peak learning rate.
+        head_learning_rate: Peak learning rate of a linear head; by default that of the backbone.
+        weight_decay: Weight decay.
+        warmup_steps: Steps over which the learning rate rises.
+        label_smoothing: Label smoothing of the loss.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        pretrained: bool | str = True,
+        backbone_args: dict[str, Any] | None = None,
+        head: Literal["linear", "zero_shot"] = "linear",
+        templates: Sequence[str] = (),
+        freeze_head: bool = False,
+        weights: str | None = None,
+        learning_rate: float = 1e-5,
+        head_learning_rate: float | None = None,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 500,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.class_names = list(class_names) if class_names else None
+        self.num_classes = _count_classes(num_classes, self.class_names)
+        self.backbone, self.head, self.preprocessing = self._build(backbone, pretrained, head, templates)
+        if freeze_head or head == "zero_shot":
+            self.head.requires_grad_(False)
+        if weights is not None:
+            self.load_weights(weights)
+        self.metrics = classification_metrics(self.num_classes)
+
+    def _build(self, backbone: str, pretrained: bool | str, head: str, templates: Sequence[str]):
+        library, name = split_name(backbone)
+        arguments = self.hparams.backbone_args or {}
+        if library == "timm":
+            if head == "zero_shot":
+                raise MergeError(f"{backbone} has no text tower to build a zero-shot head from; use open_clip/….")
+            model, num_features, preprocessing = timm_backbone(name, pretrained, **arguments)
+            return model, LinearHead(num_features, self.num_classes), preprocessing
+        clip = load_clip(name, pretrained, **arguments)
+        model, num_features, preprocessing = image_tower(clip)
+        if head == "zero_shot":
+            if self.class_names is None:
+                raise MergeError("A zero-shot head is built from the names of the classes; give class_names.")
+            return model, zero_shot_head(clip, name, self.class_names, templates), preprocessing
+        return model, LinearHead(num_features, self.num_classes), preprocessing
+
+    def load_weights(self, path: str) -> None:
+        """Take all weights from a checkpoint.
+
+        Raises:
+            MergeError: If it does not hold exactly the parameters of this model.
+        """
+        weights = open_weights(path)
+        own = self.state_dict()
+        raise_all(
+            [
+                f"{path} lacks {name!r} of this model; is it of another backbone or head?"
+                for name in own.keys() - weights
+            ]
+            + [f"{path} has {name!r}, which this model lacks." for name in weights.keys() - own.keys()]
+            + [
+                f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path}, {tuple(own[name].shape)} in this model."
+                for name in own
+                if name in weights and weights.meta[name].shape != own[name].shape
+            ]
+        )
+        self.load_state_dict(dict(weights))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(N, C, H, W)`` to logits ``(N, classes)``."""
+        return self.head(self.backbone(images))
+
+    def setup(self, stage: str) -> None:
+        """Check that the data have the classes that the head has."""
+        data = getattr(self.trainer, "datamodule", None)
+        theirs = getattr(data, "class_names", None)
+        if theirs is None:
+            return
+        if len(theirs) != self.num_classes:
+            raise MergeError(
+                f"The data have {len(theirs)} classes ({', '.join(theirs[:8])}…) and the head has {self.num_classes}; "
+                f"set model.num_classes to {len(theirs)}."
+            )
+        if self.class_names and [_words(name) for name in self.class_names] != [_words(name) for name in theirs]:
+            raise MergeError(
+                f"The data's classes are {list(theirs)} and the head's {self.class_names}; give class_names in the "
+                "order of the data's labels."
+            )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Compute the loss of one batch of ``(images, labels)``."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count one batch of the validation split."""
+        self.metrics.update(self(batch[0]).float(), batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the validation split."""
+        self._log_metrics("val")
+
+    def on_test_start(self) -> None:
+        """Set up one set of metrics for each test domain."""
+        loaders = self.trainer.test_dataloaders
+        count = len(loaders) if isinstance(loaders, Sequence) else 1
+        names = getattr(self.trainer.datamodule, "test_domains", None) or [str(i) for i in range(count)]
+        self._test_metrics = {name: self.metrics.clone().to(self.device) for name in names}
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch of a test domain."""
+        list(self._test_metrics.values())[dataloader_idx].update(self(batch[0]).float(), batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of every test domain."""
+        for name, metrics in self._test_metrics.items():
+            self.log_dict({f"test/{name}/{key}": value for key, value in metrics.compute().items()})
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return class probabilities ``(N, classes)``."""
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        return self(images).float().softmax(dim=-1)
+
+    def _log_metrics(self, split: str) -> None:
+        self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()}, prog_bar=True)
+        self.metrics.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a linear warm-up and a cosine decay to zero, step by step."""
+        hparams = self.hparams
+        groups = [
+            {"params": _trainable(self.backbone), "lr": hparams.learning_rate},
+            {"params": _trainable(self.head), "lr": hparams.head_learning_rate or hparams.learning_rate},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=hparams.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        if hparams.warmup_steps >= steps:
+            rank_zero_warn(
+                f"The learning rate rises over {hparams.warmup_steps} steps but the whole fit has {steps}; "
+                "lower model.warmup_steps."
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, hparams.warmup_steps, steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """The share of the peak learning rate at a step: linear up to ``warmup``, then half a cosine down to ``total``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _count_classes(num_classes: int | None, class_names: Sequence[str] | None) -> int:
+    if num_classes is None and not class_names:
+        raise MergeError("An expert needs num_classes or class_names.")
+    if class_names and num_classes not in (None, len(class_names)):
+        raise MergeError(f"num_classes is {num_classes}, but class_names has {len(class_names)} names.")
+    return num_classes or len(class_names or ())
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").lower()
