@@ -18,12 +18,11 @@ if (_CHECKOUT / "callbacks" / "__init__.py").is_file() and (_CHECKOUT / "pyproje
 
 # Public names are imported when they are first used, so that `import lightning_merge` costs nothing.
 _HOME = {
-    "Candidate": "lightning_merge.evaluation.candidates",
     "Digits": "lightning_merge.data",
     "DomainDataModule": "lightning_merge.data",
     "DomainFolders": "lightning_merge.data",
     "Expert": "lightning_merge.models",
-    "Matrices": "lightning_merge.task_vectors",
+    "Matrices": "lightning_merge.matrices",
     "MergeCLI": "lightning_merge.cli",
     "MergeError": "lightning_merge.errors",
     "MergeMethod": "lightning_merge.methods",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, open_weights, save_weights
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
-from lightning_merge.task_vectors import Inventory, Matrices, TaskVectors, find_non_finite, take_inventory, wide
+from lightning_merge.task_vectors import Inventory, TaskVectors, find_non_finite, take_inventory, wide
 
 Experts = Union[Sequence[Source], Mapping[str, Source]]
 """The experts: a sequence of sources, or a mapping from the expert's name to its source."""
@@ -41,9 +41,13 @@ class Merged:
     manifest: dict[str, Any]
     experts: dict[str, Weights]
     hyper_parameters: dict[str, Any]
+    _task_parameters: Callable[[int], dict[str, Tensor]] | None = field(default=None, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:
-        """Return the merged model as one expert's task needs it: with the parameters that were excluded (its head).
+        """Return the model for one expert's task.
+
+        That is the merged model with the expert's own excluded parameters (its head), and, where the method keeps a
+        model for each task, with its update for this task.
 
         Raises:
             MergeError: If there is no such expert.
@@ -51,7 +55,8 @@ class Merged:
         if expert not in self.experts:
             raise MergeError(f"There is no expert {expert!r}; the experts are {', '.join(self.experts)}.")
         source = self.experts[expert]
-        return self.weights | {name: source[name] for name in self.inventory.private[source.name]}
+        own = self._task_parameters(list(self.experts).index(expert)) if self._task_parameters else {}
+        return self.weights | own | {name: source[name] for name in self.inventory.private[source.name]}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the merged model to one file, see :func:`lightning_merge.checkpoints.save_weights`."""
@@ -109,18 +114,24 @@ def merge(
         raise_all(find_non_finite([origin, *sources.values()], floating))
 
     matrices = matrices or Matrices()
-    task_vectors = TaskVectors(origin, list(sources.values()), inventory.merged, dtype or method.dtype, device)
+    task_vectors = TaskVectors(
+        origin, list(sources.values()), inventory.merged, dtype or method.dtype, device, matrices, seed
+    )
     survey = method.survey(task_vectors)
 
-    def merged_parameter(name: str) -> Tensor:
-        base_tensor = origin[name]
-        context = Context(name, survey, seed=zlib.crc32(f"{seed}/{name}".encode()))
-        update = update_of(method, task_vectors[name], context, matrices)
-        result = wide(base_tensor).to(update) + method.scale * update
-        return result.to(base_tensor)
+    def parameters(rule: Callable[[Tensor, Context], Tensor]) -> dict[str, Tensor]:
+        def parameter(name: str) -> Tensor:
+            context = task_vectors.context(name, survey)
+            return (context.base + method.scale * rule(task_vectors[name], context)).to(origin[name])
 
-    with ThreadPoolExecutor(workers) as pool:
-        weights = dict(zip(inventory.merged, pool.map(merged_parameter, inventory.merged), strict=True))
+        with ThreadPoolExecutor(workers) as pool:
+            found = dict(zip(inventory.merged, pool.map(parameter, inventory.merged), strict=True))
+        return found | {alias: found[owner] for alias, owner in inventory.tied.items() if owner in found}
+
+    def task_parameters(expert: int) -> dict[str, Tensor]:
+        return parameters(lambda deltas, context: method.task_update(deltas, expert, context))
+
+    weights = parameters(method.update)
     for name in inventory.averaged:
         mean = torch.stack([wide(expert[name]) for expert in sources.values()]).mean(dim=0)
         weights[name] = mean.to(origin[name])
@@ -134,6 +145,7 @@ def merge(
         manifest=make_manifest(method, matrices, seed, origin, sources),
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
+        _task_parameters=task_parameters if method.per_task else None,
     )
     if output is not None:
         merged.save(output)
@@ -154,17 +166,6 @@ def open_experts(experts: Experts) -> dict[str, Weights]:
     if not named:
         raise MergeError("There are no experts to merge; give at least one.")
     return named
-
-
-def update_of(method: MergeMethod, deltas: Tensor, context: Context, matrices: Matrices) -> Tensor:
-    """Apply a method to the task tensors of one parameter: ``(T, …) -> (…)``."""
-    if not deltas.any():
-        return torch.zeros_like(deltas[0])  # an update of zeros costs nothing
-    view = matrices.view(context.name, deltas.shape[1:])
-    if view is None:
-        return method.tensor(deltas, context)
-    blocks = deltas.reshape(len(deltas), *view).unbind(dim=1)  # each (T, m, n)
-    return torch.cat([method.matrix(block, context) for block in blocks]).reshape(deltas.shape[1:])
 
 
 def make_manifest(

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import raise_all
+from lightning_merge.matrices import Matrices, matches
+from lightning_merge.methods.base import Context
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
-
-
-@dataclass(frozen=True)
-class Matrices:
-    """When a parameter counts as a matrix. The default is the rule that all published codes share.
-
-    Args:
-        exclude: Two-dimensional parameters whose name matches one of these patterns are not matrices.
-        flatten_convolutions: See a convolution kernel as a matrix ``(out, in · height · width)``. Published codes don't.
-        split: See a parameter whose name matches one of these patterns as three matrices, one above the other: the
-            fused query, key and value projections of an attention layer. Published codes don't.
-    """
-
-    exclude: Sequence[str] = ("*text_projection*",)
-    flatten_convolutions: bool = False
-    split: Sequence[str] = ()
-
-    def view(self, name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
-        """How a parameter is seen: as ``(blocks, m, n)``, matrices one above the other; None if it is no matrix."""
-        if matches(name, self.exclude) or 0 in shape:
-            return None
-        if len(shape) == 2:
-            rows, columns = shape
-        elif len(shape) > 2 and self.flatten_convolutions:
-            rows, columns = shape[0], torch.Size(shape[1:]).numel()
-        else:
-            return None
-        blocks = 3 if matches(name, self.split) and rows % 3 == 0 else 1
-        return blocks, rows // blocks, columns
 
 
 @dataclass(frozen=True)
@@ -62,11 +38,6 @@ class Inventory:
     copied: tuple[str, ...]
     tied: dict[str, str]
     private: dict[str, tuple[str, ...]]
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of the shell patterns (``*.norm.*``, ``head.*``)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def take_inventory(
@@ -205,6 +176,9 @@ class TaskVectors:
         names: The merged parameters.
         dtype: What the differences are converted to; they are taken in float32 (float64 if the weights are).
         device: Where they are put; by default where the weights are.
+        matrices: Which parameters count as matrices.
+        seed: What every parameter's own seed is derived from.
+        transform: What is done to the task tensors ``(T, …)`` of a parameter before anyone sees them.
     """
 
     def __init__(
@@ -214,17 +188,24 @@ class TaskVectors:
         names: Sequence[str],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
+        seed: int = 0,
+        transform: Callable[[Tensor, Context], Tensor] | None = None,
     ) -> None:
         self._base = base
         self._experts = experts
         self._names = names
         self._dtype = dtype
         self._device = device
+        self._matrices = matrices
+        self._seed = seed
+        self._transform = transform
 
     def __getitem__(self, name: str) -> Tensor:
         """The stacked differences of one parameter: ``(T, …)``."""
         base = wide(self._base[name]).to(self._device)
-        return torch.stack([wide(e[name]).to(base.device) - base for e in self._experts]).to(self._dtype)
+        deltas = torch.stack([wide(e[name]).to(base.device) - base for e in self._experts]).to(self._dtype)
+        return deltas if self._transform is None else self._transform(deltas, self.context(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -240,6 +221,19 @@ class TaskVectors:
     def numel(self, name: str) -> int:
         """The number of entries of a parameter in one model, known without reading it."""
         return self._base.meta[name].numel()
+
+    def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
+        """The same task vectors, seen through one more transformation."""
+        before = self._transform
+        both = transform if before is None else (lambda deltas, context: transform(before(deltas, context), context))
+        other = copy.copy(self)
+        other._transform = both
+        return other
+
+    def context(self, name: str, survey: Any = None) -> Context:
+        """What a method's rule may know about a parameter."""
+        base = wide(self._base[name]).to(self._device, self._dtype)
+        return Context(name, base, self._matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.held_out import BASE
+from lightning_merge.matrices import Matrices
 from lightning_merge.merging import Merged, merge
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.task_vectors import Matrices
 
 
 class MergeTrainer(Trainer):

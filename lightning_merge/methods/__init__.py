@@ -9,6 +9,7 @@ from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.weight_average import WeightAverage
+from lightning_merge.methods.wrapper import Wrapper
 
 __all__ = [
     "SCORE",
@@ -21,4 +22,5 @@ __all__ = [
     "MergeMethod",
     "TaskArithmetic",
     "WeightAverage",
+    "Wrapper",
 ]

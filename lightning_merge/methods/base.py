@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_merge.matrices import Matrices
+
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
 
@@ -19,13 +21,21 @@ class Context:
 
     Args:
         name: The name of the parameter.
-        survey: What the method's own :meth:`MergeMethod.survey` returned for this model.
+        base: The base's parameter ``(…)``, in the precision of the task vectors.
+        matrices: Which parameters count as matrices.
         seed: The seed of this parameter, derived from the seed of the merge and the parameter's name.
+        survey: What the method's own :meth:`MergeMethod.survey` returned for this model.
     """
 
     name: str = ""
-    survey: Any = None
+    base: Tensor | None = None
+    matrices: Matrices = Matrices()  # noqa: RUF009, a frozen dataclass
     seed: int = 0
+    survey: Any = None
+
+    def generator(self) -> torch.Generator:
+        """A random generator (on the CPU) that starts from this parameter's seed."""
+        return torch.Generator().manual_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class MergeMethod(ABC):
 
     dtype: ClassVar[torch.dtype] = torch.float32
     """The precision in which the rules are computed; methods that factorize ask for float64."""
+    per_task: ClassVar[bool] = False
+    """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""
 
     _: KW_ONLY
     scale: float = 1.0
@@ -65,9 +77,27 @@ class MergeMethod(ABC):
         """Merge a parameter that is no matrix: ``(T, …) -> (…)``. By default the mean."""
         return deltas.mean(dim=0)
 
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """Merge a parameter, by the rule for matrices where it counts as one: ``(T, …) -> (…)``."""
+        if not deltas.any():
+            return torch.zeros_like(deltas[0])  # an update of zeros costs nothing
+        view = context.matrices.view(context.name, deltas.shape[1:])
+        if view is None:
+            return self.tensor(deltas, context)
+        blocks = deltas.reshape(len(deltas), *view).unbind(dim=1)  # each (T, m, n)
+        return torch.cat([self.matrix(block, context) for block in blocks]).reshape(deltas.shape[1:])
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """Merge a parameter for one expert's task: ``(T, …) -> (…)``. By default the same for all, :meth:`update`.
+
+        Methods that keep a model for each task (masks, rescalers) override this and set ``per_task``.
+        """
+        return self.update(deltas, context)
+
     def describe(self) -> dict[str, Any]:
         """The method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
         arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        arguments = {k: v.describe() if isinstance(v, MergeMethod) else v for k, v in arguments.items()}
         return {"class_path": type(self).__name__, "init_args": arguments}
 
 

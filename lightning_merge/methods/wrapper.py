@@ -1,0 +1,61 @@
+"""Methods that change what another method sees, or what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_merge.methods.base import Context, MergeMethod
+
+if TYPE_CHECKING:
+    from lightning_merge.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Wrapper(MergeMethod):
+    """A method around another one. By default it changes nothing.
+
+    A subclass overrides :meth:`transform`, to change the task vectors that the inner method surveys and merges, or
+    :meth:`update`, to change what the inner method returns.
+
+    Args:
+        method: The method inside.
+        scale: Scaling coefficient of the update; by default that of the method inside, whose own is not used further.
+    """
+
+    method: MergeMethod
+    _: KW_ONLY
+    scale: float | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            object.__setattr__(self, "scale", self.method.scale)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The precision of the method inside."""
+        return self.method.dtype
+
+    @property
+    def per_task(self) -> bool:  # type: ignore[override]
+        """Whether the method inside keeps a model for each task."""
+        return self.method.per_task
+
+    def transform(self, deltas: Tensor, context: Context) -> Tensor:
+        """Change the task tensors of one parameter: ``(T, …) -> (T, …)``. Must depend on the parameter only."""
+        return deltas
+
+    def survey(self, task_vectors: TaskVectors) -> Any:
+        """The survey of the method inside, over the transformed task vectors."""
+        return self.method.survey(task_vectors.map(self.transform))
+
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """The update of the method inside: ``(T, …) -> (…)``."""
+        return self.method.update(self.transform(deltas, context), context)
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """The update of the method inside for one expert's task: ``(T, …) -> (…)``."""
+        return self.method.task_update(self.transform(deltas, context), expert, context)
