@@ -286,7 +286,6 @@ def save_weights(
             "pytorch-lightning_version": lightning.__version__,
             "epoch": 0,
             "global_step": 0,
-            "loops": {},
             "hyper_parameters": dict(hyper_parameters or {}),
             "merge": dict(manifest or {}),
         }

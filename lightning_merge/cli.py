@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_merge.errors import MergeError
 from lightning_merge.trainer import MergeTrainer
@@ -40,7 +40,10 @@ class MergeCLI(LightningCLI):
             raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
 
     def after_merge(self) -> None:
-        """Show the evaluation of the merged model, if there was one."""
+        """Say what was merged, and show the evaluation of the merged model if there was one."""
+        if self.trainer.is_global_zero:
+            output = self._get(self.config, "output")
+            sys.stdout.write(f"{self.trainer.merged.summary()}; wrote {output}\n")
         self._show_table()
 
     def after_evaluate(self) -> None:
@@ -56,6 +59,15 @@ class MergeCLI(LightningCLI):
             sys.stdout.write(f"\n{self.trainer.table}\n")
 
 
+class SaveFitConfig(SaveConfigCallback):
+    """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config at the start of a fit."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run ``lightning-merge``; what cannot work ends in one sentence and exit status 1."""
     import lightning_merge.callbacks
@@ -66,6 +78,7 @@ def main(args: list[str] | None = None) -> None:
         MergeCLI(
             args=args,
             seed_everything_default=0,
+            save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
         )

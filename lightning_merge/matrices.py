@@ -15,9 +15,10 @@ class Matrices:
 
     Args:
         exclude: Two-dimensional parameters whose name matches one of these patterns are not matrices.
-        flatten_convolutions: See a convolution kernel as a matrix ``(out, in · height · width)``. Published codes don't.
+        flatten_convolutions: See a convolution kernel as a matrix ``(out, in · height · width)``, as no published
+            code does.
         split: See a parameter whose name matches one of these patterns as three matrices, one above the other: the
-            fused query, key and value projections of an attention layer. Published codes don't.
+            fused query, key and value projections of an attention layer. No published code does.
     """
 
     exclude: Sequence[str] = ("*text_projection*",)

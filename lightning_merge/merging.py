@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
 from lightning_merge.task_vectors import Inventory, TaskVectors, find_non_finite, take_inventory, wide
 
-Experts = Union[Sequence[Source], Mapping[str, Source]]
+Experts = Sequence[Source] | Mapping[str, Source]
 """The experts: a sequence of sources, or a mapping from the expert's name to its source."""
 
 
@@ -33,7 +33,7 @@ class Merged:
         inventory: What happened to every parameter.
         manifest: Method, arguments, versions, and the sha256 of every file that went in.
         experts: The experts by name, for what they keep to themselves.
-        hyper_parameters: The arguments of the base's (else the first expert's) LightningModule, where its file has them.
+        hyper_parameters: The arguments of the base's LightningModule (else the first expert's), if its file has them.
     """
 
     weights: dict[str, Tensor]
@@ -57,6 +57,19 @@ class Merged:
         source = self.experts[expert]
         own = self._task_parameters(list(self.experts).index(expert)) if self._task_parameters else {}
         return self.weights | own | {name: source[name] for name in self.inventory.private[source.name]}
+
+    def summary(self) -> str:
+        """What was merged, in one line."""
+        found = self.inventory
+        parts = [f"{len(found.merged)} parameters merged"]
+        for names, what in (
+            (found.averaged, "running statistics averaged"),
+            (found.copied, "copied from the base"),
+            (found.tied, "tied"),
+        ):
+            parts += [f"{len(names)} {what}"] if names else []
+        method = self.manifest["method"]["class_path"]
+        return f"{method} of {len(self.experts)} experts ({', '.join(self.experts)}): {', '.join(parts)}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the merged model to one file, see :func:`lightning_merge.checkpoints.save_weights`."""
@@ -106,7 +119,7 @@ def merge(
     """
     if scale is not None:
         method = replace(method, scale=scale)
-    origin = open_weights(base, name=None if isinstance(base, (str, os.PathLike)) else "base")
+    origin = open_weights(base, name="base")
     sources = open_experts(experts)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     if not allow_non_finite:
@@ -153,13 +166,13 @@ def merge(
 
 
 def open_experts(experts: Experts) -> dict[str, Weights]:
-    """Open every expert for reading, under its name, its path, or its position."""
+    """Open every expert for reading, under its name, its path, or (a state dict in a list) its position."""
     if isinstance(experts, Mapping):
         named = {name: open_weights(source, name) for name, source in experts.items()}
     else:
         named = {}
         for i, source in enumerate(experts):
-            weights = open_weights(source, None if isinstance(source, (str, os.PathLike, Weights)) else f"expert {i}")
+            weights = open_weights(source, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
             if weights.name in named:
                 raise MergeError(f"The expert {weights.name} is given twice.")
             named[weights.name] = weights

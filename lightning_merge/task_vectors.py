@@ -106,7 +106,7 @@ def _unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequen
 
 def _missing(base, experts, left_out, tied) -> list[str]:
     return [
-        f"Expert {expert.name} lacks {name!r}, which the base has; give the expert's complete weights, "
+        f"The expert {expert.name} lacks {name!r}, which the base has; give the expert's complete weights, "
         f"or leave the parameter out with exclude={_pattern(name)!r}."
         for expert in experts
         for name in base
@@ -116,7 +116,7 @@ def _missing(base, experts, left_out, tied) -> list[str]:
 
 def _extra(base, experts, left_out) -> list[str]:
     return [
-        f"Expert {expert.name} has {name!r}, which the base {base.name} lacks, so that there is no difference to take; "
+        f"The expert {expert.name} has {name!r}, which the base lacks, so that there is no difference to take; "
         f"if it belongs to this expert alone (a head), leave it out with exclude={_pattern(name)!r}, "
         "else give the base that the expert started from."
         for expert in experts
@@ -134,12 +134,12 @@ def _different(base, experts, names) -> list[str]:
             mine, theirs = base.meta[name], expert.meta[name]
             if mine.shape != theirs.shape:
                 problems.append(
-                    f"{name!r} has shape {tuple(theirs.shape)} in expert {expert.name} and {tuple(mine.shape)} in the "
-                    f"base; leave it out with exclude={_pattern(name)!r}, or give experts of one architecture."
+                    f"{name!r} has shape {tuple(theirs.shape)} in the expert {expert.name} and {tuple(mine.shape)} in "
+                    f"the base; leave it out with exclude={_pattern(name)!r}, or give experts of one architecture."
                 )
             elif mine.is_floating_point() != theirs.is_floating_point():
                 problems.append(
-                    f"{name!r} is {theirs.dtype} in expert {expert.name} and {mine.dtype} in the base; quantized "
+                    f"{name!r} is {theirs.dtype} in the expert {expert.name} and {mine.dtype} in the base; quantized "
                     f"weights cannot be merged: give floating-point weights, or exclude={_pattern(name)!r}."
                 )
     return problems
@@ -152,15 +152,19 @@ def _pattern(name: str) -> str:
 
 
 def find_non_finite(models: Sequence[Weights], names: Sequence[str]) -> list[str]:
-    """Say which parameters of which models hold NaN or infinite values; reads every tensor once."""
+    """Say which parameters of the base (the first model) and the experts hold NaN or infinity; reads every tensor."""
     return [
-        f"{name!r} of {model.name} holds values that are not finite ({_count_non_finite(model[name])} of "
+        f"{name!r} of the {_role(i, model)} holds values that are not finite ({_count_non_finite(model[name])} of "
         f"{model.meta[name].numel()}); was its training diverging? Give another checkpoint, or merge all the same "
         "with allow_non_finite=True."
-        for model in models
+        for i, model in enumerate(models)
         for name in names
         if name in model and not bool(torch.isfinite(model[name]).all())
     ]
+
+
+def _role(position: int, model: Weights) -> str:
+    return f"expert {model.name}" if position else "base"
 
 
 def _count_non_finite(tensor: Tensor) -> int:

@@ -115,7 +115,7 @@ class MergeTrainer(Trainer):
         )
         if self.is_global_zero:
             merged.save(output)
-        self.table = None
+        self.merged, self.table = merged, None
         if model is not None and datamodule is not None:
             rows = {BASE: open_weights(base) if base is not None else model.state_dict(), "merged": merged.weights}
             self.table = self._evaluate(model, datamodule, rows, {})

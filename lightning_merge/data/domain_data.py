@@ -22,7 +22,7 @@ class DomainDataModule(LightningDataModule, ABC):
     """Images of several domains that share their classes.
 
     Every domain is split once into train, validation and test, stratified by class. The split depends on the domain's
-    own samples and on ``split_seed`` only. Subclasses say which domains and classes there are, and how a sample is read.
+    own samples and on ``split_seed`` only. Subclasses say which domains and classes there are and read the samples.
 
     Args:
         train_domains: The domains to train and validate on; by default all but the held-out one.

@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 class DomainFolders(DomainDataModule):
-    """A folder for each domain, in it a folder for each class: PACS, VLCS, OfficeHome, TerraIncognita, DomainNet, NICO++.
+    """A folder for each domain, in it one for each class: PACS, VLCS, OfficeHome, TerraIncognita, DomainNet, NICO++.
 
     Images get the preprocessing of the model's backbone. In training, a random crop of nearly the whole image and a
     horizontal flip are added.

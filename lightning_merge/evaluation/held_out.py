@@ -35,8 +35,8 @@ def evaluate_domain(
             it, is tested on the test split only.
         domain: The domain to test on.
         candidates: Weights by the name of their row.
-        experts: Weights by domain. That of this domain is the row ``own expert``; the others are a row each and together
-            the ``logit ensemble``.
+        experts: Weights by domain. That of this domain is the row ``own expert``; the others are a row each and
+            together the ``logit ensemble``.
 
     Returns:
         A record for each row.

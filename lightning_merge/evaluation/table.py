@@ -39,7 +39,7 @@ class Table:
 
     @property
     def row_names(self) -> list[str]:
-        """The rows: the base first, then the methods, then ensemble and own expert. Single other experts are left out."""
+        """The rows: the base, the methods, the ensemble, the own expert. Single other experts are left out."""
         if self.rows is not None:
             return list(self.rows)
         found = list(dict.fromkeys(record["row"] for record in self.records))
@@ -82,13 +82,17 @@ class Table:
     @property
     def header(self) -> list[str]:
         """The names of the columns."""
-        last = [] if self.metric in _LOWER_IS_BETTER else ["normalized"]
-        return ["method", *self.domains, "mean", "worst", *last]
+        return ["method", *self.domains, "mean", "worst", *(["normalized"] if self._is_normalized else [])]
+
+    @property
+    def _is_normalized(self) -> bool:
+        """Whether there is a sensible ratio to the own expert, and an own expert to divide by."""
+        return self.metric not in _LOWER_IS_BETTER and self.mean(OWN_EXPERT) is not None
 
     def line(self, row: str) -> list[float | None]:
         """The numbers of a row, in the order of the header, in [0, 1]."""
-        last = [] if self.metric in _LOWER_IS_BETTER else [self.normalized(row)]
-        return [*(self.value(row, domain) for domain in self.domains), self.mean(row), self.worst(row), *last]
+        values = [*(self.value(row, domain) for domain in self.domains), self.mean(row), self.worst(row)]
+        return [*values, self.normalized(row)] if self._is_normalized else values
 
     def markdown(self) -> str:
         """The table in Markdown, in percent; the best method of every column is bold."""
@@ -111,8 +115,8 @@ class Table:
         widths = [max(len(line[i]) for line in [self.header, *body]) for i in range(len(self.header))]
 
         def join(cells: Sequence[str]) -> str:
-            first, *rest = cells
-            return "| " + " | ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:]))]) + " |"
+            padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+            return f"| {' | '.join([cells[0].ljust(widths[0]), *padded[1:]])} |"
 
         rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
         return "\n".join([join(self.header), rule, *map(join, body), "", self.caption])
@@ -120,10 +124,10 @@ class Table:
     @property
     def caption(self) -> str:
         """What the numbers are, in a line."""
-        text = f"{self.metric.replace('_', ' ').capitalize()} in % on each held-out domain"
+        text = f"{self.metric.replace('_', ' ').capitalize()} in % on each domain"
         if "all" in {record.get("test_on") for record in self.records}:
             text += " (all of it; its own expert: on its test split)"
-        if self.metric not in _LOWER_IS_BETTER:
+        if self._is_normalized:
             text += "; normalized: divided by that of the domain's own expert, then averaged over the domains"
         return text + "."
 

@@ -102,7 +102,7 @@ class Expert(LightningModule):
             ]
             + [f"{path} has {name!r}, which this model lacks." for name in weights.keys() - own.keys()]
             + [
-                f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path}, {tuple(own[name].shape)} in this model."
+                f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path} and {tuple(own[name].shape)} here."
                 for name in own
                 if name in weights and weights.meta[name].shape != own[name].shape
             ]
