@@ -1,0 +1,104 @@
+"""Small models, experts and image folders for the tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY_CONVNEXT = {
+    "in_chans": 1,
+    "depths": [1, 1, 1, 0],
+    "dims": [8, 8, 8, 8],
+    "patch_size": 1,
+    "kernel_sizes": 3,
+    "ls_init_value": None,
+}
+
+
+def base_weights(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    """A state dict with every kind of entry that models have."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw).to(dtype)
+
+    return {
+        "conv.weight": randn(8, 3, 2, 2),
+        "bn.weight": randn(8),
+        "bn.running_mean": randn(8),
+        "bn.running_var": randn(8).abs(),
+        "bn.num_batches_tracked": torch.tensor(7),
+        "mlp.weight": randn(12, 8),
+        "mlp.bias": randn(12),
+        "proj.weight": randn(8, 12),
+        "logit_scale": randn(),
+        "head.weight": randn(3, 8),
+    }
+
+
+def expert_weights(base: dict[str, Tensor], seed: int, size: float = 0.05) -> dict[str, Tensor]:
+    """The base, moved a little; buffers stay valid."""
+    draw = torch.Generator().manual_seed(1000 + seed)
+    expert = {}
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            expert[name] = tensor + seed
+        else:
+            moved = tensor.float() + size * torch.randn(tensor.shape, generator=draw)
+            expert[name] = (moved.abs() if name.endswith("running_var") else moved).to(tensor.dtype)
+    return expert
+
+
+def golden(name: str) -> dict[str, dict[str, Tensor]]:
+    """The groups of tensors of a golden file."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(GOLDEN / f"{name}.safetensors").items():
+        group, _, parameter = key.partition(".")
+        groups.setdefault(group, {})[parameter] = tensor
+    return groups
+
+
+def golden_experts(groups: dict[str, dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The experts of a golden file, in order."""
+    return [groups[f"expert{i}"] for i in range(sum(name.startswith("expert") for name in groups))]
+
+
+def image_folders(
+    root: Path,
+    domains: Sequence[str] = ("photo", "sketch", "cartoon"),
+    classes: Sequence[str] = ("cat", "dog"),
+    n: int = 10,
+) -> Path:
+    """Write ``root/domain/class/image``: small JPEG images whose brightness tells the class."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for d, domain in enumerate(domains):
+        for c, name in enumerate(classes):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 60, (20, 24, 3)) + 90 * c + 20 * d
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.jpg")
+    return root
+
+
+def register_tiny_clip(folder: Path) -> str:
+    """Tell open_clip of a very small CLIP and return its name."""
+    import open_clip
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (folder / "tiny-clip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny-clip.json")
+    return "tiny-clip"
