@@ -166,10 +166,10 @@ def _from_torch(name: str, path: Path) -> Weights:
     except pickle.UnpicklingError as error:
         raise MergeError(
             f"{path} cannot be loaded without running code that is stored in it, so it was refused; "
-            f"save its state_dict alone and give that file. ({str(error).splitlines()[0]})"
+            f"save its state_dict alone and give that file. ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise MergeError(f"{path} is damaged or no PyTorch file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise MergeError(f"{path} is damaged or no PyTorch file ({_first_line(error)}).") from error
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not a state dict.")
     header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
@@ -177,6 +177,10 @@ def _from_torch(name: str, path: Path) -> Weights:
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise MergeError(f"{path} holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}.")
     return _from_memory(name, state, path, header)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _load_pickle(path: Path) -> Any:

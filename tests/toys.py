@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_merge.models import Expert
+from lightning_merge.trainer import MergeTrainer
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY_CONVNEXT = {
     "in_chans": 1,
@@ -102,3 +105,20 @@ def register_tiny_clip(folder: Path) -> str:
     (folder / "tiny-clip.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "tiny-clip.json")
     return "tiny-clip"
+
+
+def tiny_expert(**arguments) -> Expert:
+    """An expert for the digits that is fitted in no time."""
+    settings = {"num_classes": 10, "pretrained": False, "backbone_args": TINY_CONVNEXT, "warmup_steps": 2}
+    return Expert("timm/convnext_tiny", **{**settings, **arguments})
+
+
+def quiet_trainer(**arguments) -> MergeTrainer:
+    """A trainer on one CPU process that shows and writes nothing."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return MergeTrainer(accelerator="cpu", devices=1, **{**quiet, **arguments})

@@ -1,0 +1,226 @@
+"""The executor: what fits together, what is refused, what comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_merge as lm
+from lightning_merge.checkpoints import save_weights
+from lightning_merge.methods import SCORE, TIES, MergeMethod, TaskArithmetic, WeightAverage
+from tests.toys import base_weights, expert_weights
+
+
+@pytest.fixture
+def base():
+    return base_weights()
+
+
+@pytest.fixture
+def experts(base):
+    return [expert_weights(base, i) for i in range(3)]
+
+
+def test_weight_average_against_the_mean(base, experts):
+    merged = lm.merge(base, experts, WeightAverage()).weights
+    for name in base:
+        if base[name].is_floating_point():
+            torch.testing.assert_close(merged[name], torch.stack([e[name] for e in experts]).mean(dim=0))
+
+
+def test_task_arithmetic_against_its_formula(base, experts):
+    merged = lm.merge(base, experts, TaskArithmetic(scale=0.4)).weights
+    for name in ("mlp.weight", "conv.weight", "logit_scale"):
+        torch.testing.assert_close(merged[name], base[name] + 0.4 * sum(e[name] - base[name] for e in experts))
+
+
+class TestBuffers:
+    def test_running_statistics_are_averaged_and_never_scaled(self, base, experts):
+        merged = lm.merge(base, experts, TaskArithmetic(scale=5.0)).weights
+        for name in ("bn.running_mean", "bn.running_var"):
+            torch.testing.assert_close(merged[name], torch.stack([e[name] for e in experts]).mean(dim=0))
+        assert bool((merged["bn.running_var"] > 0).all())
+
+    def test_integers_are_copied_from_the_base(self, base, experts):
+        assert lm.merge(base, experts, SCORE()).weights["bn.num_batches_tracked"] == base["bn.num_batches_tracked"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", [WeightAverage(), TIES(), SCORE()], ids=repr)
+def test_half_precision_is_rounded_once(dtype, method):
+    base = base_weights(dtype)
+    experts = [expert_weights(base, i) for i in range(3)]
+    merged = lm.merge(base, experts, method).weights
+    exact = lm.merge(_wide(base), [_wide(e) for e in experts], method).weights
+    for name in base:
+        assert merged[name].dtype == base[name].dtype
+        assert torch.equal(merged[name], exact[name].to(base[name].dtype))
+
+
+def _wide(weights):
+    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+
+
+class TestTiedWeights:
+    def test_they_are_merged_once_and_stay_tied(self, base, experts):
+        for model in (base, *experts):
+            model["decoder.weight"] = model["head.weight"]
+        merged = lm.merge(base, experts, TIES())
+        assert merged.weights["decoder.weight"] is merged.weights["head.weight"]
+        assert merged.inventory.tied == {"decoder.weight": "head.weight"}
+
+    def test_they_do_not_count_twice_in_a_global_threshold(self, base, experts):
+        plain = lm.merge(base, experts, TIES()).weights
+        for model in (base, *experts):
+            model["decoder.weight"] = model["head.weight"]
+        tied = lm.merge(base, experts, TIES()).weights
+        assert all(torch.equal(plain[name], tied[name]) for name in plain)
+
+    def test_an_expert_s_file_may_leave_the_second_name_out(self, base, experts):
+        base["decoder.weight"] = base["head.weight"]
+        assert "decoder.weight" in lm.merge(base, experts, TIES()).weights
+
+    def test_an_expert_that_untied_them_is_merged_name_by_name(self, base, experts):
+        base["decoder.weight"] = base["head.weight"]
+        for expert in experts:
+            expert["decoder.weight"] = expert["head.weight"].clone() + 1
+        merged = lm.merge(base, experts, WeightAverage()).weights
+        torch.testing.assert_close(merged["decoder.weight"], merged["head.weight"] + 1)
+
+
+class TestConflicts:
+    def refusal(self, base, experts, **arguments) -> str:
+        class Never(MergeMethod):
+            def survey(self, task_vectors):
+                raise AssertionError("work began before the conflicts were found")
+
+        with pytest.raises(lm.MergeError) as caught:
+            lm.merge(base, dict(zip(("photo", "art", "sketch"), experts, strict=True)), Never(), **arguments)
+        return str(caught.value)
+
+    def test_nan_names_parameter_expert_and_remedy(self, base, experts):
+        experts[1]["mlp.bias"][3] = float("nan")
+        message = self.refusal(base, experts)
+        assert "'mlp.bias' of the expert art" in message
+        assert "1 of 12" in message
+        assert "allow_non_finite" in message
+
+    def test_infinity_in_the_base(self, base, experts):
+        base["bn.running_var"][0] = float("inf")
+        assert "'bn.running_var' of the base" in self.refusal(base, experts)
+
+    def test_nan_can_be_allowed(self, base, experts):
+        experts[1]["mlp.bias"][3] = float("nan")
+        merged = lm.merge(base, experts, WeightAverage(), allow_non_finite=True).weights
+        assert int(merged["mlp.bias"].isnan().sum()) == 1
+
+    def test_shape(self, base, experts):
+        experts[2]["head.weight"] = torch.zeros(4, 8)
+        message = self.refusal(base, experts)
+        assert "'head.weight' has shape (4, 8) in the expert sketch and (3, 8) in the base" in message
+        assert "exclude='head.*'" in message
+
+    def test_missing(self, base, experts):
+        del experts[0]["mlp.weight"]
+        assert "The expert photo lacks 'mlp.weight'" in self.refusal(base, experts)
+
+    def test_extra(self, base, experts):
+        experts[0]["adapter.weight"] = torch.zeros(2)
+        message = self.refusal(base, experts)
+        assert "The expert photo has 'adapter.weight', which the base lacks" in message
+        assert "exclude='adapter.*'" in message
+
+    def test_quantized(self, base, experts):
+        experts[0]["mlp.weight"] = experts[0]["mlp.weight"].to(torch.int8)
+        assert "torch.int8 in the expert photo" in self.refusal(base, experts)
+
+    def test_all_conflicts_are_listed_at_once(self, base, experts):
+        experts[2]["head.weight"] = torch.zeros(4, 8)
+        del experts[0]["mlp.weight"]
+        experts[1]["extra"] = torch.zeros(1)
+        message = self.refusal(base, experts)
+        assert message.startswith("3 problems")
+        assert all(name in message for name in ("head.weight", "mlp.weight", "extra"))
+
+    def test_a_pattern_that_matches_nothing(self, base, experts):
+        assert "'heads.*' matches no parameter" in self.refusal(base, experts, exclude=["heads.*"])
+
+    def test_nothing_left(self, base, experts):
+        assert "Nothing is left" in self.refusal(base, experts, exclude=["*"])
+
+    def test_no_experts(self, base):
+        with pytest.raises(lm.MergeError, match="no experts"):
+            lm.merge(base, [], SCORE())
+
+
+class TestLeavingOut:
+    def test_a_head_of_each_expert_s_own(self, base, experts):
+        del base["head.weight"]
+        experts[1]["head.weight"] = torch.ones(5, 8)
+        merged = lm.merge(base, dict(zip("abc", experts, strict=True)), SCORE(), exclude=["head.*"])
+        assert "head.weight" not in merged.weights
+        assert torch.equal(merged.for_task("b")["head.weight"], torch.ones(5, 8))
+        assert torch.equal(merged.for_task("b")["mlp.weight"], merged.weights["mlp.weight"])
+        with pytest.raises(lm.MergeError, match="experts are a, b, c"):
+            merged.for_task("d")
+
+    def test_excluded_parameters_are_the_base_s(self, base, experts):
+        merged = lm.merge(base, experts, SCORE(), exclude=["mlp.*"]).weights
+        assert torch.equal(merged["mlp.weight"], base["mlp.weight"])
+        assert not torch.equal(merged["proj.weight"], base["proj.weight"])
+
+    def test_include(self, base, experts):
+        merged = lm.merge(base, experts, SCORE(), include=["mlp.*"]).weights
+        changed = {name for name in base if not torch.equal(merged[name], base[name])}
+        assert changed == {"mlp.weight", "mlp.bias"}
+
+
+class TestFiles:
+    @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
+    def test_files_give_what_state_dicts_give(self, base, experts, suffix):
+        for i, model in enumerate((base, *experts)):
+            save_weights(f"{i}{suffix}", model)
+        merged = lm.merge(f"0{suffix}", [f"{i}{suffix}" for i in (1, 2, 3)], SCORE(), output="merged.safetensors")
+        memory = lm.merge(base, experts, SCORE()).weights
+        written = lm.open_weights("merged.safetensors")
+        assert all(
+            torch.equal(written[name], memory[name]) and torch.equal(merged.weights[name], memory[name])
+            for name in memory
+        )
+
+    def test_the_manifest_says_how_it_was_made(self, base, experts):
+        import hashlib
+
+        save_weights("base.ckpt", base, hyper_parameters={"num_classes": 3})
+        save_weights("a.ckpt", experts[0])
+        merged = lm.merge("base.ckpt", {"a": "a.ckpt", "b": experts[1]}, TIES(density=0.3))
+        merged.save("merged.ckpt")
+        header = lm.open_weights("merged.ckpt").header
+        manifest = header["merge"]
+        assert manifest["method"] == {
+            "class_path": "TIES",
+            "init_args": {"density": 0.3, "merge": "mean", "scale": 1.0},
+        }
+        assert manifest["experts"]["a"]["sha256"] == hashlib.sha256(Path("a.ckpt").read_bytes()).hexdigest()
+        assert manifest["experts"]["b"] == {"path": None, "sha256": None}
+        assert header["hyper_parameters"] == {"num_classes": 3}
+        json.dumps(manifest)
+
+    def test_an_expert_given_twice(self, base, experts):
+        save_weights("a.pt", experts[0])
+        with pytest.raises(lm.MergeError, match=r"a\.pt is given twice"):
+            lm.merge(base, ["a.pt", "a.pt"], SCORE())
+
+
+def test_scale_replaces_the_method_s_own(base, experts):
+    assert lm.merge(base, experts, TaskArithmetic(), scale=1.0).manifest["method"]["init_args"]["scale"] == 1.0
+
+
+def test_summary_counts(base, experts):
+    text = lm.merge(base, dict(zip("abc", experts, strict=True)), SCORE(), exclude=["head.*"]).summary()
+    assert text == (
+        "SCORE of 3 experts (a, b, c): 6 parameters merged, 2 running statistics averaged, 2 copied from the base"
+    )
