@@ -14,6 +14,14 @@ class FreezeBatchNorm(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Put every BatchNorm layer into evaluation mode."""
+        self._set_mode(pl_module, training=False)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put every BatchNorm layer back into training mode."""
+        self._set_mode(pl_module, training=True)
+
+    @staticmethod
+    def _set_mode(pl_module: LightningModule, training: bool) -> None:
         for module in pl_module.modules():
             if isinstance(module, _BatchNorm):
-                module.eval()
+                module.train(training)

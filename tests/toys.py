@@ -121,4 +121,4 @@ def quiet_trainer(**arguments) -> MergeTrainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return MergeTrainer(accelerator="cpu", devices=1, **{**quiet, **arguments})
+    return MergeTrainer(**{"accelerator": "cpu", "devices": 1, **quiet, **arguments})

@@ -144,9 +144,15 @@ class DomainDataModule(LightningDataModule, ABC):
                     "training, a validation and a test split; add images or leave the class out."
                 )
         share = {"random_state": self.split_seed}
-        rest, test = train_test_split(everything, test_size=self.test_fraction, stratify=labels, **share)
         val_size = self.val_fraction / (1 - self.test_fraction)
-        train, val = train_test_split(rest, test_size=val_size, stratify=labels[rest], **share)
+        try:
+            rest, test = train_test_split(everything, test_size=self.test_fraction, stratify=labels, **share)
+            train, val = train_test_split(rest, test_size=val_size, stratify=labels[rest], **share)
+        except ValueError as error:
+            raise MergeError(
+                f"The domain {domain!r} has {len(labels)} images, too few to have all {len(self.class_names)} classes in "
+                "its training, its validation and its test split; raise test_fraction and val_fraction, or add images."
+            ) from error
         return np.sort({"train": train, "val": val, "test": test}[split])
 
     def _loader(self, domains: Sequence[str], split: Split, shuffle: bool = False) -> DataLoader:

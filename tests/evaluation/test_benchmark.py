@@ -1,0 +1,126 @@
+"""The leave-one-domain-out benchmark: what it measures, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_merge as lm
+from lightning_merge.evaluation import evaluate_candidates
+from lightning_merge.evaluation.benchmark import Pretrain
+from lightning_merge.methods import SCORE, TaskArithmetic, WeightAverage
+from tests.toys import quiet_trainer, tiny_expert
+
+DOMAINS = ["rotated", "noisy", "thick"]
+METHODS = {"average": WeightAverage(), "SCORE": SCORE()}
+
+
+def run(methods=METHODS, **arguments):
+    from lightning.pytorch import seed_everything
+
+    seed_everything(3, verbose=False)
+    settings = {"learning_rate": 3e-3, "warmup_steps": 5} | arguments.pop("model", {})
+    pretrain = Pretrain(["upright"], max_epochs=2, hparams={"learning_rate": 0.01})
+    arguments = {"domains": DOMAINS, "pretrain": pretrain, "output": "out", **arguments}
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=10)
+    return trainer.benchmark(tiny_expert(**settings), lm.Digits(batch_size=64), methods=methods, **arguments)
+
+
+def test_every_number_is_that_of_a_merge_by_hand():
+    table = run()
+    weights = {d: lm.open_weights(f"out/experts/{d}") for d in DOMAINS}
+    others = {d: weights[d] for d in ("rotated", "thick")}
+    by_hand = lm.merge("out/base", others, SCORE()).weights
+    data = lm.Digits(test_domains=["noisy"])
+    rows = {"SCORE": by_hand, "own expert": dict(weights["noisy"]), "base": dict(lm.open_weights("out/base"))}
+    for record in evaluate_candidates(quiet_trainer(), tiny_expert(), data, rows):
+        assert table.value(record["row"], "noisy") == record["accuracy"]
+    assert table.row_names == ["base", "average", "SCORE", "logit ensemble", "own expert"]
+    assert table.domains == DOMAINS
+    assert Path("out/table.md").read_text().startswith(table.markdown())
+    base = lm.open_weights("out/base")
+    assert not torch.equal(base["head.weight"], weights["noisy"]["head.weight"])
+
+
+def test_the_same_seed_gives_the_same_numbers_and_an_interrupted_run_goes_on(monkeypatch):
+    whole = run()
+    whole_results = Path("out/results.jsonl").read_text()
+    Path("out").rename("first")
+
+    from lightning_merge.evaluation import benchmark
+
+    calls = []
+    evaluate = benchmark.evaluate_domain
+
+    def interrupted(*args, **kwargs):
+        calls.append(args[3])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(benchmark, "evaluate_domain", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert sorted(p.parent.name for p in Path("out/held_out").glob("*/done")) == ["rotated"]
+    experts = {p: p.stat().st_mtime_ns for p in Path("out").glob("*/**/expert.ckpt")}
+    table = run()
+    assert calls == ["rotated", "noisy", "noisy", "thick"]
+    assert experts == {p: p.stat().st_mtime_ns for p in experts}
+    assert table.markdown() == whole.markdown()
+    assert _without_times(Path("out/results.jsonl").read_text()) == _without_times(whole_results)
+
+
+def _without_times(text: str) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "merge_seconds"} for line in text.splitlines()]
+
+
+def test_a_new_method_costs_only_itself(monkeypatch):
+    run()
+    before = _without_times(Path("out/results.jsonl").read_text())
+    table = run({**METHODS, "arithmetic": TaskArithmetic()})
+    after = _without_times(Path("out/results.jsonl").read_text())
+    assert [r for r in after if r["row"] != "arithmetic"] == before
+    assert "arithmetic" in table.row_names
+    changed = run({"average": WeightAverage(scale=0.5)})
+    assert changed.row_names == ["base", "average", "logit ensemble", "own expert"]
+    assert changed.value("average", "noisy") is not None
+    assert "scale" in Path("out/results.jsonl").read_text()
+
+
+def test_results_of_other_settings_are_never_mixed():
+    run()
+    with pytest.raises(lm.MergeError, match=r"model\.learning_rate was 0\.003, is 0\.1.*another output folder"):
+        run(model={"learning_rate": 0.1})
+
+
+def test_a_held_out_domain_as_a_whole():
+    quiet_trainer(max_epochs=1, limit_train_batches=2).benchmark(
+        tiny_expert(),
+        lm.Digits(test_on="all"),
+        methods={"average": WeightAverage()},
+        output="out",
+        domains=["noisy", "thick"],
+    )
+    tested = {(r["row"], r["test_on"]) for r in map(json.loads, Path("out/results.jsonl").read_text().splitlines())}
+    assert ("own expert", "test") in tested  # it has seen the rest
+    assert ("average", "all") in tested
+    assert "all of it" in Path("out/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"domains": ["noisy"]}, "needs at least two"),
+        ({"domains": ["noisy", "nosy"]}, "no domain 'nosy'"),
+        ({"domains": ["noisy", "upright"]}, "fitted on 'upright', which is held out"),
+        ({"methods": {}}, "no methods to compare"),
+        ({"pretrain": Pretrain(["upright"], hparams={"lr": 1})}, "no hyper-parameter 'lr'"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_written(arguments, message):
+    with pytest.raises(lm.MergeError, match=message):
+        run(**arguments)
+    assert not Path("out").exists()

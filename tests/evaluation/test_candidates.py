@@ -1,0 +1,98 @@
+"""Many candidates in one pass give the numbers of one `trainer.test` each, on any number of processes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import lightning_merge as lm
+from lightning_merge.evaluation import evaluate_candidates
+from lightning_merge.models.metrics import METRICS
+from tests.toys import quiet_trainer, tiny_expert
+
+
+@pytest.fixture
+def model():
+    return tiny_expert()
+
+
+@pytest.fixture
+def candidates(model):
+    draw = torch.Generator().manual_seed(0)
+    return {
+        name: {k: v + 0.3 * torch.randn(v.shape, generator=draw) for k, v in model.state_dict().items()}
+        for name in ("one", "two/with|odd <name>")
+    }
+
+
+def test_one_pass_equals_one_test_each(model, candidates):
+    data = lm.Digits(test_domains=["noisy", "thick"], batch_size=100)
+    found = evaluate_candidates(quiet_trainer(), model, data, candidates)
+    assert [(r["row"], r["domain"]) for r in found] == [(row, d) for row in candidates for d in ("noisy", "thick")]
+    for row, weights in candidates.items():
+        model.load_state_dict(weights)
+        expected = {}
+        for results in quiet_trainer().test(model, datamodule=data, verbose=False):
+            expected |= results
+        for record in (r for r in found if r["row"] == row):
+            for metric in METRICS:
+                assert record[metric] == pytest.approx(expected[f"test/{record['domain']}/{metric}"], abs=1e-7)
+
+
+def test_an_ensemble_averages_logits(model, candidates):
+    data = lm.Digits(test_domains=["noisy"])
+    found = evaluate_candidates(quiet_trainer(), model, data, candidates, {"both": list(candidates)})
+    images, labels = data.dataset("noisy", data.split("noisy", "test"), augment=False)[:]
+    logits = []
+    with torch.no_grad():
+        for weights in candidates.values():
+            model.load_state_dict(weights)
+            logits.append(model.eval()(images))
+    expected = (torch.stack(logits).mean(dim=0).argmax(dim=1) == labels).float().mean().item()
+    assert found[-1]["row"] == "both"
+    assert found[-1]["accuracy"] == pytest.approx(expected, abs=1e-7)
+
+
+def test_the_model_keeps_its_own_weights(model, candidates):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    evaluate_candidates(quiet_trainer(), model, lm.Digits(test_domains=["noisy"]), candidates)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_running_statistics_of_a_candidate_are_used():
+    model = lm.Expert("timm/resnet10t", 10, pretrained=False, backbone_args={"in_chans": 1})
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights["backbone.bn1.running_mean"] += 1
+    changed = {k: v.clone() for k, v in weights.items()}
+    changed["head.weight"] = torch.randn_like(changed["head.weight"])
+    data = lm.Digits(test_domains=["noisy"])
+    found = evaluate_candidates(quiet_trainer(), model, data, {"changed": changed})
+    model.load_state_dict(changed)
+    images, labels = data.dataset("noisy", data.split("noisy", "test"), augment=False)[:]
+    with torch.no_grad():
+        expected = (model.eval()(images).argmax(dim=1) == labels).float().mean().item()
+    assert found[0]["accuracy"] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_numbers_are_those_of_one_process(model, candidates, processes):
+    data = lm.Digits(test_domains=["noisy"], batch_size=50)  # 360 images: 8 batches of 45, which 2 does not divide
+    alone = evaluate_candidates(quiet_trainer(), model, data, candidates)
+    trainer = quiet_trainer(devices=processes, strategy="ddp_fork")
+    together = evaluate_candidates(trainer, model, data, candidates)
+    for one, many in zip(alone, together, strict=True):
+        assert one["accuracy"] == many["accuracy"]
+        for metric in METRICS:
+            assert one[metric] == pytest.approx(many[metric], abs=1e-6)
+
+
+def test_a_candidate_of_another_model_is_refused(model, candidates):
+    candidates["one"]["head.weight"] = torch.zeros(3, 8)
+    del candidates["one"]["head.bias"]
+    candidates["one"]["extra"] = torch.zeros(1)
+    with pytest.raises(lm.MergeError, match="3 problems") as caught:
+        evaluate_candidates(quiet_trainer(), model, lm.Digits(), candidates)
+    assert "'head.weight' has shape (3, 8) in the candidate 'one'" in str(caught.value)

@@ -1,0 +1,231 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import lightning_merge as lm
+from lightning_merge.cli import MergeCLI, main
+from tests.conftest import ROOT
+from tests.toys import image_folders, register_tiny_clip
+
+CONFIGS = ROOT / "configs"
+TINY_DIGITS = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
+TINY_VIT = [
+    "--model.pretrained=false",
+    "--model.backbone=timm/vit_tiny_patch16_224",
+    "--model.backbone_args={img_size: 32, embed_dim: 16, depth: 1, num_heads: 2}",
+]
+
+
+def fit(domain: str, *more: str) -> str:
+    """Fit an expert by the digits' config and return its run folder."""
+    config = f"--config={CONFIGS / 'fit/digits.yaml'}"
+    folder = f"experts/{domain}"
+    main(
+        ["fit", config, *TINY_DIGITS, f"--data.train_domains=[{domain}]", f"--trainer.default_root_dir={folder}", *more]
+    )
+    return folder
+
+
+def read_jsonl(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def experts() -> dict[str, str]:
+    fit("upright")
+    return {domain: fit(domain, "--model.weights=experts/upright") for domain in ("rotated", "noisy")}
+
+
+class TestFitMergeEvaluate:
+    def test_the_whole_way(self, experts, capsys):
+        config = f"--config={experts['rotated']}/config.yaml"
+        main(["merge", config, f"--config={CONFIGS / 'merge/score.yaml'}", f"--experts={json.dumps(experts)}"])
+        assert "SCORE of 2 experts (rotated, noisy)" in capsys.readouterr().out
+        by_hand = lm.merge("experts/upright", experts, lm.methods.SCORE()).weights
+        merged = lm.open_weights("merged.ckpt")
+        assert all(torch.equal(merged[name], tensor) for name, tensor in by_hand.items())
+
+        more = [
+            "--data.train_domains=null",
+            "--data.held_out=thick",
+            "--candidates={SCORE: merged.ckpt}",
+            "--output=out",
+        ]
+        held_out = f"--config={CONFIGS / 'evaluate/held_out.yaml'}"
+        main(["evaluate", config, held_out, *more, f"--experts={json.dumps(experts)}"])
+        shown = capsys.readouterr().out
+        assert "| SCORE" in shown
+        assert "| logit ensemble" in shown
+        assert shown.strip() in Path("out/table.md").read_text()
+
+        main(["test", config, "--ckpt_path=merged.ckpt", "--data.train_domains=null", "--data.held_out=thick"])
+        record = next(record for record in read_jsonl("out/results.jsonl") if record["row"] == "SCORE")
+        assert str(record["accuracy"])[:8] in capsys.readouterr().out
+        saved = yaml.safe_load(Path("experts/rotated/config.yaml").read_text())
+        assert saved["data"]["init_args"]["train_domains"] == ["rotated"]  # `test` left it alone
+
+    def test_files_alone_need_no_model(self, experts):
+        command = ["merge", "--base=experts/upright", "--method=TIES", "--method.density=0.3", "--output=m.safetensors"]
+        main([*command, f"--experts={json.dumps(list(experts.values()))}"])
+        by_hand = lm.merge("experts/upright", list(experts.values()), lm.methods.TIES(density=0.3)).weights
+        assert all(torch.equal(lm.open_weights("m.safetensors")[name], tensor) for name, tensor in by_hand.items())
+
+    def test_two_processes_fit_merge_and_evaluate_as_one(self, experts):
+        """`fit` under DDP, then `merge`, then `evaluate`: each a real launch of two processes."""
+        ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+
+        def launch(*arguments: str) -> None:
+            command = [sys.executable, "-m", "lightning_merge", *arguments]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert result.returncode == 0, result.stderr
+
+        config = f"--config={CONFIGS / 'fit/digits.yaml'}"
+        start = ["--model.weights=experts/upright", "--trainer.default_root_dir=experts/ddp"]
+        launch("fit", config, *TINY_DIGITS, *ddp, *start, "--data.train_domains=[rotated]")
+        one, two = lm.open_weights(experts["rotated"]), lm.open_weights("experts/ddp")
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+
+        run = f"--config={experts['rotated']}/config.yaml"
+        pair = "{rotated: experts/ddp, noisy: experts/noisy}"
+        launch("merge", run, *ddp, f"--experts={pair}", "--output=ddp.ckpt", "--data.test_domains=[thick]")
+        main(["merge", run, f"--experts={pair}", "--output=one.ckpt", "--data.test_domains=[thick]"])
+        merged = lm.open_weights("ddp.ckpt")
+        assert all(torch.equal(merged[name], tensor) for name, tensor in lm.open_weights("one.ckpt").items())
+
+        rows = ["--candidates={merged: ddp.ckpt}", "--data.test_domains=[thick]"]
+        launch("evaluate", run, *ddp, *rows, "--output=two")
+        main(["evaluate", run, *rows, "--output=one"])
+        for a, b in zip(read_jsonl("one/results.jsonl"), read_jsonl("two/results.jsonl"), strict=True):
+            assert a["accuracy"] == b["accuracy"]
+            for metric in ("balanced_accuracy", "f1", "calibration_error"):
+                assert a[metric] == pytest.approx(b[metric], abs=1e-6)
+
+
+class TestEveryConfigRuns:
+    def test_all_are_tested(self):
+        tested = {
+            "fit/digits.yaml",
+            "fit/folders.yaml",
+            "fit/score_paper.yaml",
+            "merge/score.yaml",
+            "merge/iso_cts.yaml",
+            "merge/ties.yaml",
+            "evaluate/held_out.yaml",
+            "benchmark/digits.yaml",
+            "benchmark/pacs.yaml",
+        }
+        assert {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")} == tested
+
+    def test_fit_folders(self):
+        root = image_folders(Path("data"))
+        main(
+            ["fit", f"--config={CONFIGS / 'fit/folders.yaml'}", f"--data.root={root}", "--data.train_domains=[photo]"]
+            + [*TINY_DIGITS, *TINY_VIT, "--model.num_classes=2", "--data.batch_size=4"]
+            + ["--trainer.default_root_dir=run"]
+        )
+        assert len(lm.open_weights("run")) > 0
+
+    def test_fit_score_paper(self):
+        import open_clip
+
+        name = register_tiny_clip(Path())
+        torch.save(open_clip.create_model(name).state_dict(), "clip.pt")
+        names = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
+        root = image_folders(Path("data"), domains=["photo", "sketch"], classes=names, n=10)
+        main(
+            ["fit", f"--config={CONFIGS / 'fit/score_paper.yaml'}", f"--data.root={root}"]
+            + [f"--model.backbone=open_clip/{name}", "--model.pretrained=clip.pt", "--data.train_domains=[photo]"]
+            + ["--model.templates=['a photo of a {}.']", "--data.num_workers=0", "--data.batch_size=8"]
+            + ["--model.warmup_steps=1", *TINY_DIGITS, "--trainer.default_root_dir=run"]
+        )
+        fitted = lm.open_weights("run")
+        start = (
+            lm.Expert(**fitted.header["hyper_parameters"] | {"_instantiator": None} - {"_instantiator"}) if 0 else None
+        )
+        assert start is None
+        assert fitted["head.weight"].shape == (7, 16)
+
+    @pytest.mark.parametrize("name", ["score", "iso_cts", "ties"])
+    def test_merge(self, name):
+        for i in range(3):
+            lm.save_weights(f"{i}.safetensors", {"w": torch.randn(6, 6)})
+        main(
+            ["merge", f"--config={CONFIGS / 'merge' / name}.yaml", "--base=0.safetensors"]
+            + ["--experts=[1.safetensors, 2.safetensors]", "--output=m.safetensors"]
+        )
+        assert lm.open_weights("m.safetensors")["w"].shape == (6, 6)
+
+    def test_benchmark_digits(self, capsys):
+        config = f"--config={CONFIGS / 'benchmark/digits.yaml'}"
+        main(["benchmark", config, *TINY_DIGITS, "--pretrain.max_epochs=1", "--domains=[noisy, thick]", "--output=out"])
+        shown = capsys.readouterr().out
+        methods = yaml.safe_load((CONFIGS / "benchmark/digits.yaml").read_text())["methods"]
+        assert all(f"| {name} " in shown for name in methods)
+
+    def test_benchmark_pacs(self, capsys):
+        root = image_folders(Path("data"))
+        main(
+            ["benchmark", f"--config={CONFIGS / 'benchmark/pacs.yaml'}", f"--data.root={root}", *TINY_DIGITS, *TINY_VIT]
+            + ["--model.num_classes=2", "--data.batch_size=4", "--output=out"]
+        )
+        assert "| SCORE, full " in capsys.readouterr().out
+
+
+class TestDropIn:
+    """An existing project changes one word: ``LightningCLI(MyModel, MyData)`` -> ``MergeCLI(MyModel, MyData)``."""
+
+    def test_a_project_s_own_module_and_data(self):
+        run = ["--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+        model = ["--model.num_classes=10", "--model.backbone=timm/convnext_tiny", "--model.pretrained=false"]
+        model += ["--model.backbone_args={in_chans: 1, depths: [1, 0, 0, 0], dims: [8, 8, 8, 8], patch_size: 1}"]
+        arguments = ["fit", *run, *model, "--data.train_domains=[noisy]", "--trainer.default_root_dir=run"]
+        cli = MergeCLI(lm.Expert, lm.Digits, args=arguments, seed_everything_default=1)
+        assert isinstance(cli.trainer, lm.MergeTrainer)
+        assert len(lm.open_weights("run")) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "`fit` needs a model"),
+        (["merge", "--base=b.ckpt"], "nothing to merge"),
+        (["merge", "--experts=[a.ckpt]"], "give it with --base"),
+        (["merge", "--experts=[a.ckpt]", "--base=b.ckpt"], "no file or folder b.ckpt"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert f"lightning-merge: {error.split('lightning-merge: ')[1]}" in error
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("verb", ["fit", "merge", "evaluate", "benchmark"])
+def test_every_verb_prints_a_config_that_it_reads(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--model=Expert", "--model.backbone=timm/resnet18", "--model.num_classes=3", "--print_config"])
+    Path("c.yaml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main([verb, "--config=c.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(Path("c.yaml").read_text())
+
+
+def test_help_speaks_of_every_argument(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Leave each domain out in turn" in text
+    assert "The methods to compare, by the name of their row." in text
