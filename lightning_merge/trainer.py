@@ -14,7 +14,7 @@ from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
-from lightning_merge.evaluation.held_out import BASE
+from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.matrices import Matrices
 from lightning_merge.merging import Merged, merge
 from lightning_merge.methods import SCORE, MergeMethod
@@ -149,6 +149,7 @@ class MergeTrainer(Trainer):
         """
         if model is None or datamodule is None:
             raise MergeError("Evaluating needs a model and data; give --model and --data, or the config.yaml of a fit.")
+        check_names(candidates or {})
         rows = {BASE: open_weights(base) if base is not None else model.state_dict()}
         rows |= {name: open_weights(path, name) for name, path in (candidates or {}).items()}
         named = {domain: open_weights(path, f"expert {domain}") for domain, path in (experts or {}).items()}

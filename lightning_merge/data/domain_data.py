@@ -150,8 +150,8 @@ class DomainDataModule(LightningDataModule, ABC):
             train, val = train_test_split(rest, test_size=val_size, stratify=labels[rest], **share)
         except ValueError as error:
             raise MergeError(
-                f"The domain {domain!r} has {len(labels)} images, too few to have all {len(self.class_names)} classes in "
-                "its training, its validation and its test split; raise test_fraction and val_fraction, or add images."
+                f"The domain {domain!r} has {len(labels)} images, too few to have all {len(self.class_names)} classes "
+                "in training, validation and test split; raise test_fraction and val_fraction, or add images."
             ) from error
         return np.sort({"train": train, "val": val, "test": test}[split])
 

@@ -34,7 +34,7 @@ from lightning_merge.checkpoints import Weights, open_weights, save_weights, wri
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
-from lightning_merge.evaluation.held_out import BASE, evaluate_domain
+from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
@@ -212,6 +212,7 @@ class Benchmark:
                 f"The model has no hyper-parameter {unknown[0]!r} to change for the base; it has "
                 f"{', '.join(self.model.hparams)}."
             )
+        check_names(self.methods)
         if not self.methods:
             raise MergeError("There are no methods to compare; give at least one.")
         for domain in [*self.domains, *pretrain]:

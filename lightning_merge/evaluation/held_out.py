@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record, evaluate_candidates
 
 if TYPE_CHECKING:
@@ -16,6 +17,21 @@ if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
 
 BASE, OWN_EXPERT, ENSEMBLE = "base", "own expert", "logit ensemble"
+_OTHER_EXPERT = "expert "
+
+
+def is_method(row: str) -> bool:
+    """Whether a row is a merged model, and not one of those that merged models are compared with."""
+    return row not in (BASE, OWN_EXPERT, ENSEMBLE) and not row.startswith(_OTHER_EXPERT)
+
+
+def check_names(rows: Iterable[str]) -> None:
+    """Raise a :class:`MergeError` if a merged model has the name of a row that is there anyway."""
+    for row in rows:
+        if not is_method(row):
+            raise MergeError(
+                f"The row {row!r} is there anyway, for what merged models are compared with; rename yours."
+            )
 
 
 def evaluate_domain(
@@ -41,7 +57,7 @@ def evaluate_domain(
     Returns:
         A record for each row.
     """
-    others = {f"expert {name}": weights for name, weights in experts.items() if name != domain}
+    others = {_OTHER_EXPERT + name: weights for name, weights in experts.items() if name != domain}
     passes = {datamodule.test_on: {**candidates, **others}}
     if domain in experts:
         passes.setdefault("test", {})[OWN_EXPERT] = experts[domain]

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_merge.checkpoints import write_text
-from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT
+from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT, is_method
 from lightning_merge.models.metrics import METRICS
 
 _LOWER_IS_BETTER = ("calibration_error",)
-_REFERENCES = (BASE, ENSEMBLE, OWN_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,10 @@ class Table:
     Args:
         records: Each with ``row``, ``domain`` and the metric.
         metric: The metric to show.
-        rows: The rows in their order; by default the base, then those of the records, then ensemble and own expert.
     """
 
     records: Sequence[dict[str, Any]]
     metric: str = "accuracy"
-    rows: Sequence[str] | None = None
 
     @property
     def domains(self) -> list[str]:
@@ -40,10 +37,8 @@ class Table:
     @property
     def row_names(self) -> list[str]:
         """The rows: the base, the methods, the ensemble, the own expert. Single other experts are left out."""
-        if self.rows is not None:
-            return list(self.rows)
         found = list(dict.fromkeys(record["row"] for record in self.records))
-        methods = [row for row in found if row not in _REFERENCES and not row.startswith("expert ")]
+        methods = [row for row in found if is_method(row)]
         return [row for row in (BASE, *methods, ENSEMBLE, OWN_EXPERT) if row in found]
 
     def value(self, row: str, domain: str) -> float | None:
@@ -97,7 +92,7 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown, in percent; the best method of every column is bold."""
         lines = {row: self.line(row) for row in self.row_names}
-        methods = [row for row in lines if row not in _REFERENCES]
+        methods = [row for row in lines if is_method(row)]
         choose = min if self.metric in _LOWER_IS_BETTER else max
         best = [
             choose((lines[row][i] for row in methods if lines[row][i] is not None), default=None)

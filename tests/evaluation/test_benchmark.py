@@ -117,6 +117,7 @@ def test_a_held_out_domain_as_a_whole():
         ({"domains": ["noisy", "nosy"]}, "no domain 'nosy'"),
         ({"domains": ["noisy", "upright"]}, "fitted on 'upright', which is held out"),
         ({"methods": {}}, "no methods to compare"),
+        ({"methods": {"base": SCORE()}}, "'base' is there anyway"),
         ({"pretrain": Pretrain(["upright"], hparams={"lr": 1})}, "no hyper-parameter 'lr'"),
     ],
 )
