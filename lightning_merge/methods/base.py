@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,9 +34,12 @@ class Context:
     seed: int = 0
     survey: Any = None
 
-    def generator(self) -> torch.Generator:
-        """A random generator (on the CPU) that starts from this parameter's seed."""
-        return torch.Generator().manual_seed(self.seed)
+    def generator(self, stream: str = "") -> torch.Generator:
+        """A random generator (on the CPU) that starts from this parameter's seed.
+
+        Methods that may stand one inside another name a stream each, so that their draws are independent.
+        """
+        return torch.Generator().manual_seed(self.seed ^ zlib.crc32(stream.encode()))
 
 
 @dataclass(frozen=True)

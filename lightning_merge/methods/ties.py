@@ -2,41 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
-from lightning_merge.order_statistics import kth_magnitude
+from lightning_merge.order_statistics import kth_magnitude, moments, norm_fraction_magnitude
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
 
 
-def trim(deltas: Tensor, thresholds: Tensor) -> Tensor:
-    """Reset the entries whose magnitude is below their expert's threshold: ``(T, …), (T,) -> (T, …)``."""
-    return deltas * (deltas.abs() >= thresholds.view(-1, *[1] * (deltas.ndim - 1)))
+def trim(deltas: Tensor, thresholds: Tensor, centers: Tensor | None = None) -> Tensor:
+    """Reset the entries nearer to their expert's center (0) than its threshold: ``(T, …), (T,), (T,) -> (T, …)``."""
+    distances = deltas if centers is None else deltas - per_expert(centers, deltas)
+    return deltas * (distances.abs() >= per_expert(thresholds, deltas))
 
 
-def elect(trimmed: Tensor, majority: Tensor) -> Tensor:
-    """Elect a sign per entry by total mass: ``(T, …) -> (…)``; where the mass is zero, the sign of the whole model."""
-    sign = trimmed.sum(dim=0).sign()
+def elect(trimmed: Tensor, majority: Tensor, rule: str = "mass", norms: Tensor | None = None) -> Tensor:
+    """Elect a sign per entry: ``(T, …) -> (…)``; where nobody wins, the sign of the whole model.
+
+    Args:
+        trimmed: ``(T, …)``.
+        majority: ``()``, the sign that most entries of the model elect.
+        rule: ``mass`` sums the entries; ``normmass`` sums their signed shares of their expert's squared norm;
+            ``normfrac`` takes the sign of the largest such share.
+        norms: ``(T,)``, the norms of the trimmed experts, for the latter two.
+
+    Returns:
+        ``(…)``.
+    """
+    votes = trimmed
+    if rule != "mass":
+        shares = trimmed.square() / per_expert(norms.square().clamp(min=torch.finfo(norms.dtype).tiny), trimmed)
+        votes = shares * trimmed.sign()
+    if rule == "normfrac":
+        votes = votes.gather(0, shares.argmax(dim=0, keepdim=True))
+    sign = votes.sum(dim=0).sign()
     return sign.where(sign != 0, majority)
 
 
-def disjoint_merge(trimmed: Tensor, sign: Tensor, merge: str = "mean") -> Tensor:
+def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") -> Tensor:
     """Merge the entries that agree with the elected sign.
 
     Args:
         trimmed: ``(T, …)``.
-        sign: ``(…)``, the elected signs; where it is 0, negative entries count (as in the official code).
+        sign: ``(…)``, the elected signs; where it is 0, negative entries count (as in the official code). None: all do.
         merge: ``mean`` over the agreeing non-zero entries, their ``sum``, or the ``max`` in magnitude.
 
     Returns:
         ``(…)``.
     """
-    agreeing = trimmed * ((trimmed > 0) == (sign > 0))
+    agreeing = trimmed if sign is None else trimmed * ((trimmed > 0) == (sign > 0))
     if merge == "mean":
         return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
     if merge == "sum":
@@ -44,33 +64,117 @@ def disjoint_merge(trimmed: Tensor, sign: Tensor, merge: str = "mean") -> Tensor
     return agreeing.abs().amax(dim=0) * sign
 
 
+def joint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") -> Tensor:
+    """Merge all entries, zeros and disagreeing ones too, and give the result the elected sign, if there is one.
+
+    Args:
+        trimmed: ``(T, …)``.
+        sign: ``(…)``, the elected signs, or None.
+        merge: ``mean``, ``sum``, ``median`` (of an even number the lower one) or ``magnitude`` (the largest entry).
+
+    Returns:
+        ``(…)``.
+    """
+    if merge == "magnitude":
+        merged = trimmed.gather(0, trimmed.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    elif merge == "median":
+        merged = trimmed.median(dim=0).values
+    else:
+        merged = trimmed.mean(dim=0) if merge == "mean" else trimmed.sum(dim=0)
+    return merged if sign is None else merged.abs() * sign
+
+
+def per_expert(values: Tensor, deltas: Tensor) -> Tensor:
+    """One value per expert, shaped to meet the stacked task tensors: ``(T,), (T, …) -> (T, 1, …)``."""
+    return values.view(-1, *[1] * (deltas.ndim - 1))
+
+
+class Survey(NamedTuple):
+    """What TIES knows of the whole model; ``(T,)`` for every expert."""
+
+    thresholds: Tensor | None = None
+    centers: Tensor | None = None
+    norms: Tensor | None = None
+    """Of what is left after trimming."""
+    majority: Tensor | None = None
+    """``()``, the sign that most entries elect."""
+
+
 @dataclass(frozen=True)
 class TIES(MergeMethod):
-    """Trim, elect sign, merge. The trimming threshold is that of the expert's whole model, as in the official code.
+    """Trim, elect sign, merge. Statistics are those of the expert's whole model, as in the official code.
+
+    The paper's method is the default; the other choices are the official code's.
 
     Args:
         density: Share of each task vector that is kept, by magnitude; in (0, 1]. The paper keeps 0.2.
-        merge: How agreeing entries are merged: ``mean`` (the paper's disjoint mean), ``sum`` or ``max``.
+        trim: What is kept: the largest entries up to ``density`` (``topk``) or up to ``norm_fraction``
+            (``normfrac``), those farther than ``deviations`` from the mean (``std``), or everything (``none``).
+        norm_fraction: Share of each task vector's squared norm that ``normfrac`` keeps; in (0, 1].
+        deviations: In standard deviations of the task vector, for ``std``; must not be negative.
+        elect: Who decides on the sign of an entry: the sum (``mass``), the sum or the largest of the experts' shares of
+            their squared norms (``normmass``, ``normfrac``), or nobody (``none``).
+        merge: How agreeing entries are merged: ``mean`` (the paper's disjoint mean), ``sum`` or ``max``; if not
+            disjoint, ``mean``, ``sum``, ``median`` or ``magnitude``.
+        disjoint: Leave out zeros and the entries that do not agree with the sign; otherwise everything is merged and
+            gets the sign afterwards.
         scale: Scaling coefficient; 1 is the paper's choice where there is no validation data.
     """
 
     density: float = 0.2
-    merge: Literal["mean", "sum", "max"] = "mean"
+    trim: Literal["topk", "normfrac", "std", "none"] = "topk"
+    norm_fraction: float = 0.9
+    deviations: float = 1.0
+    elect: Literal["mass", "normmass", "normfrac", "none"] = "mass"
+    merge: Literal["mean", "sum", "max", "median", "magnitude"] = "mean"
+    disjoint: bool = True
 
     def __post_init__(self) -> None:
         check_range(self, "density", 0, 1, open_low=True)
-        check_choice(self, "merge", ("mean", "sum", "max"))
+        check_range(self, "norm_fraction", 0, 1, open_low=True)
+        check_range(self, "deviations", 0, float("inf"), open_high=True)
+        check_choice(self, "trim", ("topk", "normfrac", "std", "none"))
+        check_choice(self, "elect", ("mass", "normmass", "normfrac", "none"))
+        signed_max = ("max",) if self.elect != "none" else ()  # the largest magnitude gets its sign from the election
+        check_choice(
+            self, "merge", ("mean", "sum", *signed_max) if self.disjoint else ("mean", "sum", "median", "magnitude")
+        )
 
-    def survey(self, task_vectors: TaskVectors) -> tuple[Tensor, Tensor]:
-        """Find every expert's threshold ``(T,)`` and the sign ``()`` that most entries of the model elect."""
-        total = sum(task_vectors.numel(name) for name in task_vectors)
-        smallest_kept = max(total - int(total * self.density), 1)
-        thresholds = kth_magnitude(lambda: (deltas for _, deltas in task_vectors.items()), smallest_kept)
-        votes = sum(trim(deltas, thresholds).sum(dim=0).sign().sum() for _, deltas in task_vectors.items())
-        return thresholds, votes.sign()
+    def survey(self, task_vectors: TaskVectors) -> Survey:
+        """Find the experts' thresholds, then the norms of what is left, then the sign that most entries elect."""
+
+        def chunks() -> Iterator[Tensor]:
+            return (deltas for _, deltas in task_vectors.items())
+
+        def trimmed() -> Iterator[Tensor]:
+            return (self._trim(deltas, survey) for deltas in chunks())
+
+        first = next(chunks())
+        survey = Survey()
+        if self.trim == "topk":
+            total = sum(task_vectors.numel(name) for name in task_vectors)
+            survey = Survey(kth_magnitude(chunks, max(total - int(total * self.density), 1)))
+        elif self.trim == "normfrac":
+            survey = Survey(norm_fraction_magnitude(chunks, self.norm_fraction))
+        elif self.trim == "std":
+            centers, deviations = moments(chunks)
+            thresholds = (self.deviations * deviations).to(first).nextafter(first.new_tensor(torch.inf))  # beyond it
+            survey = Survey(thresholds, centers.to(first))
+        if self.elect in ("normmass", "normfrac"):
+            squares = sum(deltas.double().square().reshape(len(deltas), -1).sum(dim=1) for deltas in trimmed())
+            survey = survey._replace(norms=squares.sqrt().to(first))
+        if self.elect != "none":
+            votes = sum(elect(deltas, first.new_zeros(()), self.elect, survey.norms).sum() for deltas in trimmed())
+            survey = survey._replace(majority=votes.sign())
+        return survey
+
+    def _trim(self, deltas: Tensor, survey: Survey) -> Tensor:
+        return deltas if survey.thresholds is None else trim(deltas, survey.thresholds, survey.centers)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``: trim, elect, merge."""
-        thresholds, majority = context.survey
-        trimmed = trim(deltas, thresholds)
-        return disjoint_merge(trimmed, elect(trimmed, majority), self.merge)
+        survey: Survey = context.survey
+        trimmed = self._trim(deltas, survey)
+        sign = None if self.elect == "none" else elect(trimmed, survey.majority, self.elect, survey.norms)
+        merge = disjoint_merge if self.disjoint else joint_merge
+        return merge(trimmed, sign, self.merge)

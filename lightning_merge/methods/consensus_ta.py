@@ -1,0 +1,53 @@
+"""Consensus TA.
+
+Wang et al., "Localizing Task Information for Improved Model Merging and Compression", ICML 2024, arXiv 2405.07813.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.tall_masks import tall_masks
+from lightning_merge.methods.task_arithmetic import TaskArithmetic
+from lightning_merge.methods.wrapper import Wrapper
+
+
+def consensus(deltas: Tensor, merged: Tensor, mask_threshold: float = 0.4, k: int = 2) -> Tensor:
+    """Keep the entries of the merged update that lie in at least k TALL masks: ``(T, …), (…) -> (…)``."""
+    return merged * (tall_masks(deltas, merged, mask_threshold).sum(dim=0) >= k)
+
+
+@dataclass(frozen=True)
+class ConsensusTA(Wrapper):
+    """The merged update without the entries that matter to no task (catastrophic ones) or to one alone (selfish ones).
+
+    With fewer than ``k`` experts nothing is left but the base, as in the official code.
+
+    Args:
+        method: The method that merges. The masks compare its update before scaling. Consensus TIES is
+            ``method=TIES(merge="sum")``.
+        mask_threshold: The masks' λ, must not be negative. The official code chooses it for each task among 0.2, 0.3,
+            0.4, 0.5, 0.6 on validation data; here it is one for all.
+        k: The number of tasks that an entry must matter to; 0 keeps everything, 1 drops the catastrophic entries only.
+        scale: Scaling coefficient; by default that of the method. The official code chooses it on validation data.
+    """
+
+    method: MergeMethod = TaskArithmetic()  # noqa: RUF009, a frozen dataclass
+    mask_threshold: float = 0.4
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "mask_threshold", 0, float("inf"), open_high=True)
+        check_range(self, "k", 0, float("inf"), open_high=True)
+
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, …) -> (…)``, see :func:`consensus`."""
+        return consensus(deltas, self.method.update(deltas, context), self.mask_threshold, self.k)
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """``(T, …) -> (…)``: the same, with the update of the method inside for this task."""
+        return consensus(deltas, self.method.task_update(deltas, expert, context), self.mask_threshold, self.k)

@@ -1,0 +1,62 @@
+"""EMR (Huang et al., "EMR-Merging: Tuning-Free High-Performance Model Merging", NeurIPS 2024, arXiv 2405.17461)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.methods.base import Context, MergeMethod
+
+if TYPE_CHECKING:
+    from lightning_merge.task_vectors import TaskVectors
+
+
+def emr(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """Elect a unified update and the experts' masks.
+
+    Args:
+        deltas: ``(T, …)``.
+
+    Returns:
+        ``(…)``, in every entry the largest magnitude among the experts that agree with the sign of the mean (negative
+        where that is 0), and ``(T, …)``, where each expert does.
+    """
+    sign = torch.where(deltas.sum(dim=0) > 0, 1, -1).to(deltas)
+    masks = deltas * sign > 0
+    return sign * (deltas * masks).abs().amax(dim=0), masks
+
+
+@dataclass(frozen=True)
+class EMR(MergeMethod):
+    """Elect, mask, rescale: one unified update for all, and for each task a mask and a scalar.
+
+    The model for a task is ``base + scale * rescaler * mask * unified``. Without a task it is the unified update.
+
+    Args:
+        scale: Scaling coefficient; the paper has none.
+    """
+
+    per_task: ClassVar[bool] = True
+
+    def survey(self, task_vectors: TaskVectors) -> Tensor:
+        """Find the rescalers ``(T,)``: the experts' mean magnitudes, summed over parameters, over the masked ones'."""
+        own, masked = [], []
+        for _, deltas in task_vectors.items():
+            if deltas.numel():
+                unified, masks = emr(deltas)
+                own.append(deltas.abs().reshape(len(deltas), -1).mean(dim=1, dtype=torch.float64))
+                masked.append((unified * masks).abs().reshape(len(deltas), -1).mean(dim=1, dtype=torch.float64))
+        total_own, total_masked = sum(own), sum(masked)
+        return torch.where(total_masked > 0, total_own / total_masked, 0).to(deltas)
+
+    def tensor(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, …) -> (…)``: the unified update."""
+        return emr(deltas)[0]
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """``(T, …) -> (…)``: the unified update where the expert agrees with it, rescaled."""
+        unified, masks = emr(deltas)
+        return context.survey[expert] * masks[expert] * unified

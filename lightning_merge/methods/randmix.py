@@ -1,0 +1,40 @@
+"""RandMix, the control of MagMax.
+
+Marczak et al., "MagMax: Leveraging Model Merging for Seamless Continual Learning", ECCV 2024, arXiv 2407.06322.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_merge.methods.base import Context, MergeMethod
+
+
+def randmix(deltas: Tensor, choice: Tensor) -> Tensor:
+    """Take every entry from one expert.
+
+    Args:
+        deltas: ``(T, …)``.
+        choice: ``(…)``, the expert's index.
+
+    Returns:
+        ``(…)``.
+    """
+    return deltas.gather(0, choice.unsqueeze(0)).squeeze(0)
+
+
+@dataclass(frozen=True)
+class RandMix(MergeMethod):
+    """Every entry comes from an expert drawn at random, all equally likely. It shows what MagMax's selection is worth.
+
+    Args:
+        scale: Scaling coefficient; 1 in the paper.
+    """
+
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, …) -> (…)``, see :func:`randmix`; one draw for the whole parameter, also where it is split."""
+        choice = torch.randint(len(deltas), deltas.shape[1:], generator=context.generator("RandMix"))
+        return randmix(deltas, choice.to(deltas.device))
