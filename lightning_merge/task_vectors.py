@@ -197,7 +197,7 @@ class TaskVectors:
         self._names = names
         self._dtype = dtype
         self._device = device
-        self._matrices = matrices
+        self.matrices = matrices
         self._seed = seed
         self._transform = transform
 
@@ -222,6 +222,11 @@ class TaskVectors:
         """The number of entries of a parameter in one model, known without reading it."""
         return self._base.meta[name].numel()
 
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """The factors ``(B, A)`` of the experts that are LoRA adapters and adapt this parameter; empty for others."""
+        found = [expert.factors(name) for expert in self._experts if hasattr(expert, "factors")]
+        return [pair for pair in found if pair is not None]
+
     def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
         """The same task vectors, seen through one more transformation."""
         before = self._transform
@@ -233,7 +238,7 @@ class TaskVectors:
     def context(self, name: str, survey: Any = None) -> Context:
         """What a method's rule may know about a parameter."""
         base = wide(self._base[name]).to(self._device, self._dtype)
-        return Context(name, base, self._matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
+        return Context(name, base, self.matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
 
 
 def wide(tensor: Tensor) -> Tensor:

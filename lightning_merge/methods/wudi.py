@@ -69,8 +69,8 @@ class WUDI(MergeMethod):
         iterations: Steps of Adam.
         lr: Adam's learning rate, positive; no entry moves by much more than ``iterations · lr``.
         closed_form: Solve for the minimum instead, which is far from where the paper's steps arrive.
-        parameters: Patterns of the parameters that are merged, if they are matrices: by default the linear layers of the
-            blocks of OpenCLIP's (as in the official code) and timm's transformers.
+        parameters: Patterns of the parameters that are merged, if they are matrices: by default the linear layers
+            in the blocks of OpenCLIP's (as in the official code) and timm's transformers.
         others: What happens to the other parameters: ``base`` keeps the base's, as the official code does; ``mean``.
         scale: Scaling coefficient; the paper always uses 1.
     """
