@@ -50,10 +50,7 @@ def worst(groups, group, method, matrices=Matrices(), expert=None, form="update"
     deviation = 0.0
     for name, expected in groups[group].items():
         deltas, context = task_vectors[name], task_vectors.context(name, survey)
-        if expert is None:
-            update = method.update(deltas, context)
-        else:
-            update = method.task_update(deltas, expert, context)
+        update = method.update(deltas, context) if expert is None else method.task_update(deltas, expert, context)
         if form != "update":
             update = method.scale * update
         if form == "model":
