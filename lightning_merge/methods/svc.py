@@ -32,7 +32,9 @@ def svc(merged: Tensor, deltas: Tensor, alpha: float | None = None) -> Tensor:
     rows = s.unsqueeze(-1) * Vt  # Uᵀ merged (k, n)
     responses = U.mT @ deltas  # (T, k, n)
     strength = responses.square().sum(dim=-1)  # (T, k)
-    projection = (responses * rows).sum(dim=-1) / strength.clamp(min=torch.finfo(s.dtype).tiny)
+    rounding = (max(deltas.shape[1:]) * torch.finfo(s.dtype).eps) ** 2 * deltas.square().sum(dim=(-2, -1)).unsqueeze(-1)
+    there = strength > rounding  # an expert that has nothing in a direction must not outweigh the others there
+    projection = torch.where(there, (responses * rows).sum(dim=-1) / strength, 0)
     gain = T / projection.clamp(min=1 / T if alpha is None else alpha).sum(dim=0)  # (k,)
     return (U * gain) @ rows
 
