@@ -50,9 +50,9 @@ class Blocks(TaskVectors):
         other._names = (name,)
         return other
 
-    def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, name: str) -> None:
         """No factors: blocks are dense."""
-        return []
+        return None
 
     def numel(self, name: str) -> int:
         """The number of entries of a block in one model."""

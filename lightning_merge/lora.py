@@ -55,10 +55,13 @@ class LoRAWeights(Weights):
     """The dense weights of an expert that is an adapter over a base, computed when they are asked for."""
 
     adapted: Mapping[str, Adapted]
+    replaced: Mapping[str, str]
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """The factors ``(B, A)`` of what the adapter adds to a parameter; None if it leaves the parameter as it is."""
-        return self.adapted[name].factors() if name in self.adapted else None
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """The factors ``(B, A)`` of what the adapter adds to a parameter; empty if nothing, None if it replaces it."""
+        if name in self.replaced:
+            return None
+        return [self.adapted[name].factors()] if name in self.adapted else []
 
 
 def is_adapter(source: Source) -> bool:
@@ -233,5 +236,5 @@ def _assemble(
         path=file,
         tied={alias: owner for alias, owner in origin.tied.items() if not {alias, owner} & changed},
     )
-    weights.adapted = adapted
+    weights.adapted, weights.replaced = adapted, replaced
     return weights

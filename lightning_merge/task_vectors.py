@@ -222,10 +222,12 @@ class TaskVectors:
         """The number of entries of a parameter in one model, known without reading it."""
         return self._base.meta[name].numel()
 
-    def factors(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """The factors ``(B, A)`` of the experts that are LoRA adapters and adapt this parameter; empty for others."""
-        found = [expert.factors(name) for expert in self._experts if hasattr(expert, "factors")]
-        return [pair for pair in found if pair is not None]
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """The LoRA factors ``(B, A)`` that span what the experts did to a parameter; None if they are not known."""
+        if self._transform is not None:
+            return None
+        found = [expert.factors(name) if hasattr(expert, "factors") else None for expert in self._experts]
+        return None if None in found else [pair for pairs in found for pair in pairs]
 
     def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
         """The same task vectors, seen through one more transformation."""

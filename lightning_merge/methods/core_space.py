@@ -113,7 +113,7 @@ class CoreSpace(Wrapper):
             dense = matrices(name, deltas)
             if dense is None or not dense.any():
                 continue
-            factors = [(B.to(dense), A.to(dense)) for B, A in task_vectors.factors(name)]
+            factors = [(B.to(dense), A.to(dense)) for B, A in task_vectors.factors(name) or ()]
             U, Vt = reference_bases(factors or balanced_factors(dense, self.sv_threshold))
             if U.shape[1] and len(Vt):
                 bases[name], sizes[name] = (U, Vt), (U.shape[1], len(Vt))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_merge.methods.knots import KnOTS
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM, tsv_m
+from lightning_merge.methods.wrapper import Wrapper
 from lightning_merge.task_vectors import TaskVectors
 
 
@@ -129,6 +131,34 @@ def test_nothing_is_lost(groups, adapters):
         U, Vt = reference_bases([(B.double(), A.double()) for B, A in task_vectors.factors(name)])
         assert U.shape[1] == len(Vt) == 8  # four experts of rank 2
         torch.testing.assert_close(U @ (U.T @ deltas @ Vt.T) @ Vt, deltas, rtol=0, atol=1e-7)
+
+
+@dataclass(frozen=True)
+class AddOnes(Wrapper):
+    """Changes what the method inside sees."""
+
+    def transform(self, deltas, context):
+        return deltas + 1
+
+
+def test_factors_are_not_trusted_where_they_do_not_span_the_experts(tmp_path, groups, adapters):
+    base = groups["pretrained"]
+    generator = torch.Generator().manual_seed(0)
+    dense = {name: w + 0.1 * torch.randn(w.shape, generator=generator) for name, w in base.items()}
+    mixed = [*adapters, dense]
+    method = CoreSpace(TaskArithmetic())
+    for name, update in merge_all(method, base, mixed).items():
+        torch.testing.assert_close(update, sum(e[name].double() - base[name] for e in mixed), rtol=0, atol=1e-6)
+    for name, update in merge_all(AddOnes(method), base, adapters).items():
+        torch.testing.assert_close(update, sum(e[name].double() - base[name] + 1 for e in adapters), rtol=0, atol=1e-6)
+    name = "blocks.0.fc.weight"
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    save_file({f"base_model.model.{name}": dense[name]}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    mixed = [*adapters, open_adapter(folder, base)]
+    total = sum(e[name].double() - base[name] for e in mixed)
+    torch.testing.assert_close(merge_all(method, base, mixed)[name], total, rtol=0, atol=1e-6)
 
 
 def test_the_method_inside_may_survey_all_layers_together(groups, adapters):
