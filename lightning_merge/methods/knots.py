@@ -90,7 +90,7 @@ class KnOTS(Wrapper):
     sees the experts' coordinates in the common bases as its parameters, all layers together.
 
     Args:
-        method: The method that merges the coordinates. The authors' ``scale`` for TIES is 0.4 to 0.7.
+        method: The method that merges the coordinates. The authors' ``scale`` for TIES is 0.5 to 0.6.
         layers: ``official`` follows the authors' code: a weight and its bias are one matrix, the scale of a
             normalization is a diagonal one, and parameters without a weight (class token, positional embeddings,
             projections) stay the base's. ``matrices`` sees every matrix by itself and averages the rest.

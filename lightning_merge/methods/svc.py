@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from lightning_merge.linalg import svd
 from lightning_merge.methods.base import Context, MergeMethod, check_range
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from lightning_merge.task_vectors import TaskVectors
 
 
 def svc(merged: Tensor, deltas: Tensor, alpha: float | None = None) -> Tensor:
@@ -66,6 +70,10 @@ class SVC(Wrapper):
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_range(self, "alpha", 0, float("inf"), open_low=True, open_high=True)
+
+    def survey(self, task_vectors: TaskVectors) -> Any:
+        """The survey of the method inside, which sees the task vectors as they are."""
+        return self.method.survey(task_vectors)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """The calibrated update: ``(T, …) -> (…)``."""
