@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Matrices:
             return None
         blocks = 3 if matches(name, self.split) and rows % 3 == 0 else 1
         return blocks, rows // blocks, columns
+
+    def whole(self) -> Matrices:
+        """The same rule, without parameters that are seen as several matrices."""
+        return replace(self, split=())
+
+    def blocks(self, name: str, stack: Tensor) -> tuple[Tensor, ...] | None:
+        """The matrices ``(T, m, n)`` that a stacked parameter ``(T, …)`` consists of; None if it is no matrix."""
+        view = self.view(name, stack.shape[1:])
+        return None if view is None else stack.reshape(len(stack), *view).unbind(dim=1)
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

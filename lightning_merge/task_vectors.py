@@ -201,7 +201,7 @@ class TaskVectors:
         self._names = names
         self._dtype = dtype
         self._device = device
-        self._matrices = matrices
+        self.matrices = matrices
         self._seed = seed
         self._transform = transform
 
@@ -226,6 +226,13 @@ class TaskVectors:
         """The number of entries of a parameter in one model, known without reading it."""
         return self._base.meta[name].numel()
 
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """The LoRA factors ``(B, A)`` that span what the experts did to a parameter; None if they are not known."""
+        if self._transform is not None:
+            return None
+        found = [expert.factors(name) if hasattr(expert, "factors") else None for expert in self._experts]
+        return None if None in found else [pair for pairs in found for pair in pairs]
+
     def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
         """The same task vectors, seen through one more transformation."""
         before = self._transform
@@ -237,7 +244,7 @@ class TaskVectors:
     def context(self, name: str, survey: Any = None) -> Context:
         """What a method's rule may know about a parameter."""
         base = wide(self._base[name]).to(self._device, self._dtype)
-        return Context(name, base, self._matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
+        return Context(name, base, self.matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
 
 
 def wide(tensor: Tensor) -> Tensor:

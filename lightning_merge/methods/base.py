@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +40,10 @@ class Context:
         Methods that may stand one inside another name a stream each, so that their draws are independent.
         """
         return torch.Generator().manual_seed(self.seed ^ zlib.crc32(stream.encode()))
+
+    def with_survey(self, survey: Any) -> Context:
+        """The same context with another survey, as a wrapper hands it to the method inside."""
+        return replace(self, survey=survey)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,9 @@ class MergeMethod(ABC):
         """Merge a parameter, by the rule for matrices where it counts as one: ``(T, …) -> (…)``."""
         if not deltas.any():
             return torch.zeros_like(deltas[0])  # an update of zeros costs nothing
-        view = context.matrices.view(context.name, deltas.shape[1:])
-        if view is None:
+        blocks = context.matrices.blocks(context.name, deltas)
+        if blocks is None:
             return self.tensor(deltas, context)
-        blocks = deltas.reshape(len(deltas), *view).unbind(dim=1)  # each (T, m, n)
         return torch.cat([self.matrix(block, context) for block in blocks]).reshape(deltas.shape[1:])
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:

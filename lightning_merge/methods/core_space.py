@@ -1,0 +1,153 @@
+"""Core Space (Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", 2025, 2509.17786)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_merge.linalg import isotropic, svd
+from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.tsv_m import TSVM
+from lightning_merge.methods.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from lightning_merge.blocks import Blocks
+    from lightning_merge.task_vectors import TaskVectors
+
+
+class Survey(NamedTuple):
+    """What Core Space knows about the whole model.
+
+    Args:
+        bases: Every adapted matrix's reference bases ``U (m, a)`` and ``Vt (b, n)``.
+        blocks: The core matrices.
+        inner: The survey of the method inside, over all core matrices or for each of them.
+    """
+
+    bases: dict[str, tuple[Tensor, Tensor]]
+    blocks: Blocks
+    inner: Any
+
+
+def reference_bases(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The bases that all experts share: left singular vectors of ``[B_1 … B_T]``, right ones of ``[A_1; …; A_T]``.
+
+    Args:
+        factors: ``B_i (m, r_i)`` and ``A_i (r_i, n)`` of every expert.
+
+    Returns:
+        ``U (m, a)`` and ``Vt (b, n)``; a and b are the ranks of the stacks, at most ``Σ r_i``.
+    """
+    U, left, _ = svd(torch.cat([B for B, _ in factors], dim=1))
+    _, right, Vt = svd(torch.cat([A for _, A in factors], dim=0))
+    return U[:, left > 0], Vt[right > 0]
+
+
+def balanced_factors(deltas: Tensor, threshold: float = 1e-5) -> list[tuple[Tensor, Tensor]]:
+    """Factorize dense task matrices by their SVD, ``B = U √s`` and ``A = √s Vt``: ``(T, m, n) -> [(m, r), (r, n)]``.
+
+    Args:
+        deltas: ``(T, m, n)``.
+        threshold: Singular values up to this one (an absolute number) are dropped.
+    """
+    factors = []
+    for U, s, Vt in zip(*svd(deltas), strict=True):
+        kept = s > threshold
+        root = s[kept].sqrt()
+        factors.append((U[:, kept] * root, root.unsqueeze(-1) * Vt[kept]))
+    return factors
+
+
+@dataclass(frozen=True)
+class CoreSpace(Wrapper):
+    """Merge LoRA experts in the small space that their factors span; nothing of them is lost there.
+
+    The method inside sees the core matrices ``Uᵀ Δ_i V`` instead of the experts' matrices. The bases come from the
+    adapters' own factors where the experts were opened by ``lora.open_adapter``, otherwise from balanced factors of the
+    dense matrices; that makes a difference to methods that look at single entries (TIES), not to those that commute
+    with rotations (Task Arithmetic, TSV-M, Iso-C, CART). Tensors that are no matrices are averaged.
+
+    Args:
+        method: The method that merges the core matrices.
+        isotropize: Give every merged core matrix a flat spectrum, as Iso-C does.
+        per_layer: Let the method inside survey every core matrix by itself, as the authors' code does; otherwise all
+            of them together, so that a threshold is that of the whole model.
+        sv_threshold: Singular values of dense experts up to this one (an absolute number) are dropped; not negative.
+        scale: Scaling coefficient of the update; by default that of the method inside.
+    """
+
+    method: MergeMethod = TSVM()  # noqa: RUF009, a frozen dataclass
+    isotropize: bool = False
+    per_layer: bool = True
+    sv_threshold: float = 1e-5
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Float64, to factorize."""
+        return torch.float64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "sv_threshold", 0, float("inf"), open_high=True)
+
+    def survey(self, task_vectors: TaskVectors) -> Survey:
+        """Find the reference bases of every matrix, and have the method inside survey the core matrices."""
+        from lightning_merge.blocks import Blocks  # which needs the methods' base class
+
+        rule = task_vectors.matrices.whole()
+
+        def matrices(name: str, stack: Tensor) -> Tensor | None:
+            blocks = rule.blocks(name, stack)
+            return None if blocks is None else blocks[0]
+
+        def core(name: str, stack: Tensor) -> Tensor:
+            U, Vt = bases[name]
+            return U.mT @ matrices(name, stack) @ Vt.mT
+
+        bases, sizes = {}, {}
+        for name, deltas in task_vectors.items():
+            dense = matrices(name, deltas)
+            if dense is None or not dense.any():
+                continue
+            factors = [(B.to(dense), A.to(dense)) for B, A in task_vectors.factors(name) or ()]
+            U, Vt = reference_bases(factors or balanced_factors(dense, self.sv_threshold))
+            if U.shape[1] and len(Vt):
+                bases[name], sizes[name] = (U, Vt), (U.shape[1], len(Vt))
+        blocks = Blocks(
+            task_vectors,
+            sizes,
+            read=lambda name: core(name, task_vectors[name]),
+            read_base=lambda name: core(name, task_vectors.context(name).base[None])[0],
+        )
+        if self.per_layer:
+            inner: Any = {name: self.method.survey(blocks.only(name)) for name in blocks}
+        else:
+            inner = self.method.survey(blocks) if sizes else None
+        return Survey(bases, blocks, inner)
+
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """The update of the method inside, out of the core space: ``(T, …) -> (…)``."""
+        return self._lift(deltas, context, self.method.update)
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """The update for one expert's task, out of the core space: ``(T, …) -> (…)``."""
+        return self._lift(deltas, context, lambda block, inner: self.method.task_update(block, expert, inner))
+
+    def _lift(self, deltas: Tensor, context: Context, rule: Callable[[Tensor, Context], Tensor]) -> Tensor:
+        survey: Survey = context.survey
+        name = context.name
+        if context.matrices.view(name, deltas.shape[1:]) is None:
+            return self.tensor(deltas, context)
+        if name not in survey.bases:
+            return torch.zeros_like(deltas[0])
+        U, Vt = survey.bases[name]
+        inner = survey.inner[name] if self.per_layer else survey.inner
+        merged = rule(survey.blocks[name], survey.blocks.context(name, inner))
+        if self.isotropize:
+            factor, s = isotropic(merged)
+            merged = s.mean() * factor
+        return (U @ merged @ Vt).reshape(deltas.shape[1:])

@@ -1,0 +1,171 @@
+"""KnOTS (Stoica et al., "Model merging with SVD to tie the KnOTS", ICLR 2025, arXiv 2410.19735)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_merge.linalg import svd
+from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.ties import TIES
+from lightning_merge.methods.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from lightning_merge.blocks import Blocks
+    from lightning_merge.task_vectors import TaskVectors
+
+
+class Layer(NamedTuple):
+    """The parameters that are seen as one matrix: a weight, and its bias as one more column."""
+
+    weight: str
+    bias: str | None
+
+
+class Survey(NamedTuple):
+    """What KnOTS knows about the whole model.
+
+    Args:
+        layers: The layer of every parameter that belongs to one.
+        bases: Every layer's common basis ``U (m, k)``.
+        blocks: Every layer's task vectors in that basis.
+        inner: The survey of the method inside over all of them.
+    """
+
+    layers: dict[str, Layer]
+    bases: dict[str, Tensor]
+    blocks: Blocks
+    inner: Any
+
+
+def common_basis(matrices: Tensor, threshold: float = 1e-5) -> Tensor:
+    """The left singular vectors of ``[Δ_1 | … | Δ_T]`` whose singular value is above the threshold.
+
+    Args:
+        matrices: ``(T, m, n)``.
+        threshold: An absolute number.
+
+    Returns:
+        ``U (m, k)``. ``Uᵀ Δ_i (k, n)`` is expert i's block of ``diag(s) Vt``, which is what is merged.
+    """
+    U, s, _ = svd(torch.cat(list(matrices), dim=1))
+    return U[:, s > threshold]
+
+
+def join(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See the parameters of a layer, ``(T, m, …)`` and ``(T, m)``, as matrices ``(T, m, n)``.
+
+    The scale of a normalization is a diagonal matrix, a convolution ``(out, in · height · width)``, a bias a column.
+    """
+    matrices = weight.reshape(len(weight), -1).diag_embed() if weight.ndim <= 2 else weight.flatten(2)
+    return matrices if bias is None else torch.cat([matrices, bias.unsqueeze(-1)], dim=-1)
+
+
+def find_layers(shapes: Mapping[str, torch.Size]) -> dict[str, Layer]:
+    """Find what has a weight, by names: ``{parameter: layer}``. Other parameters belong to no layer."""
+    stems: dict[str, dict[str, str]] = {}
+    for name in shapes:
+        if match := re.fullmatch(r"(?:(.*)[._])?(weight|bias)", name):
+            stems.setdefault(match[1] or "", {})[match[2]] = name
+    layers = {}
+    for found in stems.values():
+        if weight := found.get("weight"):
+            bias = found.get("bias")
+            if bias and shapes[bias] != shapes[weight][:1]:
+                bias = None  # not one entry per row
+            layers |= {name: Layer(weight, bias) for name in (weight, bias) if name}
+    return layers
+
+
+@dataclass(frozen=True)
+class KnOTS(Wrapper):
+    """Knowledge orientation through SVD: merge in a basis that the experts share, layer by layer.
+
+    ``KnOTS(TIES())`` is KnOTS-TIES; KnOTS-DARE-TIES is KnOTS around DARE around ``TIES(density=1)``. The method inside
+    sees the experts' coordinates in the common bases as its parameters, all layers together.
+
+    Args:
+        method: The method that merges the coordinates. The authors' ``scale`` for TIES is 0.5 to 0.6.
+        layers: ``official`` follows the authors' code: a weight and its bias are one matrix, the scale of a
+            normalization is a diagonal one, and parameters without a weight (class token, positional embeddings,
+            projections) stay the base's. ``matrices`` sees every matrix by itself and averages the rest.
+        sv_threshold: Singular values up to this one (an absolute number) are dropped; not negative.
+        concat_across_output: Put the experts' matrices side by side, so that they share a basis of their outputs;
+            otherwise one above the other, and a basis of their inputs.
+        scale: Scaling coefficient of the update; by default that of the method inside.
+    """
+
+    method: MergeMethod = TIES()  # noqa: RUF009, a frozen dataclass
+    layers: Literal["official", "matrices"] = "official"
+    sv_threshold: float = 1e-5
+    concat_across_output: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Float64, to factorize."""
+        return torch.float64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "layers", ("official", "matrices"))
+        check_range(self, "sv_threshold", 0, float("inf"), open_high=True)
+
+    def survey(self, task_vectors: TaskVectors) -> Survey:
+        """Find the layers and their bases, and have the method inside survey the coordinates."""
+        from lightning_merge.blocks import Blocks  # which needs the methods' base class
+
+        shapes = {name: task_vectors.context(name).base.shape for name in task_vectors}
+        if self.layers == "official":
+            layers = find_layers(shapes)
+        else:
+            rule = task_vectors.matrices
+            layers = {name: Layer(name, None) for name in task_vectors if rule.view(name, shapes[name])}
+
+        def matrices(layer: Layer, read: Callable[[str], Tensor]) -> Tensor:
+            joined = join(read(layer.weight), None if layer.bias is None else read(layer.bias))
+            return joined if self.concat_across_output else joined.mT
+
+        by_key = {layer.weight: layer for layer in layers.values()}
+        bases, sizes = {}, {}
+        for key, layer in by_key.items():
+            deltas = matrices(layer, task_vectors.__getitem__)
+            U = common_basis(deltas, self.sv_threshold)
+            if U.shape[1]:  # otherwise no expert has changed this layer
+                bases[key], sizes[key] = U, (U.shape[1], deltas.shape[2])
+        blocks = Blocks(
+            task_vectors,
+            sizes,
+            read=lambda key: bases[key].mT @ matrices(by_key[key], task_vectors.__getitem__),
+            read_base=lambda key: (
+                bases[key].mT @ matrices(by_key[key], lambda n: task_vectors.context(n).base[None])[0]
+            ),
+        )
+        return Survey(layers, bases, blocks, self.method.survey(blocks) if sizes else None)
+
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """The update of the method inside, out of the common basis: ``(T, …) -> (…)``."""
+        return self._lift(deltas, context, self.method.update)
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """The update for one expert's task, out of the common basis: ``(T, …) -> (…)``."""
+        return self._lift(deltas, context, lambda block, inner: self.method.task_update(block, expert, inner))
+
+    def _lift(self, deltas: Tensor, context: Context, rule: Callable[[Tensor, Context], Tensor]) -> Tensor:
+        survey: Survey = context.survey
+        layer = survey.layers.get(context.name)
+        if layer is None and self.layers == "matrices":
+            return self.tensor(deltas, context)
+        if layer is None or layer.weight not in survey.bases:
+            return torch.zeros_like(deltas[0])
+        key = layer.weight
+        merged = survey.bases[key] @ rule(survey.blocks[key], survey.blocks.context(key, survey.inner))
+        merged = merged if self.concat_across_output else merged.mT
+        if context.name == layer.bias:
+            return merged[:, -1]
+        weight = merged if layer.bias is None else merged[:, :-1]
+        return weight.diagonal() if deltas.ndim == 2 else weight.reshape(deltas.shape[1:])

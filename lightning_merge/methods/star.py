@@ -1,0 +1,53 @@
+"""STAR (Lee et al., "STAR: Spectral Truncation and Rescale for Model Merging", NAACL 2025, arXiv 2502.10339)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.linalg import svd
+from lightning_merge.methods.base import Context, MergeMethod, check_range
+
+
+def star(deltas: Tensor, eta: float = 40.0) -> Tensor:
+    """Truncate the spectrum of every task matrix and rescale the rest to the nuclear norm it had.
+
+    Args:
+        deltas: ``(T, m, n)``.
+        eta: Every expert keeps its fewest singular values that sum up to ``eta`` percent of its nuclear norm.
+
+    Returns:
+        ``(T, m, n)``.
+    """
+    U, s, Vt = svd(deltas)
+    norm = s.sum(dim=-1, keepdim=True)  # (T, 1)
+    before = s.cumsum(dim=-1) - s  # what the larger singular values sum up to already
+    kept = s * (before < norm * (eta / 100))
+    rescale = norm / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+    return (U * (kept * rescale).unsqueeze(-2)) @ Vt
+
+
+@dataclass(frozen=True)
+class STAR(MergeMethod):
+    """Spectral truncation and rescale, then the mean. Tensors that are no matrices are averaged.
+
+    The official code merges the matrices of LoRA experts only.
+
+    Args:
+        eta: Share of the nuclear norm that every expert keeps, in percent; in (0, 100].
+        scale: Scaling coefficient; the paper always uses 1.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float64
+
+    eta: float = 40.0
+
+    def __post_init__(self) -> None:
+        check_range(self, "eta", 0, 100, open_low=True)
+
+    def matrix(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, m, n) -> (m, n)``: the mean of what :func:`star` leaves of every expert."""
+        return star(deltas, self.eta).mean(dim=0)

@@ -1,0 +1,48 @@
+"""TSV-C (Gargiulo et al., "Task Singular Vectors", CVPR 2025, arXiv 2412.00081)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.linalg import svd
+from lightning_merge.methods.base import Context, MergeMethod
+
+
+def truncate(matrices: Tensor, rank: int) -> Tensor:
+    """The nearest matrices of a rank: ``(…, m, n) -> (…, m, n)``; zero for rank 0."""
+    if rank == 0:
+        return torch.zeros_like(matrices)
+    U, s, Vt = svd(matrices, rank)
+    return (U * s.unsqueeze(-2)) @ Vt
+
+
+@dataclass(frozen=True)
+class TSVC(MergeMethod):
+    """Task Singular Vectors compression: every task keeps its own update, at a T-th of the rank.
+
+    Matrices lose all but their ``r // T`` leading singular triplets, so that T tasks fit into the space of one; tensors
+    that are no matrices are kept as they are. Where no task is named, the model is the mean of the compressed experts.
+    The official code also compresses ``text_projection``: ``Matrices(exclude=())``.
+
+    Args:
+        scale: Scaling coefficient; 1 in the paper.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float64
+    per_task: ClassVar[bool] = True
+
+    def matrix(self, deltas: Tensor, context: Context) -> Tensor:
+        """``(T, m, n) -> (m, n)``: the mean of the compressed experts."""
+        return truncate(deltas, min(deltas.shape[1:]) // len(deltas)).mean(dim=0)
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """One expert's update, compressed: ``(T, …) -> (…)``."""
+        blocks = context.matrices.blocks(context.name, deltas)
+        if blocks is None:
+            return deltas[expert]
+        kept = [truncate(block[expert], min(block.shape[1:]) // len(block)) for block in blocks]
+        return torch.cat(kept).reshape(deltas.shape[1:])
