@@ -22,7 +22,7 @@ class MergeAfterFit(Callback):
     Args:
         base: The checkpoint that all experts started from.
         experts: The checkpoints of the earlier experts.
-        method: The merging method.
+        method: The merging method; SCORE by default.
         output: The file to write.
         exclude: Shell patterns of parameters that are not merged.
     """
@@ -31,13 +31,13 @@ class MergeAfterFit(Callback):
         self,
         base: str,
         experts: list[str],
-        method: MergeMethod = SCORE(),  # noqa: B008, a frozen dataclass
+        method: MergeMethod | None = None,
         output: str = "merged.ckpt",
         exclude: list[str] | None = None,
     ) -> None:
         self.base = base
         self.experts = experts
-        self.method = method
+        self.method = method or SCORE()
         self.output = output
         self.exclude = exclude or []
 

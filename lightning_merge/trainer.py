@@ -60,7 +60,7 @@ class MergeTrainer(Trainer):
         model: LightningModule | None = None,
         datamodule: DomainDataModule | None = None,
         experts: dict[str, str] | list[str] | None = None,
-        method: MergeMethod = SCORE(),  # noqa: B008, a frozen dataclass
+        method: MergeMethod | None = None,
         base: str | None = None,
         output: str = "merged.ckpt",
         scale: float | None = None,
@@ -79,7 +79,7 @@ class MergeTrainer(Trainer):
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
             datamodule: If given with a model, the merged model is evaluated on its test domains.
             experts: The experts' checkpoints or run folders: a list, or a mapping from a name (domain) to a path.
-            method: The merging method.
+            method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             output: The file to write: .ckpt, .safetensors or .pt.
             scale: Scaling coefficient; by default the method's own.
@@ -104,7 +104,7 @@ class MergeTrainer(Trainer):
         merged = merge(
             base if base is not None else model.state_dict(),
             experts,
-            method,
+            method or SCORE(),
             scale=scale,
             include=include,
             exclude=exclude or (),

@@ -213,6 +213,17 @@ def test_what_cannot_work_ends_in_one_sentence(arguments, message, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "first", [[], [f"--config={CONFIGS / 'merge/score.yaml'}"], ["--method=SCORE", "--method.z=1"]]
+)
+def test_another_method_on_the_command_line_has_its_own_defaults(first, capsys):
+    """A default that the parser knows would hand its arguments on to the method that replaces it."""
+    with pytest.raises(SystemExit):
+        main(["merge", *first, "--method=MagMax", "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["method"]
+    assert method == {"class_path": "lightning_merge.methods.MagMax", "init_args": {"scale": 0.5}}
+
+
 @pytest.mark.parametrize("verb", ["fit", "merge", "evaluate", "benchmark"])
 def test_every_verb_prints_a_config_that_it_reads(verb, capsys):
     with pytest.raises(SystemExit):
