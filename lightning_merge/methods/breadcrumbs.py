@@ -7,7 +7,7 @@ arXiv 2312.06795.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -53,7 +53,8 @@ class Breadcrumbs(Wrapper):
         scale: Scaling coefficient of the update; 0.4 in the official example.
     """
 
-    method: MergeMethod = TaskArithmetic(scale=0.4)  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=0.4)
+
     beta: float = 0.2
     gamma: float = 0.1
     remove_first: bool = True

@@ -6,6 +6,7 @@ Wang et al., "Localizing Task Information for Improved Model Merging and Compres
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -35,7 +36,8 @@ class ConsensusTA(Wrapper):
         scale: Scaling coefficient; by default that of the method. The official code chooses it on validation data.
     """
 
-    method: MergeMethod = TaskArithmetic()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TaskArithmetic()
+
     mask_threshold: float = 0.4
     k: int = 2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,8 @@ class CoreSpace(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
-    method: MergeMethod = TSVM()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TSVM()
+
     isotropize: bool = False
     per_layer: bool = True
     sv_threshold: float = 1e-5

@@ -7,7 +7,7 @@ arXiv 2311.03099.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class DARE(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
-    method: MergeMethod = TaskArithmetic()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TaskArithmetic()
+
     drop: float = 0.9
     rescale: bool = True
     strategy: Literal["random", "magnitude"] = "random"

@@ -7,7 +7,7 @@ arXiv 2406.11617.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ class DELLA(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
-    method: MergeMethod = TIES(trim="none")  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TIES(trim="none")
+
     density: float = 0.5
     epsilon: float = 0.15
     rescale: Literal["probability", "l1", "none"] = "probability"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,7 +100,8 @@ class KnOTS(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
-    method: MergeMethod = TIES()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TIES()
+
     layers: Literal["official", "matrices"] = "official"
     sv_threshold: float = 1e-5
     concat_across_output: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -55,7 +55,8 @@ class LiNeS(Wrapper):
         scale: Scaling coefficient of the scaled update.
     """
 
-    method: MergeMethod = TaskArithmetic()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TaskArithmetic()
+
     alpha: float | None = None
     beta: float = 0.5
     num_blocks: int | None = None

@@ -7,6 +7,7 @@ arXiv 2403.13257.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +52,8 @@ class Magnitude(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
-    method: MergeMethod = TaskArithmetic()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TaskArithmetic()
+
     density: float = 0.5
     rescale: bool = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class SVC(Wrapper):
         scale: Scaling coefficient of the calibrated update.
     """
 
-    method: MergeMethod = TaskArithmetic()  # noqa: RUF009, a frozen dataclass
+    default_method: ClassVar[MergeMethod] = TaskArithmetic()
+
     alpha: float | None = None
     _: KW_ONLY
     scale: float = 1.0

@@ -34,9 +34,10 @@ class TALLMask(Wrapper):
         scale: Scaling coefficient; 1 in the paper.
     """
 
+    default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=1.0)
+
     per_task: ClassVar[bool] = True  # type: ignore[assignment,misc]
 
-    method: MergeMethod = TaskArithmetic(scale=1.0)  # noqa: RUF009, a frozen dataclass
     mask_threshold: float = 0.4
 
     def __post_init__(self) -> None:

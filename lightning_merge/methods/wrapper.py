@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,16 +21,26 @@ class Wrapper(MergeMethod):
     A subclass overrides :meth:`transform`, to change the task vectors that the inner method surveys and merges, or
     :meth:`update`, to change what the inner method returns.
 
+    The default is no default of the field, because a command line would hand its arguments on to whatever method
+    replaces it; it is ``default_method``.
+
     Args:
         method: The method inside.
         scale: Scaling coefficient of the update; by default that of the method inside, whose own is not used further.
     """
 
-    method: MergeMethod
+    default_method: ClassVar[MergeMethod | None] = None
+    """The method inside, where none is given."""
+
+    method: MergeMethod | None = None
     _: KW_ONLY
     scale: float | None = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.method is None:
+            if self.default_method is None:
+                raise ValueError(f"{type(self).__name__} needs a method to wrap.")
+            object.__setattr__(self, "method", self.default_method)
         if self.scale is None:
             object.__setattr__(self, "scale", self.method.scale)
 
