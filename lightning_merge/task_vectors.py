@@ -16,6 +16,7 @@ from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import raise_all
 from lightning_merge.matrices import Matrices, matches
 from lightning_merge.methods.base import Context
+from lightning_merge.statistics import ParameterStatistics
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -179,6 +180,7 @@ class TaskVectors:
         matrices: Which parameters count as matrices.
         seed: What every parameter's own seed is derived from.
         transform: What is done to the task tensors ``(T, …)`` of a parameter before anyone sees them.
+        statistics: What each expert's data say about its parameters, in the order of the experts; or nothing.
     """
 
     def __init__(
@@ -191,6 +193,7 @@ class TaskVectors:
         matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
         seed: int = 0,
         transform: Callable[[Tensor, Context], Tensor] | None = None,
+        statistics: Sequence[Weights] = (),
     ) -> None:
         self._base = base
         self._experts = experts
@@ -200,6 +203,7 @@ class TaskVectors:
         self._matrices = matrices
         self._seed = seed
         self._transform = transform
+        self._statistics = statistics
 
     def __getitem__(self, name: str) -> Tensor:
         """The stacked differences of one parameter: ``(T, …)``."""
@@ -218,6 +222,15 @@ class TaskVectors:
         for name in self._names:
             yield name, self[name]
 
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, T."""
+        return len(self._experts)
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of a parameter, known without reading it."""
+        return self._base.meta[name].shape
+
     def numel(self, name: str) -> int:
         """The number of entries of a parameter in one model, known without reading it."""
         return self._base.meta[name].numel()
@@ -233,7 +246,9 @@ class TaskVectors:
     def context(self, name: str, survey: Any = None) -> Context:
         """What a method's rule may know about a parameter."""
         base = wide(self._base[name]).to(self._device, self._dtype)
-        return Context(name, base, self._matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
+        seed = zlib.crc32(f"{self._seed}/{name}".encode())
+        statistics = ParameterStatistics(name, self._statistics, base)
+        return Context(name, base, self._matrices, seed, survey, statistics)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import KW_ONLY, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class Context:
         matrices: Which parameters count as matrices.
         seed: The seed of this parameter, derived from the seed of the merge and the parameter's name.
         survey: What the method's own :meth:`MergeMethod.survey` returned for this model.
+        statistics: What the experts' data say about the parameter, by kind (``fisher``, ``gram``, ``gram_out``),
+            stacked over the experts ``(T, …)``; see :mod:`lightning_merge.statistics`.
     """
 
     name: str = ""
@@ -32,6 +35,7 @@ class Context:
     matrices: Matrices = Matrices()  # noqa: RUF009, a frozen dataclass
     seed: int = 0
     survey: Any = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generator(self) -> torch.Generator:
         """A random generator (on the CPU) that starts from this parameter's seed."""
@@ -54,6 +58,12 @@ class MergeMethod(ABC):
     """The precision in which the rules are computed; methods that factorize ask for float64."""
     per_task: ClassVar[bool] = False
     """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""
+    order_matters: ClassVar[bool] = False
+    """Whether the result may depend on the order of the experts (ties, or random draws, that go by position)."""
+    max_experts: ClassVar[int | None] = None
+    """The most experts that the method can merge; None for any number."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The statistics of the experts' data that the method needs, see :mod:`lightning_merge.statistics`."""
 
     _: KW_ONLY
     scale: float = 1.0
@@ -96,7 +106,7 @@ class MergeMethod(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
-        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        arguments = {argument.name: getattr(self, argument.name) for argument in fields(self)}
         arguments = {k: v.describe() if isinstance(v, MergeMethod) else v for k, v in arguments.items()}
         return {"class_path": type(self).__name__, "init_args": arguments}
 
