@@ -227,9 +227,9 @@ class TaskVectors:
         """The number of experts, T."""
         return len(self._experts)
 
-    def shape(self, name: str) -> torch.Size:
-        """The shape of a parameter, known without reading it."""
-        return self._base.meta[name].shape
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter counts as a matrix (or as several), known without reading it."""
+        return self._matrices.view(name, self._base.meta[name].shape) is not None
 
     def numel(self, name: str) -> int:
         """The number of entries of a parameter in one model, known without reading it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import threading
 import time
@@ -22,9 +23,13 @@ def every_method() -> list[MergeMethod]:
     found = {}
     for module in pkgutil.iter_modules(methods.__path__):
         for thing in vars(importlib.import_module(f"{methods.__name__}.{module.name}")).values():
-            if isinstance(thing, type) and issubclass(thing, MergeMethod) and thing is not MergeMethod:
+            if isinstance(thing, type) and issubclass(thing, MergeMethod) and not abstract(thing):
                 found[thing.__qualname__] = thing
     return [make(found[name]) for name in sorted(found)]
+
+
+def abstract(kind: type[MergeMethod]) -> bool:
+    return kind is MergeMethod or inspect.isabstract(kind)
 
 
 def make(kind: type[MergeMethod]) -> MergeMethod:
