@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_merge.errors import MergeError
 from lightning_merge.matrices import Matrices
 
 if TYPE_CHECKING:
@@ -128,3 +129,23 @@ def check_choice(method: MergeMethod, name: str, choices: tuple[str, ...]) -> No
     value = getattr(method, name)
     if value not in choices:
         raise ValueError(f"{type(method).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_weights(method: MergeMethod) -> None:
+    """Make ``method.weights``, where given, a tuple of floats; raise a ValueError if they are no weights."""
+    if method.weights is None:
+        return
+    weights = tuple(float(weight) for weight in method.weights)
+    if not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
+        raise ValueError(
+            f"{type(method).__name__}: weights must lie in [0, inf) and not all be zero, got {list(weights)}."
+        )
+    object.__setattr__(method, "weights", weights)
+
+
+def check_weight_count(method: MergeMethod, num_experts: int) -> None:
+    """Raise a MergeError unless there is a weight for every expert, or no weights at all."""
+    if method.weights is not None and len(method.weights) != num_experts:
+        raise MergeError(
+            f"{type(method).__name__} has {len(method.weights)} weights for {num_experts} experts; give one for each."
+        )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
-from lightning_merge.methods.base import Context, check_choice
+from lightning_merge.methods.base import Context, check_choice, check_weight_count, check_weights
 from lightning_merge.methods.weight_space import WeightSpaceMethod
 
 if TYPE_CHECKING:
@@ -55,12 +54,7 @@ class MultiSLERP(WeightSpaceMethod):
 
     def __post_init__(self) -> None:
         check_choice(self, "origin", ("zero", "base"))
-        if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(map(float, self.weights)))
-            if any(weight < 0 for weight in self.weights) or not sum(self.weights) > 0:
-                raise ValueError(
-                    f"MultiSLERP: weights must lie in [0, inf) and not all be zero, got {list(self.weights)}."
-                )
+        check_weights(self)
 
     @property
     def order_matters(self) -> bool:  # type: ignore[override]
@@ -69,10 +63,7 @@ class MultiSLERP(WeightSpaceMethod):
 
     def survey(self, task_vectors: TaskVectors) -> None:
         """See that there is a weight for every expert."""
-        if self.weights is not None and len(self.weights) != task_vectors.num_experts:
-            raise MergeError(
-                f"MultiSLERP has {len(self.weights)} weights for {task_vectors.num_experts} experts; give one for each."
-            )
+        check_weight_count(self, task_vectors.num_experts)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``: around zero or around the base."""
