@@ -15,6 +15,12 @@ import torch
 
 from lightning_merge import methods
 from lightning_merge.methods import SCORE, TIES, Context, MagMax, MergeMethod, TaskArithmetic, Wrapper
+from lightning_merge.methods.fisher import Fisher
+from lightning_merge.methods.mats import MaTS
+from lightning_merge.methods.model_stock import ModelStock
+from lightning_merge.methods.multi_slerp import MultiSLERP
+from lightning_merge.methods.regmean import RegMean
+from lightning_merge.methods.slerp import SLERP
 from lightning_merge.testing import check_method
 
 
@@ -48,7 +54,23 @@ def test_every_method_passes(method):
     check_method(method)
 
 
-@pytest.mark.parametrize("method", [SCORE(threshold="paper"), TIES(merge="max"), Wrapper(MagMax())], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [
+        SCORE(threshold="paper"),
+        TIES(merge="max"),
+        Wrapper(MagMax()),
+        Wrapper(RegMean()),
+        SLERP(t=0.2),
+        MultiSLERP(origin="base"),
+        ModelStock(filter_wise=True),
+        Fisher(normalize="model"),
+        Fisher(smooth=0.0, floor=1e-6, favor_target_model=True, normalize="param"),
+        RegMean(reduce_off_diagonal=0.0),
+        MaTS(iterations=20, backward=False, initialization="pretrained"),
+    ],
+    ids=repr,
+)
 def test_other_arguments_pass(method):
     check_method(method)
 
