@@ -32,7 +32,7 @@ _HOME = {
     "open_weights": "lightning_merge.checkpoints",
     "save_weights": "lightning_merge.checkpoints",
 }
-_MODULES = ("callbacks", "data", "evaluation", "linalg", "methods", "models")
+_MODULES = ("callbacks", "data", "evaluation", "linalg", "methods", "models", "testing")
 
 __all__ = sorted([*_HOME, *_MODULES])
 

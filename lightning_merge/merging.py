@@ -18,6 +18,7 @@ from lightning_merge.checkpoints import Source, Weights, open_weights, save_weig
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
+from lightning_merge.statistics import open_statistics
 from lightning_merge.task_vectors import Inventory, TaskVectors, find_non_finite, take_inventory, wide
 
 Experts = Sequence[Source] | Mapping[str, Source]
@@ -81,6 +82,7 @@ def merge(
     experts: Experts,
     method: MergeMethod,
     *,
+    statistics: Mapping[str, Source] | None = None,
     scale: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -100,6 +102,8 @@ def merge(
         base: The model that the experts started from: a file, a folder, or a state dict.
         experts: The experts: a sequence of sources, or a mapping from a name to a source.
         method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
+        statistics: For methods that need them: what each expert's data say about its parameters, a source for each
+            expert's name, see :mod:`lightning_merge.statistics`.
         scale: Scaling coefficient of the update; by default the method's own.
         include: Merge only the parameters whose name matches one of these shell patterns.
         exclude: Do not merge those that match one of these; ``weights`` keeps the base's, ``for_task`` the expert's.
@@ -122,13 +126,26 @@ def merge(
     origin = open_weights(base, name="base")
     sources = open_experts(experts)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
+    if method.max_experts is not None and len(sources) > method.max_experts:
+        raise MergeError(
+            f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(sources)} are given."
+        )
+    measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
     if not allow_non_finite:
         floating = [*inventory.merged, *inventory.averaged]
-        raise_all(find_non_finite([origin, *sources.values()], floating))
+        keys = [f"{kind}.{name}" for kind in method.needs for name in inventory.merged]
+        raise_all(find_non_finite([origin, *sources.values()], floating) + find_non_finite(measured, keys))
 
     matrices = matrices or Matrices()
     task_vectors = TaskVectors(
-        origin, list(sources.values()), inventory.merged, dtype or method.dtype, device, matrices, seed
+        origin,
+        list(sources.values()),
+        inventory.merged,
+        dtype or method.dtype,
+        device,
+        matrices,
+        seed,
+        statistics=measured,
     )
     survey = method.survey(task_vectors)
 
@@ -155,7 +172,7 @@ def merge(
     merged = Merged(
         weights={name: weights[name] for name in origin},
         inventory=inventory,
-        manifest=make_manifest(method, matrices, seed, origin, sources),
+        manifest=make_manifest(method, matrices, seed, origin, sources, dict(zip(sources, measured, strict=False))),
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
         _task_parameters=task_parameters if method.per_task else None,
@@ -182,7 +199,12 @@ def open_experts(experts: Experts) -> dict[str, Weights]:
 
 
 def make_manifest(
-    method: MergeMethod, matrices: Matrices, seed: int, base: Weights, experts: Mapping[str, Weights]
+    method: MergeMethod,
+    matrices: Matrices,
+    seed: int,
+    base: Weights,
+    experts: Mapping[str, Weights],
+    statistics: Mapping[str, Weights],
 ) -> dict[str, Any]:
     """Record how a merge came to be: plain values only, so that it can be stored anywhere."""
 
@@ -197,6 +219,7 @@ def make_manifest(
         "seed": seed,
         "base": source(base),
         "experts": {name: source(weights) for name, weights in experts.items()},
+        "statistics": {name: source(weights) for name, weights in statistics.items()},
         "versions": {
             "lightning_merge": __version__,
             "torch": str(torch.__version__),

@@ -16,6 +16,7 @@ from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import raise_all
 from lightning_merge.matrices import Matrices, matches
 from lightning_merge.methods.base import Context
+from lightning_merge.statistics import ParameterStatistics
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -183,6 +184,7 @@ class TaskVectors:
         matrices: Which parameters count as matrices.
         seed: What every parameter's own seed is derived from.
         transform: What is done to the task tensors ``(T, …)`` of a parameter before anyone sees them.
+        statistics: What each expert's data say about its parameters, in the order of the experts; or nothing.
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class TaskVectors:
         matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
         seed: int = 0,
         transform: Callable[[Tensor, Context], Tensor] | None = None,
+        statistics: Sequence[Weights] = (),
     ) -> None:
         self._base = base
         self._experts = experts
@@ -204,6 +207,7 @@ class TaskVectors:
         self.matrices = matrices
         self._seed = seed
         self._transform = transform
+        self._statistics = statistics
 
     def __getitem__(self, name: str) -> Tensor:
         """The stacked differences of one parameter: ``(T, …)``."""
@@ -221,6 +225,15 @@ class TaskVectors:
         """Yield every parameter's name and task tensors, one at a time."""
         for name in self._names:
             yield name, self[name]
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, T."""
+        return len(self._experts)
+
+    def is_matrix(self, name: str) -> bool:
+        """Whether a parameter counts as a matrix (or as several), known without reading it."""
+        return self.matrices.view(name, self._base.meta[name].shape) is not None
 
     def numel(self, name: str) -> int:
         """The number of entries of a parameter in one model, known without reading it."""
@@ -244,7 +257,9 @@ class TaskVectors:
     def context(self, name: str, survey: Any = None) -> Context:
         """What a method's rule may know about a parameter."""
         base = wide(self._base[name]).to(self._device, self._dtype)
-        return Context(name, base, self.matrices, zlib.crc32(f"{self._seed}/{name}".encode()), survey)
+        seed = zlib.crc32(f"{self._seed}/{name}".encode())
+        statistics = ParameterStatistics(name, self._statistics, base)
+        return Context(name, base, self.matrices, seed, survey, statistics)
 
 
 def wide(tensor: Tensor) -> Tensor:

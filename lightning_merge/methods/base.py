@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_merge.errors import MergeError
 from lightning_merge.matrices import Matrices
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ class Context:
         matrices: Which parameters count as matrices.
         seed: The seed of this parameter, derived from the seed of the merge and the parameter's name.
         survey: What the method's own :meth:`MergeMethod.survey` returned for this model.
+        statistics: What the experts' data say about the parameter, by kind (``fisher``, ``gram``, ``gram_out``),
+            stacked over the experts ``(T, …)``; see :mod:`lightning_merge.statistics`.
     """
 
     name: str = ""
@@ -33,6 +37,7 @@ class Context:
     matrices: Matrices = Matrices()  # noqa: RUF009, a frozen dataclass
     seed: int = 0
     survey: Any = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generator(self, stream: str = "") -> torch.Generator:
         """A random generator (on the CPU) that starts from this parameter's seed.
@@ -62,6 +67,12 @@ class MergeMethod(ABC):
     """The precision in which the rules are computed; methods that factorize ask for float64."""
     per_task: ClassVar[bool] = False
     """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""
+    order_matters: ClassVar[bool] = False
+    """Whether the result may depend on the order of the experts (ties, or random draws, that go by position)."""
+    max_experts: ClassVar[int | None] = None
+    """The most experts that the method can merge; None for any number."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """The statistics of the experts' data that the method needs, see :mod:`lightning_merge.statistics`."""
 
     _: KW_ONLY
     scale: float = 1.0
@@ -103,7 +114,7 @@ class MergeMethod(ABC):
 
     def describe(self) -> dict[str, Any]:
         """The method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
-        arguments = {field.name: getattr(self, field.name) for field in fields(self)}
+        arguments = {argument.name: getattr(self, argument.name) for argument in fields(self)}
         arguments = {k: v.describe() if isinstance(v, MergeMethod) else v for k, v in arguments.items()}
         return {"class_path": type(self).__name__, "init_args": arguments}
 
@@ -125,3 +136,23 @@ def check_choice(method: MergeMethod, name: str, choices: tuple[str, ...]) -> No
     value = getattr(method, name)
     if value not in choices:
         raise ValueError(f"{type(method).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def check_weights(method: MergeMethod) -> None:
+    """Make ``method.weights``, where given, a tuple of floats; raise a ValueError if they are no weights."""
+    if method.weights is None:
+        return
+    weights = tuple(float(weight) for weight in method.weights)
+    if not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
+        raise ValueError(
+            f"{type(method).__name__}: weights must lie in [0, inf) and not all be zero, got {list(weights)}."
+        )
+    object.__setattr__(method, "weights", weights)
+
+
+def check_weight_count(method: MergeMethod, num_experts: int) -> None:
+    """Raise a MergeError unless there is a weight for every expert, or no weights at all."""
+    if method.weights is not None and len(method.weights) != num_experts:
+        raise MergeError(
+            f"{type(method).__name__} has {len(method.weights)} weights for {num_experts} experts; give one for each."
+        )

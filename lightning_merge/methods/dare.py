@@ -57,6 +57,7 @@ class DARE(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    order_matters: ClassVar[bool] = True  # draws go by position
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     drop: float = 0.9

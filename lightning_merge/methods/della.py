@@ -54,6 +54,7 @@ class DELLA(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    order_matters: ClassVar[bool] = True  # draws go by position
     default_method: ClassVar[MergeMethod] = TIES(trim="none")
 
     density: float = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class MagMax(MergeMethod):
     Args:
         scale: Scaling coefficient; 0.5 in the paper, 1 in SCORE's comparison.
     """
+
+    order_matters: ClassVar[bool] = True  # where magnitudes tie
 
     _: KW_ONLY
     scale: float = 0.5

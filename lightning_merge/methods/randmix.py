@@ -6,6 +6,7 @@ Marczak et al., "MagMax: Leveraging Model Merging for Seamless Continual Learnin
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class RandMix(MergeMethod):
     Args:
         scale: Scaling coefficient; 1 in the paper.
     """
+
+    order_matters: ClassVar[bool] = True  # draws go by position
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``, see :func:`randmix`; one draw for the whole parameter, also where it is split."""

@@ -54,6 +54,21 @@ class Wrapper(MergeMethod):
         """Whether the method inside keeps a model for each task."""
         return self.method.per_task
 
+    @property
+    def order_matters(self) -> bool:  # type: ignore[override]
+        """Whether the method inside depends on the order of the experts."""
+        return self.method.order_matters
+
+    @property
+    def max_experts(self) -> int | None:  # type: ignore[override]
+        """The most experts that the method inside can merge."""
+        return self.method.max_experts
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The statistics that the method inside needs."""
+        return self.method.needs
+
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
         """Change the task tensors of one parameter: ``(T, …) -> (T, …)``. Must depend on the parameter only."""
         return deltas

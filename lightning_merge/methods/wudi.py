@@ -84,6 +84,7 @@ class WUDI(MergeMethod):
     others: Literal["base", "mean"] = "base"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters))
         check_range(self, "iterations", 0, float("inf"), open_high=True)
         check_range(self, "lr", 0, float("inf"), open_low=True, open_high=True)
         check_choice(self, "others", ("base", "mean"))

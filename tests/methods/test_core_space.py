@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_golden_b import load
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.lora import open_adapter
@@ -22,6 +21,7 @@ from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM, tsv_m
 from lightning_merge.methods.wrapper import Wrapper
 from lightning_merge.task_vectors import TaskVectors
+from tests.methods.test_golden_b import load
 
 
 def write_adapters(folder, groups, scaling=1.0):

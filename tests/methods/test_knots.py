@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_golden_b import GOLDEN, load, open_task_vectors, worst
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.methods.knots import KnOTS, common_basis
@@ -16,6 +15,7 @@ from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.wrapper import Wrapper
 from lightning_merge.task_vectors import TaskVectors
+from tests.methods.test_golden_b import GOLDEN, load, open_task_vectors, worst
 
 CASES = [
     (KnOTS(TIES(scale=0.6)), "merged_tv", "scaled", 1e-7),

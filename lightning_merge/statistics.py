@@ -1,0 +1,162 @@
+"""What the data of each expert say about its parameters, for the methods that weigh experts by it.
+
+Statistics come per expert, as a file or a state dict with one tensor for each parameter under the keys
+
+* ``fisher.<parameter>``: the diagonal of the Fisher information, of the parameter's shape,
+* ``gram.<parameter>``: the Gram matrix of the layer's inputs, ``(in, in)``,
+* ``gram_out.<parameter>``: the Gram matrix of the gradients at the layer's outputs, ``(out, out)``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_merge.checkpoints import Source, Weights, open_weights
+from lightning_merge.errors import raise_all
+
+HOW_TO_MAKE = {
+    "fisher": "the mean over the expert's examples of the squared gradient of log p(y | x)",
+    "gram": "the mean of x xᵀ over the inputs x that the layer sees of the expert's data",
+    "gram_out": "the mean of g gᵀ over the gradients g of the loss at the layer's outputs, on the expert's data",
+}
+"""The kinds of statistics, and how each is made."""
+
+
+class ParameterStatistics(Mapping[str, Tensor]):
+    """The statistics of one parameter, by kind, read when they are asked for: ``(T, …)``.
+
+    Args:
+        name: The name of the parameter.
+        sources: The statistics of every expert; all have the same kinds.
+        like: A tensor whose dtype and device the statistics get.
+    """
+
+    def __init__(self, name: str, sources: Sequence[Weights], like: Tensor) -> None:
+        self._name = name
+        self._sources = sources
+        self._like = like
+
+    def __getitem__(self, kind: str) -> Tensor:
+        return torch.stack([source[f"{kind}.{self._name}"].to(self._like) for source in self._sources])
+
+    def __contains__(self, kind: object) -> bool:
+        return bool(self._sources) and f"{kind}.{self._name}" in self._sources[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return (kind for kind in HOW_TO_MAKE if kind in self)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def open_statistics(
+    statistics: Mapping[str, Source] | None,
+    needs: Sequence[str],
+    base: Weights,
+    experts: Mapping[str, Weights],
+    names: Sequence[str],
+) -> list[Weights]:
+    """Open the statistics of every expert, in the order of the experts, and see that they are of these models.
+
+    Args:
+        statistics: A source for each expert, by the expert's name.
+        needs: The kinds that the method needs. A Fisher is needed for every merged parameter; Gram matrices for those
+            layers that have one (the others are averaged), the same layers in every expert.
+        base: The base.
+        experts: The experts by name.
+        names: The merged parameters.
+
+    Returns:
+        One source for each expert; none where the method needs no statistics.
+
+    Raises:
+        MergeError: If something is missing or belongs to another model; every problem is listed.
+    """
+    if not needs:
+        return []
+    statistics = statistics or {}
+    how = "; ".join(f"{kind}.<parameter> holds {HOW_TO_MAKE[kind]}" for kind in needs)
+    raise_all(
+        [
+            f"The method needs statistics of the data of expert {name}; give merge(…, statistics={{{name!r}: file}}), "
+            f"a file or state dict where {how}."
+            for name in experts
+            if name not in statistics
+        ]
+        + [
+            f"There are statistics for {name!r}, which is no expert; the experts are {', '.join(experts)}."
+            for name in statistics
+            if name not in experts
+        ]
+    )
+    opened = {
+        name: open_weights(statistics[name], None if _is_path(statistics[name]) else f"the statistics of {name}")
+        for name in experts
+    }
+    wanted = {kind: _wanted(kind, needs, opened, names) for kind in needs}
+    raise_all(
+        [
+            f"{source.name} holds no {kind}.<parameter> for any merged parameter; it must hold {HOW_TO_MAKE[kind]}."
+            for kind, parameters in wanted.items()
+            if not parameters
+            for source in opened.values()
+        ]
+    )
+    raise_all(
+        [
+            *(p for kind, parameters in wanted.items() for p in _problems(kind, parameters, base, opened)),
+            *_strangers(base, experts, opened),
+        ]
+    )
+    return list(opened.values())
+
+
+def _is_path(source: Source) -> bool:
+    return isinstance(source, (str, os.PathLike, Weights))
+
+
+def _wanted(kind: str, needs: Sequence[str], opened: Mapping[str, Weights], names: Sequence[str]) -> list[str]:
+    """The parameters for which every expert must have a statistic."""
+    if kind == "fisher":
+        return list(names)
+    grams = [other for other in needs if other != "fisher"]
+    return [n for n in names if any(f"{gram}.{n}" in source for gram in grams for source in opened.values())]
+
+
+def _problems(kind: str, parameters: Sequence[str], base: Weights, opened: Mapping[str, Weights]) -> list[str]:
+    problems = []
+    for source in opened.values():
+        for name in parameters:
+            key, expected = f"{kind}.{name}", _expected_shape(kind, base.meta[name].shape)
+            if key not in source:
+                problems.append(f"{source.name} lacks {key!r}: {HOW_TO_MAKE[kind]}, of shape {expected}.")
+            elif tuple(source.meta[key].shape) != expected:
+                shape = tuple(source.meta[key].shape)
+                problems.append(
+                    f"{key!r} of {source.name} has shape {shape}, but the model's {name!r} asks for {expected}; "
+                    f"make it with this expert: {HOW_TO_MAKE[kind]}."
+                )
+    return problems
+
+
+def _expected_shape(kind: str, shape: torch.Size) -> tuple[int, ...]:
+    if kind == "fisher":
+        return tuple(shape)
+    rows = shape[0] if shape else 1
+    side = rows if kind == "gram_out" else shape.numel() // max(rows, 1)
+    return side, side
+
+
+def _strangers(base: Weights, experts: Mapping[str, Weights], opened: Mapping[str, Weights]) -> list[str]:
+    return [
+        f"{opened[name].name} holds {key!r}, but the model has no such parameter; "
+        "are these the statistics of another model?"
+        for name, expert in experts.items()
+        for key in opened[name]
+        for kind, _, parameter in [key.partition(".")]
+        if kind in HOW_TO_MAKE and parameter not in base and parameter not in expert
+    ]

@@ -1,0 +1,100 @@
+"""What the authors' code computed: RegMean's and MaTS' repositories, on made-up Fishers and Gram matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_merge.checkpoints import open_weights
+from lightning_merge.merging import merge
+from lightning_merge.methods.fisher import Fisher
+from lightning_merge.methods.mats import MaTS
+from lightning_merge.methods.regmean import RegMean
+from lightning_merge.task_vectors import TaskVectors
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+NAME = "fisher_regmean_mats"
+SINGLE = torch.float32
+ULPS = 3e-7  # of weights between 1 and 2: the authors average in float32
+STOPPED = 5e-6  # float32 iterations end one step sooner or later; scipy's own repetition differs by 3e-6
+
+# golden name, method, tensor group, is the group base + update, dtype (None: the method's own), tolerance
+CASES = [
+    (NAME, Fisher(), "fisher_plain", True, None, ULPS),
+    (NAME, Fisher(normalize="param"), "fisher_param", True, None, ULPS),
+    (NAME, Fisher(normalize="model"), "fisher_model", True, None, ULPS),
+    (NAME, Fisher(smooth=0.0, floor=1e-8), "mats_fisher", True, None, ULPS),
+    (NAME, RegMean(), "merged", True, None, ULPS),
+    (NAME, RegMean(), "merged_tv", False, None, ULPS),
+    (NAME, RegMean(reduce_off_diagonal=0.9), "regmean_a09", True, None, ULPS),
+    (NAME, RegMean(reduce_off_diagonal=0.9), "mats_regmean_l09", True, None, ULPS),
+    (NAME, RegMean(reduce_off_diagonal=1.0), "regmean_a10", True, None, ULPS),
+    (NAME, RegMean(reduce_off_diagonal=0.0), "regmean_diag", True, None, ULPS),
+    (NAME, MaTS(iterations=10, backward=False, initialization="average"), "mats_cg_regmean_it10", True, None, ULPS),
+    (
+        NAME,
+        MaTS(iterations=200, backward=False, initialization="average"),
+        "mats_cg_regmean_it200",
+        True,
+        SINGLE,
+        STOPPED,
+    ),
+    (NAME, MaTS(iterations=100, initialization="average"), "mats_cg_block_it100", True, SINGLE, 5e-7),
+]
+
+
+def load(name):
+    groups = {}
+    for key, tensor in load_file(GOLDEN / f"{name}.safetensors").items():
+        group, _, parameter = key.partition(".")
+        groups.setdefault(group, {})[parameter] = tensor
+    count = sum(group.startswith("expert") for group in groups)
+    statistics = [
+        {f"fisher.{k}": v for k, v in groups[f"fisher{i}"].items()}
+        | {f"gram.{k}.weight": v for k, v in groups[f"gram{i}"].items()}
+        | {f"gram_out.{k}.weight": v for k, v in groups[f"outgram{i}"].items()}
+        for i in range(count)
+    ]
+    return groups, [groups[f"expert{i}"] for i in range(count)], statistics
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "group", "scaled", "dtype", "tolerance"), CASES, ids=[case[2] for case in CASES]
+)
+def test_golden(name, method, group, scaled, dtype, tolerance):
+    groups, experts, statistics = load(name)
+    base = open_weights(groups["pretrained"], "base")
+    task_vectors = TaskVectors(
+        base,
+        [open_weights(expert, f"expert {i}") for i, expert in enumerate(experts)],
+        list(base),
+        dtype or method.dtype,
+        statistics=[open_weights(source, f"statistics {i}") for i, source in enumerate(statistics)],
+    )
+    survey = method.survey(task_vectors)
+    assert set(groups[group]) == set(base)
+    for parameter in base:
+        context = task_vectors.context(parameter, survey)
+        found = method.update(task_vectors[parameter], context)
+        if scaled:
+            found = context.base + method.scale * found
+        expected = groups[group][parameter].to(found)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+def test_every_output_of_the_golden_file_is_covered():
+    groups, _, _ = load(NAME)
+    inputs = ("pretrained", "expert", "fisher0", "fisher1", "fisher2", "fisher3", "gram", "outgram")
+    assert {group for group in groups if not group.startswith(inputs)} == {case[2] for case in CASES}
+
+
+def test_a_whole_merge_gives_the_same():
+    groups, experts, statistics = load(NAME)
+    merged = merge(
+        groups["pretrained"], experts, RegMean(), statistics={f"expert {i}": s for i, s in enumerate(statistics)}
+    )
+    for parameter, expected in groups["merged"].items():
+        torch.testing.assert_close(merged.weights[parameter], expected, rtol=0, atol=ULPS)
