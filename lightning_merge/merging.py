@@ -57,7 +57,7 @@ class Merged:
             raise MergeError(f"There is no expert {expert!r}; the experts are {', '.join(self.experts)}.")
         source = self.experts[expert]
         own = self._task_parameters(list(self.experts).index(expert)) if self._task_parameters else {}
-        return self.weights | own | {name: source[name] for name in self.inventory.private[source.name]}
+        return self.weights | own | {name: source[name].clone() for name in self.inventory.private[source.name]}
 
     def summary(self) -> str:
         """What was merged, in one line."""
@@ -134,7 +134,10 @@ def merge(
     if not allow_non_finite:
         floating = [*inventory.merged, *inventory.averaged]
         keys = [f"{kind}.{name}" for kind in method.needs for name in inventory.merged]
-        raise_all(find_non_finite([origin, *sources.values()], floating) + find_non_finite(measured, keys))
+        models = {"the base": origin} | {f"the expert {name}": expert for name, expert in sources.items()}
+        raise_all(
+            find_non_finite(models, floating) + find_non_finite({source.name: source for source in measured}, keys)
+        )
 
     matrices = matrices or Matrices()
     task_vectors = TaskVectors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -152,20 +152,21 @@ def _pattern(name: str) -> str:
     return f"{module}.*" if dot else name
 
 
-def find_non_finite(models: Sequence[Weights], names: Sequence[str]) -> list[str]:
-    """Say which parameters of the base (the first model) and the experts hold NaN or infinity; reads every tensor."""
+def find_non_finite(models: Mapping[str, Weights], names: Sequence[str]) -> list[str]:
+    """Say which parameters of which models hold NaN or infinity; reads every tensor once.
+
+    Args:
+        models: The models, by what to call them in the sentence: ``the base``, ``the expert photo``.
+        names: The parameters to look at.
+    """
     return [
-        f"{name!r} of the {_role(i, model)} holds values that are not finite ({_count_non_finite(model[name])} of "
+        f"{name!r} of {what} holds values that are not finite ({_count_non_finite(model[name])} of "
         f"{model.meta[name].numel()}); was its training diverging? Give another checkpoint, or merge all the same "
         "with allow_non_finite=True."
-        for i, model in enumerate(models)
+        for what, model in models.items()
         for name in names
         if name in model and not bool(torch.isfinite(model[name]).all())
     ]
-
-
-def _role(position: int, model: Weights) -> str:
-    return f"expert {model.name}" if position else "base"
 
 
 def _count_non_finite(tensor: Tensor) -> int:

@@ -64,6 +64,7 @@ class LiNeS(Wrapper):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self, "beta", 0, float("inf"), open_high=True)
         if self.alpha is not None:
             check_range(self, "alpha", 0, float("inf"), open_high=True)

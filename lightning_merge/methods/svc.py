@@ -69,6 +69,7 @@ class SVC(Wrapper):
         return torch.float64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha is not None:
             check_range(self, "alpha", 0, float("inf"), open_low=True, open_high=True)
 
