@@ -122,6 +122,7 @@ class TestEveryConfigRuns:
             "merge/ties.yaml",
             "evaluate/held_out.yaml",
             "benchmark/digits.yaml",
+            "benchmark/digits_all_methods.yaml",
             "benchmark/pacs.yaml",
         }
         assert {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")} == tested
@@ -165,12 +166,13 @@ class TestEveryConfigRuns:
         )
         assert lm.open_weights("m.safetensors")["w"].shape == (6, 6)
 
-    def test_benchmark_digits(self, capsys):
-        config = f"--config={CONFIGS / 'benchmark/digits.yaml'}"
+    @pytest.mark.parametrize("name", ["digits", "digits_all_methods"])
+    def test_benchmark_digits(self, name, capsys):
+        config = f"--config={CONFIGS / 'benchmark' / name}.yaml"
         main(["benchmark", config, *TINY_DIGITS, "--pretrain.max_epochs=1", "--domains=[noisy, thick]", "--output=out"])
         shown = capsys.readouterr().out
-        methods = yaml.safe_load((CONFIGS / "benchmark/digits.yaml").read_text())["methods"]
-        assert all(f"| {name} " in shown for name in methods)
+        methods = yaml.safe_load((CONFIGS / f"benchmark/{name}.yaml").read_text())["methods"]
+        assert all(f"| {row} " in shown for row in methods)
 
     def test_benchmark_pacs(self, capsys):
         root = image_folders(Path("data"))

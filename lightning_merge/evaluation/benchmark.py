@@ -186,8 +186,9 @@ class Benchmark:
     def write_results(self) -> Table:
         """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
         records = [record for domain in self.domains for record in self._records(domain)]
-        kept = [record for record in records if record["method"] is None or record["row"] in self.methods]
-        table = Table(kept)
+        position = {name: i for i, name in enumerate(self.methods)}
+        kept = [record for record in records if record["method"] is None or record["row"] in position]
+        table = Table(sorted(kept, key=lambda record: position.get(record["row"], -1)))
         if self.trainer.is_global_zero:
             table.save(self.output)
         return table

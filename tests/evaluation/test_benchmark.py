@@ -84,8 +84,8 @@ def test_a_new_method_costs_only_itself(monkeypatch):
     after = _without_times(Path("out/results.jsonl").read_text())
     assert [r for r in after if r["row"] != "arithmetic"] == before
     assert "arithmetic" in table.row_names
-    changed = run({"average": WeightAverage(scale=0.5)})
-    assert changed.row_names == ["base", "average", "logit ensemble", "own expert"]
+    changed = run({"average": WeightAverage(scale=0.5), "SCORE": SCORE()})
+    assert changed.row_names == ["base", "average", "SCORE", "logit ensemble", "own expert"]
     assert changed.value("average", "noisy") is not None
     assert "scale" in Path("out/results.jsonl").read_text()
 
