@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.merging import merge
 from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.task_vectors import take_inventory
 
 
 class MergeAfterFit(Callback):
@@ -42,12 +40,11 @@ class MergeAfterFit(Callback):
         self.exclude = exclude or []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look for the files before the fit and not after it."""
-        if stage != "fit":
-            return
-        for path in (self.base, *self.experts):
-            if not Path(path).exists():
-                raise MergeError(f"MergeAfterFit: there is no checkpoint {path}.")
+        """Find out before the fit, and not after it, whether the merge can work."""
+        if stage == "fit":
+            check_output(self.output)
+            experts = [open_weights(path) for path in self.experts] + [open_weights(pl_module.state_dict(), "this run")]
+            take_inventory(open_weights(self.base), experts, exclude=self.exclude)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge on rank zero; every rank waits for the file."""

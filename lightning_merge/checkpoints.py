@@ -116,20 +116,31 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
     raise MergeError(f"{path} is no weight file that is known here; give one that ends in {known}, or a folder.")
 
 
+_FOLDER_PATTERNS = (
+    ("*.safetensors.index.json",),
+    ("*.safetensors",),
+    ("*.ckpt", "checkpoints/*.ckpt"),
+    ("*.bin.index.json",),
+    ("*.bin",),
+    ("*.pt", "*.pth"),
+)
+"""What a folder's weights may be called, most telling first."""
+
+
 def _find_file(path: Path) -> Path:
     """The weight file that ``path`` means: itself, or the only one in the folder."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
-    for patterns in (("*.safetensors.index.json",), ("*.safetensors",), ("*.ckpt", "checkpoints/*.ckpt"), ("*.bin",)):
+    for patterns in _FOLDER_PATTERNS:
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(str(file.relative_to(path)) for file in found)
             raise MergeError(f"The folder {path} holds several weight files ({names}); name the one that you mean.")
-    raise MergeError(f"The folder {path} holds no weight file (.safetensors, .ckpt or .bin).")
+    raise MergeError(f"The folder {path} holds no weight file (.safetensors, .ckpt, .bin or .pt).")
 
 
 def _from_memory(
@@ -203,19 +214,32 @@ def _from_safetensors(name: str, path: Path) -> Weights:
     stored = {_plain(key): key for key in file.keys()}  # noqa: SIM118, a safetensors file is no dictionary
     tied = {key.removeprefix(_TIED): owner for key, owner in metadata.items() if key.startswith(_TIED)}
     for alias, owner in tied.items():
-        stored[alias] = stored.get(owner, owner)
+        if owner not in stored:
+            raise MergeError(f"{path} is damaged: {alias!r} is said to be {owner!r}, which is not there.")
+        stored[alias] = stored[owner]
     meta = {}
     for key, place in stored.items():
         part = file.get_slice(place)
+        if part.get_dtype() not in _SAFETENSORS_DTYPES:
+            raise MergeError(f"{key!r} in {path} is of type {part.get_dtype()}, which cannot be merged; leave it out.")
         meta[key] = torch.empty(part.get_shape(), dtype=_SAFETENSORS_DTYPES[part.get_dtype()], device="meta")
     return Weights(
         name,
         readers={key: lambda place=place: file.get_tensor(place) for key, place in stored.items()},
         meta=meta,
         path=path,
-        header={key: json.loads(metadata[key]) for key in ("hyper_parameters", "merge") if key in metadata},
+        header=_read_manifest(metadata),
         tied=tied,
     )
+
+
+def _read_manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest that this package wrote into a header; nothing where another one used the same word."""
+    try:
+        manifest = json.loads(metadata.get("merge", "null"))
+    except ValueError:
+        manifest = None
+    return {"merge": manifest} if isinstance(manifest, dict) else {}
 
 
 _SAFETENSORS_DTYPES = {
@@ -243,7 +267,8 @@ def _from_shards(name: str, index: Path) -> Weights:
     for shard in sorted(set(weight_map.values())):
         if shard != Path(shard).name:
             raise MergeError(f"{index} points to {shard!r}, outside its own folder, so it was refused.")
-        shards[shard] = _from_safetensors(name, _find_file(index.parent / shard))
+        file = _find_file(index.parent / shard)
+        shards[shard] = (_from_safetensors if file.suffix == ".safetensors" else _from_torch)(name, file)
     missing = [f"{key!r} in {shard}" for key, shard in weight_map.items() if _plain(key) not in shards[shard]]
     if missing:
         raise MergeError(f"{index} promises parameters that its shards do not hold: {', '.join(missing[:5])}.")
@@ -278,6 +303,7 @@ def save_weights(
     Raises:
         MergeError: If the file type is not known, or if the file cannot be written.
     """
+    check_output(path)
     path = Path(path).expanduser()
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":
@@ -293,14 +319,31 @@ def save_weights(
             "hyper_parameters": dict(hyper_parameters or {}),
             "merge": dict(manifest or {}),
         }
-        with replacing(path) as file:
-            torch.save(content, file)
-    elif path.suffix in _TORCH_SUFFIXES:
-        with replacing(path) as file:
-            torch.save(weights, file)
+        _write(path, lambda file: torch.save(content, file))
     else:
-        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
+        _write(path, lambda file: torch.save(weights, file))
     return path
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise a :class:`MergeError` if :func:`save_weights` could not write to ``path``: to be called before any work."""
+    path = Path(path).expanduser()
+    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
+    if path.is_dir():
+        raise MergeError(f"Cannot write {path}: it is a folder; give the name of a file.")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let a library write a file whose place ``path`` then takes."""
+    with replacing(path) as file:
+        try:
+            write(file)
+        except Exception as error:  # a full disk is a RuntimeError of torch and a SafetensorError of safetensors
+            raise OSError(_first_line(error)) from error
 
 
 def _save_safetensors(path: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
@@ -309,8 +352,8 @@ def _save_safetensors(path: Path, weights: Mapping[str, Tensor], manifest: Mappi
     tied = _from_memory("the merged model", weights).tied
     metadata = {"format": "pt", "merge": json.dumps(dict(manifest or {}))}
     metadata |= {_TIED + alias: owner for alias, owner in tied.items()}
-    with replacing(path) as file:
-        save_file({name: w.contiguous() for name, w in weights.items() if name not in tied}, file, metadata)
+    stored = {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}
+    _write(path, lambda file: save_file(stored, file, metadata))
 
 
 @contextmanager

@@ -13,10 +13,17 @@ from lightning_merge.trainer import MergeTrainer
 
 
 class MergeCLI(LightningCLI):
-    """``LightningCLI`` with three more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``."""
+    """``LightningCLI`` with three more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
+
+    What cannot work ends in one sentence and exit status 1.
+    """
 
     def __init__(self, *args: Any, trainer_class: type[Trainer] = MergeTrainer, **kwargs: Any) -> None:
-        super().__init__(*args, trainer_class=trainer_class, **kwargs)
+        try:
+            super().__init__(*args, trainer_class=trainer_class, **kwargs)
+        except MergeError as error:
+            sys.stderr.write(f"lightning-merge: {error}\n")
+            sys.exit(1)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -69,19 +76,15 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-merge``; what cannot work ends in one sentence and exit status 1."""
+    """Run ``lightning-merge``."""
     import lightning_merge.callbacks
     import lightning_merge.data
     import lightning_merge.models  # noqa: F401, so that short class names are known
 
-    try:
-        MergeCLI(
-            args=args,
-            seed_everything_default=0,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
-        )
-    except MergeError as error:
-        sys.stderr.write(f"lightning-merge: {error}\n")
-        sys.exit(1)
+    MergeCLI(
+        args=args,
+        seed_everything_default=0,
+        save_config_callback=SaveFitConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
+    )

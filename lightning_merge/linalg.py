@@ -41,7 +41,10 @@ def svd(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
 
 
 def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading triplets of ``(…, m, n)`` with ``m >= n``."""
+    """The leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
+    if not bool(matrices.isfinite().all()):
+        nan = torch.full_like(matrices, torch.nan)
+        return nan[..., :rank], nan[..., 0, :rank], nan[..., :rank, :]
     if matrices.dtype == torch.float64:
         eigenvalues, V = torch.linalg.eigh(matrices.mT @ matrices)
         s = eigenvalues.flip(-1)[..., :rank].clamp(min=0).sqrt()
@@ -75,6 +78,9 @@ def isotropic(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if m < n:
         factor, s = isotropic(matrices.mT)
         return factor.mT, s
+    if not bool(matrices.isfinite().all()):
+        nan = torch.full_like(matrices, torch.nan)
+        return nan, nan[..., 0, :]
     if matrices.dtype == torch.float64:
         eigenvalues, V = torch.linalg.eigh(matrices.mT @ matrices)
         s = eigenvalues.clamp(min=0).sqrt()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge import __version__
-from lightning_merge.checkpoints import Source, Weights, open_weights, save_weights
+from lightning_merge.checkpoints import Source, Weights, check_output, open_weights, save_weights
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
@@ -113,7 +113,7 @@ def merge(
         seed: For methods that draw random numbers; every parameter derives its own from this and its name.
         workers: Parameters that are merged at the same time. The result is the same for any number.
         allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
-        output: Also write the merged model to this file.
+        output: Also write the merged model to this file, once it is complete in memory.
 
     Returns:
         The merged model.
@@ -123,6 +123,12 @@ def merge(
     """
     if scale is not None:
         method = replace(method, scale=scale)
+    if workers < 1:
+        raise MergeError(f"workers must be at least 1, got {workers}.")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
+    if output is not None:
+        check_output(output)
     origin = open_weights(base, name="base")
     sources = open_experts(experts)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
@@ -144,7 +150,7 @@ def merge(
         origin,
         list(sources.values()),
         inventory.merged,
-        dtype or method.dtype,
+        dtype or _precision(method, origin),
         device,
         matrices,
         seed,
@@ -166,16 +172,24 @@ def merge(
 
     weights = parameters(method.update)
     for name in inventory.averaged:
-        mean = torch.stack([wide(expert[name]) for expert in sources.values()]).mean(dim=0)
+        mean = torch.stack([wide(expert[name]).to(origin[name].device) for expert in sources.values()]).mean(dim=0)
         weights[name] = mean.to(origin[name])
     weights |= {name: origin[name].clone() for name in inventory.copied}
     weights |= {alias: weights[owner] for alias, owner in inventory.tied.items()}
 
+    settings = {
+        "matrices": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(matrices).items()},
+        "include": None if include is None else list(include),
+        "exclude": list(exclude),
+        "dtype": None if dtype is None else str(dtype),
+        "seed": seed,
+        "allow_non_finite": allow_non_finite,
+    }
     first = next(iter(sources.values()))
     merged = Merged(
         weights={name: weights[name] for name in origin},
         inventory=inventory,
-        manifest=make_manifest(method, matrices, seed, origin, sources, dict(zip(sources, measured, strict=False))),
+        manifest=make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False))),
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
         _task_parameters=task_parameters if method.per_task else None,
@@ -183,6 +197,12 @@ def merge(
     if output is not None:
         merged.save(output)
     return merged
+
+
+def _precision(method: MergeMethod, base: Weights) -> torch.dtype:
+    """The precision of the arithmetic: the method's, or float64 where the weights are."""
+    dtypes = {tensor.dtype for tensor in base.meta.values()}
+    return torch.float64 if torch.float64 in dtypes else method.dtype
 
 
 def open_experts(experts: Experts) -> dict[str, Weights]:
@@ -203,8 +223,7 @@ def open_experts(experts: Experts) -> dict[str, Weights]:
 
 def make_manifest(
     method: MergeMethod,
-    matrices: Matrices,
-    seed: int,
+    settings: Mapping[str, Any],
     base: Weights,
     experts: Mapping[str, Weights],
     statistics: Mapping[str, Weights],
@@ -216,10 +235,7 @@ def make_manifest(
 
     return {
         "method": method.describe(),
-        "matrices": {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(matrices).items()
-        },
-        "seed": seed,
+        **settings,
         "base": source(base),
         "experts": {name: source(weights) for name, weights in experts.items()},
         "statistics": {name: source(weights) for name, weights in statistics.items()},

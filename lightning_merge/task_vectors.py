@@ -62,7 +62,11 @@ def take_inventory(
     def left_out(name: str) -> bool:
         return matches(name, exclude) or (include is not None and not matches(name, include))
 
-    tied = {alias: owner for alias, owner in base.tied.items() if all(_shares(e, alias, owner) for e in experts)}
+    tied = {
+        alias: owner
+        for alias, owner in base.tied.items()
+        if left_out(alias) == left_out(owner) and all(_shares(expert, alias, owner) for expert in experts)
+    }
     names = [name for name in base if name not in tied]
     raise_all(
         [
@@ -138,6 +142,8 @@ def _different(base, experts, names) -> list[str]:
                     f"{name!r} has shape {tuple(theirs.shape)} in the expert {expert.name} and {tuple(mine.shape)} in "
                     f"the base; leave it out with exclude={_pattern(name)!r}, or give experts of one architecture."
                 )
+            elif mine.is_complex() or theirs.is_complex():
+                problems.append(f"{name!r} is complex, which no method merges; leave it out with exclude={name!r}.")
             elif mine.is_floating_point() != theirs.is_floating_point():
                 problems.append(
                     f"{name!r} is {theirs.dtype} in the expert {expert.name} and {mine.dtype} in the base; quantized "

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_merge.checkpoints import open_weights
+from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
@@ -77,7 +77,8 @@ class MergeTrainer(Trainer):
 
         Args:
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
-            datamodule: If given with a model, the merged model is evaluated on its test domains.
+            datamodule: If it is a :class:`DomainDataModule` and there is a model, the merged model is evaluated on its
+                test domains.
             experts: The experts' checkpoints or run folders: a list, or a mapping from a name (domain) to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
@@ -97,6 +98,7 @@ class MergeTrainer(Trainer):
         """
         if not experts:
             raise MergeError("There is nothing to merge: give the experts' checkpoints with --experts.")
+        check_output(output)
         if base is None and model is None:
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
@@ -116,7 +118,7 @@ class MergeTrainer(Trainer):
         if self.is_global_zero:
             merged.save(output)
         self.merged, self.table = merged, None
-        if model is not None and datamodule is not None:
+        if model is not None and isinstance(datamodule, DomainDataModule):
             rows = {BASE: open_weights(base) if base is not None else model.state_dict(), "merged": merged.weights}
             self.table = self._evaluate(model, datamodule, rows, {})
         return merged
@@ -149,6 +151,11 @@ class MergeTrainer(Trainer):
         """
         if model is None or datamodule is None:
             raise MergeError("Evaluating needs a model and data; give --model and --data, or the config.yaml of a fit.")
+        if not isinstance(datamodule, DomainDataModule):
+            raise MergeError(
+                f"{type(datamodule).__name__} says nothing of domains; evaluate with a DomainDataModule (DomainFolders, or "
+                "your subclass), or test one checkpoint at a time with `test --ckpt_path`."
+            )
         check_names(candidates or {})
         rows = {BASE: open_weights(base) if base is not None else model.state_dict()}
         rows |= {name: open_weights(path, name) for name, path in (candidates or {}).items()}

@@ -55,12 +55,17 @@ class GlobalBatches(DistributedSampler):
                 f"{total} samples in batches of {batch_size} cannot be shared out over {self.num_replicas} processes; "
                 "use fewer processes or a larger batch_size."
             )
+        if shuffle and batch_size % self.num_replicas:
+            raise MergeError(
+                f"Batches of {batch_size} cannot be shared out evenly over {self.num_replicas} processes; choose a "
+                "batch_size that they divide."
+            )
         if shuffle:
             size = min(batch_size, total)
             size -= size % self.num_replicas  # equal parts, so that the mean of the gradients is the batch's gradient
             self.bounds = [(start, start + size) for start in range(0, total - size + 1, size)]
         else:
-            count = -(-total // batch_size)
+            count = min(-(-total // batch_size), total // self.num_replicas)  # something of each for every process
             self.bounds = [(i * total // count, (i + 1) * total // count) for i in range(count)]
 
     def __len__(self) -> int:

@@ -131,6 +131,7 @@ class DomainFolders(DomainDataModule):
             std=tuple(self.std or theirs.std),
             interpolation=theirs.interpolation if theirs else "bicubic",
             crop=theirs.crop if theirs else 1.0,
+            resize=theirs.resize if theirs else "shortest",
         )
 
     def check(self, domains: Sequence[str]) -> None:
@@ -152,7 +153,15 @@ class DomainFolders(DomainDataModule):
         counts = {
             domain: {name: len(files) for name, files in classes.items()} for domain, classes in self._files.items()
         }
-        return super().description() | {"images": counts, "crop_scale": self.crop_scale, "flip": self.flip}
+        return (
+            super().description()
+            | {"images": counts, "crop_scale": self.crop_scale, "flip": self.flip}
+            | {
+                "size": self.size,
+                "mean": self.mean,
+                "std": self.std,
+            }
+        )
 
 
 def find_images(root: Path, classes: Sequence[str] | None = None) -> dict[str, dict[str, list[Path]]]:
@@ -199,15 +208,15 @@ def _images(folder: Path) -> list[Path]:
 def _image_problem(file: Path) -> str | None:
     """Say what is wrong with an image file; None if it can be read.
 
-    Only the header is decoded, and the end mark of a JPEG or PNG is looked for: that finds files cut short at the
-    price of two small reads. A file without its end mark is decoded in full before it is called unreadable.
+    Of a JPEG or PNG only the header is decoded and the end mark looked for: that finds files cut short at the price
+    of two small reads. Other formats, and files without their end mark, are decoded in full.
     """
     from PIL import Image
 
     try:
         with Image.open(file) as image:
             end = _END_MARK.get(image.format or "")
-            if end is not None and not _ends_with(file, end):
+            if end is None or not _ends_with(file, end):
                 image.load()
     except (OSError, SyntaxError, ValueError) as error:
         return f"The image {file} cannot be read ({error}); mend it or remove it."

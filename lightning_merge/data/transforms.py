@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,18 +17,23 @@ Transform = Callable[["Image"], Tensor]
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """Resize the shorter side, crop the centre, normalise."""
+    """Resize, crop the centre, normalise: as timm and open_clip evaluate."""
+    from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
     from torchvision.transforms import v2
 
-    height, width = preprocessing.size
-    resized = round(height / preprocessing.crop), round(width / preprocessing.crop)
-    return v2.Compose(
-        [
-            v2.Resize(min(resized) if height == width else resized, interpolation=_interpolation(preprocessing)),
-            v2.CenterCrop((height, width)),
-            *_to_tensor(preprocessing),
-        ]
-    )
+    resized = [math.floor(side / preprocessing.crop) for side in preprocessing.size]
+    interpolation = _interpolation(preprocessing)
+    if preprocessing.resize == "squash":
+        resize, crop = v2.Resize(resized, interpolation=interpolation), v2.CenterCrop(preprocessing.size)
+    elif preprocessing.resize == "longest":
+        resize = ResizeKeepRatio(resized, longest=1.0, interpolation=preprocessing.interpolation)
+        crop = CenterCropOrPad(preprocessing.size)
+    elif resized[0] == resized[1]:
+        resize, crop = v2.Resize(resized[0], interpolation=interpolation), v2.CenterCrop(preprocessing.size)
+    else:
+        resize = ResizeKeepRatio(resized, interpolation=preprocessing.interpolation)
+        crop = v2.CenterCrop(preprocessing.size)
+    return v2.Compose([resize, crop, *_to_tensor(preprocessing)])
 
 
 def train_transform(preprocessing: Preprocessing, crop_scale: float, flip: bool) -> Transform:

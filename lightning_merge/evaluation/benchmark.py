@@ -12,6 +12,8 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
 from __future__ import annotations
 
 import copy
+import hashlib
+import inspect
 import json
 import logging
 import os
@@ -23,7 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, seed_everything
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -43,16 +46,24 @@ if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
 
 _DONE = "done"
-_TRAINER_SETTINGS = (
-    "max_epochs",
-    "max_steps",
-    "precision",
-    "gradient_clip_val",
-    "accumulate_grad_batches",
-    "limit_train_batches",
-    "limit_test_batches",
-    "fast_dev_run",
+_ELSEWHERE = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "logger",
+    "default_root_dir",
+    "callbacks",
+    "profiler",
+    "plugins",
+    "log_every_n_steps",
+    "barebones",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "enable_checkpointing",
+    "num_sanity_val_steps",
 )
+"""Arguments of the trainer that say where and how loudly it runs, and not what comes out."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +128,9 @@ class Benchmark:
     def _fit(self, domains: Sequence[str], folder: Path, hparams: Mapping[str, Any], **arguments: Any) -> None:
         if (folder / _DONE).exists():
             return
-        model = copy.deepcopy(self.model)
-        model.hparams.update(hparams)
-        if (base := self.output / "base" / "expert.ckpt").exists():
-            model.load_state_dict(dict(open_weights(base)))
+        model = copy.deepcopy(self.model) if not hparams else _rebuild(self.model, hparams)
+        if self.pretrain and folder != self.output / "base":
+            model.load_state_dict(dict(self._base()))
         trainer = self.trainer.again(
             default_root_dir=str(folder),
             logger=CSVLogger(folder, name="", version="logs"),
@@ -216,6 +226,11 @@ class Benchmark:
         check_names(self.methods)
         if not self.methods:
             raise MergeError("There are no methods to compare; give at least one.")
+        for name, method in self.methods.items():
+            try:
+                json.dumps(method.describe())
+            except TypeError as error:
+                raise MergeError(f"The arguments of the method {name!r} must be plain values: {error}.") from error
         for domain in [*self.domains, *pretrain]:
             self.datamodule.split(domain, "test")
         self.datamodule.check([*self.domains, *pretrain])
@@ -226,7 +241,9 @@ class Benchmark:
         settings = {
             "model": {"class": type(self.model).__name__, **dict(self.model.hparams)},
             "data": self.datamodule.description() | {"test_on": self.datamodule.test_on},
-            "trainer": {name: arguments[name] for name in _TRAINER_SETTINGS if arguments.get(name) is not None},
+            "trainer": {name: v for name, v in arguments.items() if v is not None and name not in _ELSEWHERE},
+            "callbacks": [_describe_callback(callback) for callback in self.trainer.given_callbacks],
+            "weights": _fingerprint(self.model),
             "pretrain": asdict(self.pretrain) if self.pretrain else None,
             "domains": list(self.domains),
             "seed": seed,
@@ -270,6 +287,30 @@ def _best_weights(trainer: MergeTrainer) -> Weights | None:
     if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
         return open_weights(callback.best_model_path)
     return None
+
+
+def _rebuild(model: LightningModule, hparams: Mapping[str, Any]) -> LightningModule:
+    """The same model with other hyper-parameters, and the same weights."""
+    accepted = inspect.signature(type(model).__init__).parameters
+    arguments = {name: value for name, value in model.hparams.items() if name in accepted}
+    rebuilt = type(model)(**{**arguments, **hparams})
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt
+
+
+def _fingerprint(model: LightningModule) -> str:
+    """The sha256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe_callback(callback: Callback) -> dict[str, Any]:
+    """A callback's class and its plain settings."""
+    plain = {k: v for k, v in vars(callback).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
+    return {"class": type(callback).__name__, **plain}
 
 
 def _mark_done(folder: Path, content: Mapping[str, Any]) -> None:

@@ -40,6 +40,8 @@ def evaluate_candidates(
         MergeError: If a candidate does not have the module's parameters.
     """
     _check_fit(module, candidates)
+    if hasattr(module, "check_classes"):
+        module.check_classes(datamodule.class_names)
     domains = list(datamodule.test_domains)
     evaluator = CandidateEvaluator(module, candidates, ensembles or {}, domains, len(datamodule.class_names))
     logged: dict[str, float] = {}
@@ -116,12 +118,14 @@ class CandidateEvaluator(LightningModule):
         """Count one batch for every candidate and ensemble."""
         images, labels = batch
         logits = {
-            name: functional_call(self.module, weights, (images,)).float() for name, weights in self._candidates.items()
+            name: functional_call(self.module, weights, (images,), tie_weights=False).float()
+            for name, weights in self._candidates.items()
         }
         for name, members in self._ensembles.items():
             logits[name] = torch.stack([logits[member] for member in members]).mean(dim=0)
         for i, name in enumerate(self.rows):
-            self._metrics[i * len(self._domains) + dataloader_idx].update(logits[name], labels)
+            probabilities = logits[name].softmax(dim=-1)
+            self._metrics[i * len(self._domains) + dataloader_idx].update(probabilities, labels)
 
     def on_test_epoch_end(self) -> None:
         """Log everything that was measured."""

@@ -57,6 +57,12 @@ def evaluate_domain(
     Returns:
         A record for each row.
     """
+    strangers = [name for name in experts if name not in datamodule.domains]
+    if strangers:
+        raise MergeError(
+            f"The expert {strangers[0]!r} has the name of no domain, so that it cannot be told whether it has seen "
+            f"{domain!r}; name experts after their domains: {', '.join(datamodule.domains)}."
+        )
     others = {_OTHER_EXPERT + name: weights for name, weights in experts.items() if name != domain}
     passes = {datamodule.test_on: {**candidates, **others}}
     if domain in experts:

@@ -16,9 +16,10 @@ from lightning_merge.methods.iso_c import iso_c
 def split_rank(rank: int, num_experts: int, common_fraction: float) -> tuple[int, int]:
     """Split a rank into the common dimensions and the dimensions that each expert gets: ``(common, per_task)``.
 
-    As in the official code: the task-specific part is rounded to a multiple of the number of experts (halves to even).
+    As in the official code: the task-specific part is rounded to a multiple of the number of experts (halves to even),
+    though here never to more than the rank.
     """
-    per_task = round((rank - int(rank * common_fraction)) / num_experts)
+    per_task = min(round((rank - int(rank * common_fraction)) / num_experts), rank // num_experts)
     return rank - per_task * num_experts, per_task
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import MergeError
@@ -24,7 +25,8 @@ class Preprocessing:
         mean: Mean per channel, of images scaled to [0, 1].
         std: Standard deviation per channel.
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``.
-        crop: Share of the resized image's shorter side that the central crop keeps, in (0, 1].
+        crop: Share of the resized image's sides that the central crop keeps, in (0, 1].
+        resize: ``shortest`` side to the size and crop the rest, ``longest`` side and fill the rest, or ``squash``.
     """
 
     size: tuple[int, int]
@@ -32,6 +34,7 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop: float = 1.0
+    resize: str = "shortest"
 
 
 def split_name(backbone: str) -> tuple[str, str]:
@@ -65,14 +68,20 @@ def timm_backbone(name: str, pretrained: bool | str, **arguments: Any) -> tuple[
     overlay: Mapping[str, Any] | None = None
     if isinstance(pretrained, str):
         overlay = {"file": require_file(pretrained)}
+
+    def build(pretrained: bool) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(
+                name, pretrained=pretrained, pretrained_cfg_overlay=overlay, num_classes=0, **arguments
+            )
+
     try:
-        model = timm.create_model(
-            name, pretrained=bool(pretrained), pretrained_cfg_overlay=overlay, num_classes=0, **arguments
-        )
-    except RuntimeError as error:
-        if "Unknown model" not in str(error):
-            raise
-        raise MergeError(f"timm has no model {name!r}; `timm.list_models()` lists those it has.") from error
+        model = build(bool(pretrained))
+    except Exception as error:  # timm, the hub, and the model's own constructor raise many kinds
+        hint = "; `timm.list_models()` lists those it has" if "Unknown model" in str(error) else ""
+        raise MergeError(f"timm has no model {name!r} that could be built: {error}{hint}.") from error
+    if isinstance(pretrained, str):
+        _check_loaded(model, build(False), pretrained)
     config = timm.data.resolve_data_config(
         {key: value for key, value in arguments.items() if key in ("img_size", "in_chans")}, model=model
     )
@@ -82,8 +91,30 @@ def timm_backbone(name: str, pretrained: bool | str, **arguments: Any) -> tuple[
         std=tuple(config["std"]),
         interpolation=config["interpolation"],
         crop=config["crop_pct"],
+        resize={"center": "shortest", "border": "longest"}.get(config["crop_mode"], config["crop_mode"]),
     )
     return model, model.num_features, preprocessing
+
+
+def _check_loaded(model: nn.Module, random: nn.Module, path: str) -> None:
+    """Raise a :class:`MergeError` if a file left parameters at their random initialisation; timm itself only logs it.
+
+    Args:
+        model: The model after loading.
+        random: The same model with the same random numbers, without loading.
+        path: The file.
+    """
+    start = dict(random.named_parameters())
+    same = [
+        key
+        for key, parameter in model.named_parameters()
+        if torch.equal(parameter, start[key]) and parameter.numel() > 1 and parameter.detach().float().std() > 0
+    ]
+    if same:
+        raise MergeError(
+            f"{path} holds no weights for {len(same)} parameters of this backbone ({', '.join(same[:3])}…), which would "
+            "stay random; is it of another architecture? The checkpoint of an expert goes to weights=…"
+        )
 
 
 def load_clip(name: str, pretrained: bool | str, **arguments: Any) -> CLIP:
@@ -91,15 +122,23 @@ def load_clip(name: str, pretrained: bool | str, **arguments: Any) -> CLIP:
 
     Args:
         name: Any name that ``open_clip.create_model`` takes (``ViT-B-32``, ``hf-hub:…``, ``local-dir:…``).
-        pretrained: A tag (``openai``, ``laion2b_s34b_b79k``, …) or a file of weights; False for random weights.
+        pretrained: A tag (``openai``, ``laion2b_s34b_b79k``, …) or a file of weights; False for random weights. True
+            where the name says where the weights are (``hf-hub:``, ``local-dir:``).
         arguments: Any keyword that ``open_clip.create_model`` takes.
     """
     import open_clip
 
-    if pretrained is True:
+    if pretrained is True and ":" not in name:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise MergeError(f"Say which weights open_clip should load for {name}: pretrained={tags}, or a file.")
-    return open_clip.create_model(name, pretrained=pretrained or None, require_pretrained=bool(pretrained), **arguments)
+    if ":" in name:  # hf-hub: and local-dir: bring their own weights
+        weights = {"load_weights": bool(pretrained)}
+    else:
+        weights = {"pretrained": pretrained or None, "require_pretrained": bool(pretrained)}
+    try:
+        return open_clip.create_model(name, **weights, **arguments)
+    except Exception as error:  # open_clip and the hub raise many kinds
+        raise MergeError(f"open_clip could not build {name!r} with weights {pretrained!r}: {error}") from error
 
 
 def image_tower(clip: CLIP) -> tuple[nn.Module, int, Preprocessing]:
@@ -111,6 +150,7 @@ def image_tower(clip: CLIP) -> tuple[nn.Module, int, Preprocessing]:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         interpolation=config["interpolation"],
+        resize=config.get("resize_mode", "shortest"),
     )
     return clip.visual, clip.visual.output_dim if hasattr(clip.visual, "output_dim") else _width(clip), preprocessing
 

@@ -115,10 +115,12 @@ class Expert(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the data have the classes that the head has."""
-        data = getattr(self.trainer, "datamodule", None)
-        theirs = getattr(data, "class_names", None)
-        if theirs is None:
-            return
+        theirs = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if theirs is not None:
+            self.check_classes(theirs)
+
+    def check_classes(self, theirs: Sequence[str]) -> None:
+        """Raise a :class:`MergeError` unless the head's classes are these, the data's, in their order."""
         if len(theirs) != self.num_classes:
             raise MergeError(
                 f"The data have {len(theirs)} classes ({', '.join(theirs[:8])}…) and the head has {self.num_classes}; "
@@ -140,7 +142,7 @@ class Expert(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count one batch of the validation split."""
-        self.metrics.update(self(batch[0]).float(), batch[1])
+        self.metrics.update(self(batch[0]).float().softmax(dim=-1), batch[1])
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the validation split."""
@@ -155,7 +157,8 @@ class Expert(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch of a test domain."""
-        list(self._test_metrics.values())[dataloader_idx].update(self(batch[0]).float(), batch[1])
+        probabilities = self(batch[0]).float().softmax(dim=-1)
+        list(self._test_metrics.values())[dataloader_idx].update(probabilities, batch[1])
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every test domain."""
@@ -173,13 +176,16 @@ class Expert(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW with a linear warm-up and a cosine decay to zero, step by step."""
-        hparams = self.hparams
+        hparams, head_rate = self.hparams, self.hparams.head_learning_rate
         groups = [
             {"params": _trainable(self.backbone), "lr": hparams.learning_rate},
-            {"params": _trainable(self.head), "lr": hparams.head_learning_rate or hparams.learning_rate},
+            {"params": _trainable(self.head), "lr": hparams.learning_rate if head_rate is None else head_rate},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=hparams.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise MergeError("The learning rate falls until the end of the fit; set trainer.max_epochs or max_steps.")
+        steps = int(steps)
         if hparams.warmup_steps >= steps:
             rank_zero_warn(
                 f"The learning rate rises over {hparams.warmup_steps} steps but the whole fit has {steps}; "
