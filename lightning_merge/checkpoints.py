@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
@@ -191,7 +191,8 @@ def _from_torch(name: str, path: Path) -> Weights:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [""])[0]
+    return line if " " in line else f"{type(error).__name__} {line}".strip()
 
 
 def _load_pickle(path: Path) -> Any:
@@ -325,9 +326,17 @@ def save_weights(
     return path
 
 
-def check_output(path: str | os.PathLike[str]) -> None:
-    """Raise a :class:`MergeError` if :func:`save_weights` could not write to ``path``: to be called before any work."""
+def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -> None:
+    """Raise a :class:`MergeError` if weights cannot be written to ``path``: to be called before any work.
+
+    Args:
+        path: Where the weights are to be written.
+        inputs: What must not be replaced.
+    """
     path = Path(path).expanduser()
+    for weights in inputs:
+        if weights.path is not None and weights.path.resolve() == path.resolve():
+            raise MergeError(f"{path} is one of the models to merge; give the merged model another name.")
     if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
         raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
     if path.is_dir():

@@ -19,10 +19,14 @@ class MergeCLI(LightningCLI):
     """
 
     def __init__(self, *args: Any, trainer_class: type[Trainer] = MergeTrainer, **kwargs: Any) -> None:
+        kwargs.setdefault("save_config_callback", SaveFitConfig)
         try:
             super().__init__(*args, trainer_class=trainer_class, **kwargs)
-        except MergeError as error:
-            sys.stderr.write(f"lightning-merge: {error}\n")
+        except ValueError as error:
+            sentence = _merge_error(error)
+            if sentence is None:
+                raise
+            sys.stderr.write(f"lightning-merge: {sentence}\n")
             sys.exit(1)
 
     @staticmethod
@@ -66,6 +70,13 @@ class MergeCLI(LightningCLI):
             sys.stdout.write(f"\n{self.trainer.table}\n")
 
 
+def _merge_error(error: BaseException | None) -> MergeError | None:
+    """The MergeError that an error is, or that the parser wrapped when a class could not be instantiated."""
+    while error is not None and not isinstance(error, MergeError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 class SaveFitConfig(SaveConfigCallback):
     """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
 
@@ -84,7 +95,6 @@ def main(args: list[str] | None = None) -> None:
     MergeCLI(
         args=args,
         seed_everything_default=0,
-        save_config_callback=SaveFitConfig,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
     )

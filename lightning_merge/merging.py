@@ -70,7 +70,8 @@ class Merged:
         ):
             parts += [f"{len(names)} {what}"] if names else []
         method = self.manifest["method"]["class_path"]
-        return f"{method} of {len(self.experts)} experts ({', '.join(self.experts)}): {', '.join(parts)}"
+        count = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'}"
+        return f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the merged model to one file, see :func:`lightning_merge.checkpoints.save_weights`."""
@@ -127,10 +128,10 @@ def merge(
         raise MergeError(f"workers must be at least 1, got {workers}.")
     if dtype not in (None, torch.float32, torch.float64):
         raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
-    if output is not None:
-        check_output(output)
     origin = open_weights(base, name="base")
     sources = open_experts(experts)
+    if output is not None:
+        check_output(output, inputs=[origin, *sources.values()])
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     if method.max_experts is not None and len(sources) > method.max_experts:
         raise MergeError(

@@ -68,6 +68,7 @@ def take_inventory(
         if left_out(alias) == left_out(owner) and all(_shares(expert, alias, owner) for expert in experts)
     }
     names = [name for name in base if name not in tied]
+    raise_all(_of_another_kind(base, experts, left_out))
     raise_all(
         [
             *_unused_patterns(base, experts, [*(include or ()), *exclude]),
@@ -95,6 +96,18 @@ def take_inventory(
     )
 
 
+def _of_another_kind(base, experts, left_out) -> list[str]:
+    """One sentence for an expert that has hardly a name in common with the base, in place of one for each name."""
+    own = [name for name in base if not left_out(name)]
+    return [
+        f"The expert {expert.name} is no fine-tuned form of the base: of the base's {len(own)} parameters it has "
+        f"{sum(name in expert for name in own)}. Names look like {own[0]!r} in the base and {next(iter(expert))!r} in "
+        "the expert; if only what stands before them differs, give the base as a checkpoint of the same module."
+        for expert in experts
+        if own and sum(name in expert for name in own) < len(own) / 2
+    ]
+
+
 def _shares(expert: Weights, alias: str, owner: str) -> bool:
     """Whether two names that the base ties are one in the expert, too (a file may leave the second name out)."""
     return alias not in expert or expert.tied.get(alias, alias) == expert.tied.get(owner, owner)
@@ -112,7 +125,7 @@ def _unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequen
 def _missing(base, experts, left_out, tied) -> list[str]:
     return [
         f"The expert {expert.name} lacks {name!r}, which the base has; give the expert's complete weights, "
-        f"or leave the parameter out with exclude={_pattern(name)!r}."
+        f"or leave the parameter out with exclude: [{_pattern(name)}]."
         for expert in experts
         for name in base
         if name not in expert and not left_out(name) and name not in tied
@@ -122,7 +135,7 @@ def _missing(base, experts, left_out, tied) -> list[str]:
 def _extra(base, experts, left_out) -> list[str]:
     return [
         f"The expert {expert.name} has {name!r}, which the base lacks, so that there is no difference to take; "
-        f"if it belongs to this expert alone (a head), leave it out with exclude={_pattern(name)!r}, "
+        f"if it belongs to this expert alone (a head), leave it out with exclude: [{_pattern(name)}], "
         "else give the base that the expert started from."
         for expert in experts
         for name in expert
@@ -140,14 +153,14 @@ def _different(base, experts, names) -> list[str]:
             if mine.shape != theirs.shape:
                 problems.append(
                     f"{name!r} has shape {tuple(theirs.shape)} in the expert {expert.name} and {tuple(mine.shape)} in "
-                    f"the base; leave it out with exclude={_pattern(name)!r}, or give experts of one architecture."
+                    f"the base; leave it out with exclude: [{_pattern(name)}], or give experts of one architecture."
                 )
             elif mine.is_complex() or theirs.is_complex():
-                problems.append(f"{name!r} is complex, which no method merges; leave it out with exclude={name!r}.")
+                problems.append(f"{name!r} is complex, which no method merges; leave it out with exclude: [{name}].")
             elif mine.is_floating_point() != theirs.is_floating_point():
                 problems.append(
                     f"{name!r} is {theirs.dtype} in the expert {expert.name} and {mine.dtype} in the base; quantized "
-                    f"weights cannot be merged: give floating-point weights, or exclude={_pattern(name)!r}."
+                    f"weights cannot be merged: give floating-point weights, or exclude: [{_pattern(name)}]."
                 )
     return problems
 
@@ -168,7 +181,7 @@ def find_non_finite(models: Mapping[str, Weights], names: Sequence[str]) -> list
     return [
         f"{name!r} of {what} holds values that are not finite ({_count_non_finite(model[name])} of "
         f"{model.meta[name].numel()}); was its training diverging? Give another checkpoint, or merge all the same "
-        "with allow_non_finite=True."
+        "with allow_non_finite: true."
         for what, model in models.items()
         for name in names
         if name in model and not bool(torch.isfinite(model[name]).all())

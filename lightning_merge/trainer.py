@@ -16,7 +16,7 @@ from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge
+from lightning_merge.merging import Merged, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 
 
@@ -98,13 +98,14 @@ class MergeTrainer(Trainer):
         """
         if not experts:
             raise MergeError("There is nothing to merge: give the experts' checkpoints with --experts.")
-        check_output(output)
         if base is None and model is None:
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
+        origin = open_weights(base if base is not None else model.state_dict(), name="base")
+        check_output(output, inputs=[origin, *open_experts(experts).values()])
         merged = merge(
-            base if base is not None else model.state_dict(),
+            origin,
             experts,
             method or SCORE(),
             scale=scale,
@@ -153,8 +154,8 @@ class MergeTrainer(Trainer):
             raise MergeError("Evaluating needs a model and data; give --model and --data, or the config.yaml of a fit.")
         if not isinstance(datamodule, DomainDataModule):
             raise MergeError(
-                f"{type(datamodule).__name__} says nothing of domains; evaluate with a DomainDataModule (DomainFolders, or "
-                "your subclass), or test one checkpoint at a time with `test --ckpt_path`."
+                f"{type(datamodule).__name__} says nothing of domains; evaluate with a DomainDataModule "
+                "(DomainFolders, or your subclass), or test one checkpoint at a time with `test --ckpt_path`."
             )
         check_names(candidates or {})
         rows = {BASE: open_weights(base) if base is not None else model.state_dict()}
@@ -199,8 +200,8 @@ class MergeTrainer(Trainer):
         Returns:
             The table of accuracies.
         """
-        if model is None or datamodule is None:
-            raise MergeError("A benchmark needs a model and data; give --model and --data.")
+        if model is None or not isinstance(datamodule, DomainDataModule):
+            raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         base_domains = pretrain.domains if pretrain else ()
         self.table = Benchmark(
             trainer=self,

@@ -155,13 +155,13 @@ class TestReplacing:
 
     def test_a_target_that_is_a_folder_is_said(self):
         Path("a.safetensors").mkdir()
-        with pytest.raises(MergeError, match=r"Could not write a\.safetensors"):
+        with pytest.raises(MergeError, match=r"Cannot write a\.safetensors: it is a folder"):
             save_weights("a.safetensors", base_weights())
         assert os.listdir() == ["a.safetensors"]
 
     def test_a_target_below_a_file_is_said(self):
         Path("file").write_text("")
-        with pytest.raises(MergeError, match=r"Could not write file/a\.ckpt"):
+        with pytest.raises(MergeError, match=r"Cannot write file/a\.ckpt"):
             save_weights("file/a.ckpt", base_weights())
 
     def test_the_file_has_the_user_s_rights(self):

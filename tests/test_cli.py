@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_merge as lm
 from lightning_merge.cli import MergeCLI, main
@@ -183,23 +186,76 @@ class TestEveryConfigRuns:
         assert "| SCORE, full " in capsys.readouterr().out
 
 
+class Theirs(LightningModule):
+    """A module that owes this package nothing."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.net = nn.Linear(4, hidden)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def test_step(self, batch, batch_idx):
+        self.log("mean", self.net(batch[0]).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class TheirData(LightningDataModule):
+    """Data that know nothing of domains."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
+
+    test_dataloader = train_dataloader
+
+
 class TestDropIn:
     """An existing project changes one word: ``LightningCLI(MyModel, MyData)`` -> ``MergeCLI(MyModel, MyData)``."""
 
-    def test_a_project_s_own_module_and_data(self):
-        run = ["--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
-        model = ["--model.num_classes=10", "--model.backbone=timm/convnext_tiny", "--model.pretrained=false"]
-        model += ["--model.backbone_args={in_chans: 1, depths: [1, 0, 0, 0], dims: [8, 8, 8, 8], patch_size: 1}"]
-        arguments = ["fit", *run, *model, "--data.train_domains=[noisy]", "--trainer.default_root_dir=run"]
-        cli = MergeCLI(lm.Expert, lm.Digits, args=arguments, seed_everything_default=1)
-        assert isinstance(cli.trainer, lm.MergeTrainer)
-        assert len(lm.open_weights("run")) > 0
+    def cli(self, verb: str, *arguments: str) -> MergeCLI:
+        quiet = ["--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+        return MergeCLI(Theirs, TheirData, args=[verb, *quiet, *arguments], seed_everything_default=1)
+
+    def test_fit_merge_and_test(self, capsys):
+        lm.save_weights("base.ckpt", Theirs(3).state_dict())
+        for run in ("a", "b"):
+            cli = self.cli("fit", "--model.hidden=3", f"--trainer.default_root_dir={run}")
+            assert isinstance(cli.trainer, lm.MergeTrainer)
+        runs = ["--experts={a: a, b: b}", "--method=WeightAverage", "--base=base.ckpt"]
+        self.cli("merge", "--config=a/config.yaml", *runs)
+        assert "wrote merged.ckpt" in capsys.readouterr().out
+        merged, one, two = lm.open_weights("merged.ckpt"), lm.open_weights("a"), lm.open_weights("b")
+        torch.testing.assert_close(merged["net.weight"], (one["net.weight"] + two["net.weight"]) / 2)
+        self.cli("test", "--config=a/config.yaml", "--ckpt_path=merged.ckpt")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["evaluate", "--model.hidden=3"], "TheirData says nothing of domains"),
+            (["benchmark", "--model.hidden=3"], "data of several domains"),
+            (["merge", "--model.hidden=3", "--experts=[nowhere]"], "no file or folder nowhere"),
+        ],
+    )
+    def test_what_cannot_work_ends_in_one_sentence(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            self.cli(*arguments)
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["fit"], "`fit` needs a model"),
+        (["fit", "--model=Expert", "--model.backbone=resnet18", "--model.num_classes=2"], "names no library"),
+        (
+            ["fit", "--model=Expert", "--model.num_classes=2", "--model.backbone=timm/resnet18"]
+            + ["--model.pretrained=x.pt"],
+            "no weight file x.pt",
+        ),
+        (["merge", "--base=b", "--experts=[a]", "--method=TIES", "--method.density=3"], "density must lie in (0, 1]"),
         (["merge", "--base=b.ckpt"], "nothing to merge"),
         (["merge", "--experts=[a.ckpt]"], "give it with --base"),
         (["merge", "--experts=[a.ckpt]", "--base=b.ckpt"], "no file or folder b.ckpt"),
@@ -210,8 +266,8 @@ def test_what_cannot_work_ends_in_one_sentence(arguments, message, capsys):
         main(arguments)
     assert caught.value.code == 1
     error = capsys.readouterr().err
-    assert f"lightning-merge: {error.split('lightning-merge: ')[1]}" in error
-    assert message in error
+    assert error.splitlines()[-1].startswith("lightning-merge: ")
+    assert message in error.splitlines()[-1]
     assert "Traceback" not in error
 
 

@@ -10,7 +10,16 @@ import torch
 
 import lightning_merge as lm
 from lightning_merge.checkpoints import save_weights
-from lightning_merge.methods import SCORE, TIES, MergeMethod, TaskArithmetic, WeightAverage
+from lightning_merge.methods import (
+    SCORE,
+    TIES,
+    TSVM,
+    IsoC,
+    IsoCTS,
+    MergeMethod,
+    TaskArithmetic,
+    WeightAverage,
+)
 from tests.toys import base_weights, expert_weights
 
 
@@ -121,7 +130,7 @@ class TestConflicts:
         experts[2]["head.weight"] = torch.zeros(4, 8)
         message = self.refusal(base, experts)
         assert "'head.weight' has shape (4, 8) in the expert sketch and (3, 8) in the base" in message
-        assert "exclude='head.*'" in message
+        assert "exclude: [head.*]" in message
 
     def test_missing(self, base, experts):
         del experts[0]["mlp.weight"]
@@ -131,7 +140,7 @@ class TestConflicts:
         experts[0]["adapter.weight"] = torch.zeros(2)
         message = self.refusal(base, experts)
         assert "The expert photo has 'adapter.weight', which the base lacks" in message
-        assert "exclude='adapter.*'" in message
+        assert "exclude: [adapter.*]" in message
 
     def test_quantized(self, base, experts):
         experts[0]["mlp.weight"] = experts[0]["mlp.weight"].to(torch.int8)
@@ -155,6 +164,35 @@ class TestConflicts:
         with pytest.raises(lm.MergeError, match="no experts"):
             lm.merge(base, [], SCORE())
 
+    def test_an_expert_of_another_model_gets_one_sentence(self, base, experts):
+        experts[1] = {f"backbone.{name}": tensor for name, tensor in experts[1].items()}
+        message = self.refusal(base, experts)
+        assert "The expert art is no fine-tuned form of the base" in message
+        assert "'backbone.conv.weight' in the expert" in message
+        assert "problems" not in message
+
+    def test_complex_parameters(self, base, experts):
+        for model in (base, *experts):
+            model["spectrum"] = torch.zeros(3, dtype=torch.complex64)
+        assert "'spectrum' is complex" in self.refusal(base, experts)
+
+    @pytest.mark.parametrize("method", [SCORE(), TSVM(), IsoC(), IsoCTS()], ids=repr)
+    def test_nan_can_be_allowed_where_matrices_are_factorized(self, base, experts, method):
+        experts[1]["mlp.weight"][3, 3] = float("nan")
+        merged = lm.merge(base, experts, method, allow_non_finite=True).weights
+        assert bool(merged["mlp.weight"].isnan().any())
+        assert bool(merged["proj.weight"].isfinite().all())
+
+    @pytest.mark.parametrize("output", ["a.onnx", "folder", "base.pt", "one.pt"])
+    def test_an_output_that_cannot_be_written_or_is_an_input(self, base, experts, output):
+        Path("folder").mkdir()
+        save_weights("base.pt", base)
+        save_weights("one.pt", experts[0])
+        files = dict.fromkeys(("photo", "art", "sketch"), "one.pt")
+        with pytest.raises(lm.MergeError, match=output):
+            lm.merge("base.pt", files, SCORE(), output=output)
+        assert torch.equal(lm.open_weights("one.pt")["mlp.weight"], experts[0]["mlp.weight"])
+
 
 class TestLeavingOut:
     def test_a_head_of_each_expert_s_own(self, base, experts):
@@ -171,6 +209,21 @@ class TestLeavingOut:
         merged = lm.merge(base, experts, SCORE(), exclude=["mlp.*"]).weights
         assert torch.equal(merged["mlp.weight"], base["mlp.weight"])
         assert not torch.equal(merged["proj.weight"], base["proj.weight"])
+
+    @pytest.mark.parametrize("pattern", ["decoder.*", "head.*"])
+    def test_one_of_two_tied_names(self, base, experts, pattern):
+        for model in (base, *experts):
+            model["decoder.weight"] = model["head.weight"]
+        merged = lm.merge(base, experts, WeightAverage(), exclude=[pattern]).weights
+        left, other = sorted(["decoder.weight", "head.weight"], key=lambda name: not name.startswith(pattern[:4]))
+        assert torch.equal(merged[left], base[left])
+        assert not torch.equal(merged[other], base[other])
+
+    def test_what_is_given_for_a_task_is_the_caller_s_to_change(self, base, experts):
+        merged = lm.merge(base, dict(zip("abc", experts, strict=True)), SCORE(), exclude=["head.*"])
+        before = experts[1]["head.weight"].clone()
+        merged.for_task("b")["head.weight"].add_(1)
+        assert torch.equal(experts[1]["head.weight"], before)
 
     def test_include(self, base, experts):
         merged = lm.merge(base, experts, SCORE(), include=["mlp.*"]).weights
@@ -211,6 +264,14 @@ class TestFiles:
         save_weights("a.pt", experts[0])
         with pytest.raises(lm.MergeError, match=r"a\.pt is given twice"):
             lm.merge(base, ["a.pt", "a.pt"], SCORE())
+
+
+@pytest.mark.parametrize("method", [WeightAverage(), TIES(density=1.0)], ids=repr)
+def test_float64_is_not_rounded(method):
+    base = {"w": torch.randn(5, 4, dtype=torch.float64)}
+    assert torch.equal(lm.merge(base, [base], method).weights["w"], base["w"])
+    with pytest.raises(lm.MergeError, match=r"float32 or float64, not torch\.bfloat16"):
+        lm.merge(base, [base], method, dtype=torch.bfloat16)
 
 
 def test_scale_replaces_the_method_s_own(base, experts):

@@ -108,8 +108,12 @@ class Benchmark:
         ):
             seed_everything(seed, workers=True, verbose=False)  # a job does not depend on those that ran before it
             started = time.perf_counter()
-            with _quiet_lightning():
-                job()
+            try:
+                with _quiet_lightning():
+                    job()
+            except KeyboardInterrupt:
+                rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
+                raise
             rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")
         return self.write_results()
 
@@ -206,14 +210,14 @@ class Benchmark:
     # Checks before anything runs
 
     def _check(self) -> None:
-        if len(self.domains) < 2:
-            raise MergeError(
-                f"Leaving a domain out needs at least two, and there is {', '.join(self.domains) or 'none'}."
-            )
         known, pretrain = self.datamodule.domains, list(self.pretrain.domains if self.pretrain else [])
         unknown = [domain for domain in [*self.domains, *pretrain] if domain not in known]
         if unknown:
             raise MergeError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(known)}.")
+        if len(self.domains) < 2:
+            raise MergeError(
+                f"Leaving a domain out needs at least two, and there is {', '.join(self.domains) or 'none'}."
+            )
         both = [domain for domain in self.domains if domain in pretrain]
         if both:
             raise MergeError(f"The base would be fitted on {both[0]!r}, which is held out later; take it out of one.")

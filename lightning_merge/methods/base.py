@@ -122,20 +122,20 @@ class MergeMethod(ABC):
 def check_range(
     method: MergeMethod, name: str, low: float, high: float, *, open_low: bool = False, open_high: bool = False
 ) -> None:
-    """Raise a ValueError that names the allowed range unless ``low <= method.name <= high`` (or ``<`` where open)."""
+    """Raise a MergeError that names the allowed range unless ``low <= method.name <= high`` (or ``<`` where open)."""
     value = getattr(method, name)
     above = value > low if open_low else value >= low
     under = value < high if open_high else value <= high
     if not (above and under):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise ValueError(f"{type(method).__name__}: {name} must lie in {interval}, got {value!r}.")
+        raise MergeError(f"{type(method).__name__}: {name} must lie in {interval}, got {value!r}.")
 
 
 def check_choice(method: MergeMethod, name: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the choices unless ``method.name`` is one of them."""
+    """Raise a MergeError that names the choices unless ``method.name`` is one of them."""
     value = getattr(method, name)
     if value not in choices:
-        raise ValueError(f"{type(method).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise MergeError(f"{type(method).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_weights(method: MergeMethod) -> None:

@@ -112,8 +112,8 @@ def _check_loaded(model: nn.Module, random: nn.Module, path: str) -> None:
     ]
     if same:
         raise MergeError(
-            f"{path} holds no weights for {len(same)} parameters of this backbone ({', '.join(same[:3])}…), which would "
-            "stay random; is it of another architecture? The checkpoint of an expert goes to weights=…"
+            f"{path} holds no weights for {len(same)} parameters of this backbone ({', '.join(same[:3])}…), which "
+            "would stay random; is it of another architecture? The checkpoint of an expert goes to weights=…"
         )
 
 

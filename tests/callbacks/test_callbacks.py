@@ -67,6 +67,6 @@ class TestMergeAfterFit:
         )
 
     def test_a_missing_expert_is_said_before_the_fit(self, base):
-        with pytest.raises(lm.MergeError, match=r"no checkpoint gone\.ckpt"):
+        with pytest.raises(lm.MergeError, match=r"no file or folder gone\.ckpt"):
             fit(base, MergeAfterFit("base.ckpt", ["gone.ckpt"]))
         assert not Path("merged.ckpt").exists()

@@ -51,6 +51,18 @@ def test_an_image_for_testing_is_for_testing_in_every_look():
     assert all(np.array_equal(data.split("upright", "test"), data.split(domain, "test")) for domain in LOOKS)
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_every_loader_reads_its_own_split_and_no_other(split):
+    data = Digits(train_domains=["noisy"], test_domains=["noisy"], batch_size=50)
+    loader = getattr(data, f"{split}_dataloader")()
+    images = torch.cat([images for images, _ in (loader[0] if split == "test" else loader)])
+    everything = data.dataset("noisy", data.split("noisy", "all"), augment=False)[:][0]
+    seen = {int(i) for image in images for i in (everything == image).flatten(1).all(dim=1).nonzero()}
+    own = set(data.split("noisy", split).tolist())
+    assert seen <= own
+    assert len(own - seen) < 50  # training drops what does not fill its last batch
+
+
 class TestChoiceOfDomains:
     def test_held_out(self):
         data = Digits(held_out="noisy")

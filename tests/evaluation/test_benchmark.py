@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_merge as lm
 from lightning_merge.evaluation import evaluate_candidates
@@ -24,8 +26,8 @@ def run(methods=METHODS, **arguments):
     seed_everything(3, verbose=False)
     settings = {"learning_rate": 3e-3, "warmup_steps": 5} | arguments.pop("model", {})
     pretrain = Pretrain(["upright"], max_epochs=2, hparams={"learning_rate": 0.01})
+    trainer = quiet_trainer(**{"max_epochs": 1, "limit_train_batches": 10, **arguments.pop("trainer", {})})
     arguments = {"domains": DOMAINS, "pretrain": pretrain, "output": "out", **arguments}
-    trainer = quiet_trainer(max_epochs=1, limit_train_batches=10)
     return trainer.benchmark(tiny_expert(**settings), lm.Digits(batch_size=64), methods=methods, **arguments)
 
 
@@ -38,6 +40,9 @@ def test_every_number_is_that_of_a_merge_by_hand():
     rows = {"SCORE": by_hand, "own expert": dict(weights["noisy"]), "base": dict(lm.open_weights("out/base"))}
     for record in evaluate_candidates(quiet_trainer(), tiny_expert(), data, rows):
         assert table.value(record["row"], "noisy") == record["accuracy"]
+    pair = {domain: dict(source) for domain, source in others.items()}
+    ensemble = evaluate_candidates(quiet_trainer(), tiny_expert(), data, pair, {"both": list(pair)})[-1]
+    assert table.value("logit ensemble", "noisy") == ensemble["accuracy"]
     assert table.row_names == ["base", "average", "SCORE", "logit ensemble", "own expert"]
     assert table.domains == DOMAINS
     assert Path("out/table.md").read_text().startswith(table.markdown())
@@ -90,6 +95,55 @@ def test_a_new_method_costs_only_itself(monkeypatch):
     assert "scale" in Path("out/results.jsonl").read_text()
 
 
+def test_jobs_do_not_depend_on_those_before_them():
+    run()
+    alone = lm.open_weights("out/experts/thick")
+    weights = {name: alone[name].clone() for name in alone}
+    Path("out").rename("first")
+    run(domains=["thick", "noisy"])
+    again = lm.open_weights("out/experts/thick")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_base_that_was_not_finished_is_fitted_from_the_start():
+    run()
+    before = dict(lm.open_weights("out/base"))
+    Path("out/base/done").unlink()
+    run()
+    assert all(torch.equal(lm.open_weights("out/base")[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_two_processes_give_the_table_of_one():
+    one = run()
+    Path("out").rename("one")
+    two = run(trainer={"devices": 2, "strategy": "ddp_fork"})
+    assert two.markdown() == one.markdown()
+
+
+def test_the_checkpoint_that_was_monitored_is_the_expert():
+    checkpoint = ModelCheckpoint(monitor="val/accuracy", mode="max", filename="best", save_weights_only=True)
+    run(domains=["noisy", "thick"], trainer={"callbacks": [checkpoint], "max_epochs": 3, "enable_checkpointing": True})
+    (best,) = Path("out/experts/noisy").rglob("best.ckpt")
+    expert = lm.open_weights("out/experts/noisy/expert.ckpt")
+    assert all(torch.equal(expert[name], tensor) for name, tensor in lm.open_weights(best).items())
+
+
+def test_a_start_with_other_weights_is_another_setting():
+    settings = {"methods": METHODS, "output": "out", "domains": ["noisy", "thick"]}
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=2)
+    torch.manual_seed(1)
+    trainer.benchmark(tiny_expert(), lm.Digits(), **settings)
+    torch.manual_seed(2)
+    with pytest.raises(lm.MergeError, match="weights was"):
+        trainer.benchmark(tiny_expert(), lm.Digits(), **settings)
+
+
+def test_hyper_parameters_of_the_base_take_effect():
+    run(pretrain=Pretrain(["upright"], hparams={"freeze_head": True}))
+    assert not lm.open_weights("out/base")["head.weight"].any()
+
+
 def test_results_of_other_settings_are_never_mixed():
     run()
     with pytest.raises(lm.MergeError, match=r"model\.learning_rate was 0\.003, is 0\.1.*another output folder"):
@@ -115,6 +169,7 @@ def test_a_held_out_domain_as_a_whole():
     [
         ({"domains": ["noisy"]}, "needs at least two"),
         ({"domains": ["noisy", "nosy"]}, "no domain 'nosy'"),
+        ({"domains": ["nosy"]}, "no domain 'nosy'"),
         ({"domains": ["noisy", "upright"]}, "fitted on 'upright', which is held out"),
         ({"methods": {}}, "no methods to compare"),
         ({"methods": {"base": SCORE()}}, "'base' is there anyway"),

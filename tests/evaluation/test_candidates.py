@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from torch import nn
 
 import lightning_merge as lm
-from lightning_merge.evaluation import evaluate_candidates
+from lightning_merge.evaluation import evaluate_candidates, evaluate_domain
 from lightning_merge.models.metrics import METRICS
 from tests.toys import quiet_trainer, tiny_expert
 
@@ -96,3 +98,44 @@ def test_a_candidate_of_another_model_is_refused(model, candidates):
     with pytest.raises(lm.MergeError, match="3 problems") as caught:
         evaluate_candidates(quiet_trainer(), model, lm.Digits(), candidates)
     assert "'head.weight' has shape (3, 8) in the candidate 'one'" in str(caught.value)
+
+
+def test_calibration_does_not_depend_on_batches_where_logits_look_like_probabilities(model):
+    """All logits of the start lie in [0, 1]: every class has probability 0.1, which is the share of each."""
+    start = {"start": model.state_dict()}
+    found = [
+        evaluate_candidates(quiet_trainer(), model, lm.Digits(test_domains=["noisy"], batch_size=size), start)[0]
+        for size in (1, 7, 360)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["calibration_error"] == pytest.approx(abs(found[0]["accuracy"] - 0.1), abs=1e-6)
+
+
+def test_tied_weights_can_be_evaluated():
+    class Tied(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(64, 10), nn.Linear(64, 10)
+            self.two.weight = self.one.weight
+
+        def forward(self, images):
+            return self.one(images.flatten(1)) + self.two(images.flatten(1))
+
+    model = Tied()
+    (record,) = evaluate_candidates(
+        quiet_trainer(), model, lm.Digits(test_domains=["noisy"]), {"a": model.state_dict()}
+    )
+    assert 0 <= record["accuracy"] <= 1
+
+
+def test_the_order_of_the_classes_is_checked():
+    model = tiny_expert(num_classes=None, class_names=[str(digit) for digit in reversed(range(10))])
+    with pytest.raises(lm.MergeError, match="in the order of the data's labels"):
+        evaluate_candidates(quiet_trainer(), model, lm.Digits(), {"a": model.state_dict()})
+
+
+def test_an_expert_named_after_no_domain_could_leak():
+    model = tiny_expert()
+    weights = model.state_dict()
+    with pytest.raises(lm.MergeError, match="'noise' has the name of no domain"):
+        evaluate_domain(quiet_trainer(), model, lm.Digits(), "noisy", {}, {"noise": weights, "thick": weights})

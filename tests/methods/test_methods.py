@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
 import lightning_merge as lm
-from lightning_merge.methods import SCORE, TIES, TSVM, Context, IsoC, IsoCTS, MagMax, TaskArithmetic, WeightAverage
+from lightning_merge.methods import (
+    SCORE,
+    TIES,
+    TSVM,
+    Context,
+    IsoC,
+    IsoCTS,
+    MagMax,
+    TALLMask,
+    TaskArithmetic,
+    WeightAverage,
+    Wrapper,
+)
 from lightning_merge.methods.iso_cts import split_rank
-from lightning_merge.methods.score import trim
+from lightning_merge.methods.score import resolve, trim
 from lightning_merge.methods.ties import Survey
-from tests.toys import base_weights, expert_weights
+from tests.toys import base_weights, expert_weights, golden, golden_experts
 
 ALL = [
     WeightAverage(),
@@ -143,6 +156,50 @@ def test_iso_cts_rounds_halves_to_even():
     assert split_rank(8, 4, 0.8) == (8, 0)  # round(0.5) = 0: Iso-C
     assert split_rank(12, 4, 0.8) == (8, 1)
     assert split_rank(20, 4, 0.5) == (12, 2)  # round(2.5) = 2
+    assert all(split_rank(r, T, f)[0] >= 0 for r in range(1, 30) for T in range(1, 9) for f in (0.0, 0.1, 0.2))
+
+
+def test_ties_finds_the_sign_that_most_entries_elect():
+    deltas = [[-1.0, -1.0, -1.0, 2.0], [-1.0, -1.0, -1.0, -2.0]]
+    merged = lm.merge({"w": torch.zeros(4)}, [{"w": torch.tensor(delta)} for delta in deltas], TIES(density=1.0))
+    assert merged.weights["w"].tolist() == [-1.0, -1.0, -1.0, -2.0]  # the last mass is zero, the model's sign negative
+
+
+def test_score_where_the_experts_do_not_divide_the_rank():
+    """In the official basis, whose last columns LAPACK chose, the official numbers come out."""
+    groups = golden("score_nondiv")
+    for key, U in groups["basis_U64"].items():
+        deltas = torch.stack([(e[key] - groups["pretrained"][key]).double() for e in golden_experts(groups)])
+        found = resolve(U.mT @ deltas @ groups["basis_Vt64"][key].mT, "trimmed", 1.96, True, "code")
+        torch.testing.assert_close(found, groups["sigma64_natural"][key], rtol=0, atol=1e-9)
+
+
+@dataclass(frozen=True)
+class Half(Wrapper):
+    def transform(self, deltas, context):
+        return deltas / 2
+
+
+def test_a_wrapper_s_method_surveys_and_merges_what_it_transforms():
+    base = base_weights()
+    experts = [expert_weights(base, i) for i in range(3)]
+    quarters = [{k: torch.lerp(base[k], e[k], 0.25) if e[k].is_floating_point() else e[k] for k in e} for e in experts]
+    for method in (TIES(), TaskArithmetic()):
+        twice = lm.merge(base, experts, Half(Half(method))).weights
+        by_hand = lm.merge(base, quarters, method).weights
+        for name in ("mlp.weight", "conv.weight"):
+            torch.testing.assert_close(twice[name], by_hand[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_for_each_task():
+    base = base_weights()
+    experts = {name: expert_weights(base, i) for i, name in enumerate("abc")}
+    merged = lm.merge(base, experts, TALLMask())
+    update = sum(expert["mlp.weight"] - base["mlp.weight"] for expert in experts.values())
+    own = experts["b"]["mlp.weight"] - base["mlp.weight"]
+    expected = base["mlp.weight"] + update * (own.abs() > 0.4 * (update - own).abs())
+    torch.testing.assert_close(merged.for_task("b")["mlp.weight"], expected)
+    torch.testing.assert_close(merged.weights["mlp.weight"], base["mlp.weight"] + update)
 
 
 def test_score_full_is_task_arithmetic_where_the_basis_is_complete():

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import lightning_merge as lm
-from lightning_merge.models.backbones import split_name, timm_backbone
+from lightning_merge.data.transforms import eval_transform
+from lightning_merge.models.backbones import Preprocessing, split_name, timm_backbone
 from tests.toys import TINY_CONVNEXT, register_tiny_clip
 
 TINY_VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -77,3 +78,36 @@ def test_the_weights_of_another_model_are_refused_parameter_by_parameter():
     lm.save_weights("small.ckpt", small.state_dict())
     with pytest.raises(lm.MergeError, match=r"'head.weight' has shape \(2, 8\) in small.ckpt and \(3, 8\) here"):
         lm.Expert("timm/convnext_tiny", 3, pretrained=False, backbone_args=TINY_CONVNEXT, weights="small.ckpt")
+
+
+def test_a_file_of_another_architecture_is_refused_and_not_ignored():
+    import timm
+
+    save_file(timm.create_model("resnet10t").state_dict(), "resnet.safetensors")
+    with pytest.raises(lm.MergeError, match=r"resnet\.safetensors holds no weights for .* would stay random"):
+        timm_backbone("vit_tiny_patch16_224", "resnet.safetensors", img_size=32, **TINY_VIT)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224.augreg_in21k", "resnet50.a1_in1k", "resnet18"])
+def test_preprocessing_is_timm_s_own(name):
+    import timm
+    from PIL import Image
+
+    config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    image = Image.fromarray(torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8).numpy())
+    ours = Preprocessing(
+        config["input_size"][1:], config["mean"], config["std"], config["interpolation"], config["crop_pct"]
+    )
+    theirs = timm.data.create_transform(**config, is_training=False)
+    torch.testing.assert_close(eval_transform(ours)(image), theirs(image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+def test_preprocessing_is_open_clip_s_own(mode):
+    import open_clip
+    from PIL import Image
+
+    image = Image.fromarray(torch.randint(0, 256, (90, 120, 3), dtype=torch.uint8).numpy())
+    theirs = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.25,) * 3, resize_mode=mode)
+    ours = eval_transform(Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3, resize=mode))
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-5)
