@@ -24,6 +24,8 @@ from lightning_merge.errors import MergeError
 Source = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 """Where weights come from: a file, a folder, or a state dict."""
 
+STATISTICS = ".statistics.safetensors"
+"""What replaces the ending of a weight file in the name of the statistics beside it."""
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _TIED = "tied:"  # in a safetensors header: "tied:<alias>" -> the name under which the shared tensor is stored
 
@@ -36,7 +38,7 @@ class Weights(Mapping[str, Tensor]):
         readers: For every parameter a function that returns its tensor.
         meta: For every parameter a tensor on the ``meta`` device: its shape and dtype, known without reading it.
         path: The file behind it, if there is one.
-        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest.
+        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest, what ``statistics`` are of.
         tied: Names that share a tensor with another name: ``{alias: name}``.
     """
 
@@ -84,6 +86,15 @@ class Weights(Mapping[str, Tensor]):
                 digest.update(block)
         return digest.hexdigest()
 
+    def digest(self) -> str:
+        """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory."""
+        digest = hashlib.sha256()
+        for name in sorted(name for name in self if name not in self.tied):
+            tensor = self[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
 
 def open_weights(source: Source, name: str | None = None) -> Weights:
     """Open weights for reading.
@@ -124,6 +135,7 @@ def _find_file(path: Path) -> Path:
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
     for patterns in (("*.safetensors.index.json",), ("*.safetensors",), ("*.ckpt", "checkpoints/*.ckpt"), ("*.bin",)):
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
+        found = [file for file in found if not file.name.endswith(STATISTICS)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -213,7 +225,7 @@ def _from_safetensors(name: str, path: Path) -> Weights:
         readers={key: lambda place=place: file.get_tensor(place) for key, place in stored.items()},
         meta=meta,
         path=path,
-        header={key: json.loads(metadata[key]) for key in ("hyper_parameters", "merge") if key in metadata},
+        header={k: json.loads(metadata[k]) for k in ("hyper_parameters", "merge", "statistics") if k in metadata},
         tied=tied,
     )
 
