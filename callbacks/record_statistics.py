@@ -7,9 +7,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.errors import MergeError

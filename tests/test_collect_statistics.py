@@ -87,8 +87,8 @@ def test_fisher_of_examples_is_that_of_a_plain_loop(make, kind, batches):
         torch.testing.assert_close(found[f"fisher.{name}"], tensor, rtol=1e-5, atol=1e-9)
 
 
-def test_the_expected_fisher_is_the_curvature_of_the_kl_divergence():
-    """For a linear softmax model it is the diagonal of the Hessian of the negative log-likelihood, whatever the label."""
+def test_the_expected_fisher_is_a_curvature():
+    """For a linear softmax model it is the diagonal of the loss's Hessian, whatever the labels."""
     net, x, y = nn.Linear(3, 4).double(), torch.randn(6, 3).double(), torch.randint(4, (6,))
     found = collect_statistics(net, [(x, y)], Recipe(("fisher",)))["fisher.weight"]
 

@@ -197,7 +197,7 @@ def test_nothing_is_opened_where_nothing_is_needed(models):
 class TestBesideTheExpert:
     @pytest.fixture
     def files(self, models, tmp_path):
-        base, experts, statistics = models
+        _, experts, statistics = models
         files = {}
         for name, state in experts.items():
             files[name] = lm.save_weights(tmp_path / name / "expert.ckpt", state)
