@@ -2,5 +2,6 @@
 
 from lightning_merge.callbacks.freeze_batchnorm import FreezeBatchNorm
 from lightning_merge.callbacks.merge_after_fit import MergeAfterFit
+from lightning_merge.callbacks.record_statistics import RecordStatistics
 
-__all__ = ["FreezeBatchNorm", "MergeAfterFit"]
+__all__ = ["FreezeBatchNorm", "MergeAfterFit", "RecordStatistics"]

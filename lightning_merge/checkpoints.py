@@ -24,6 +24,8 @@ from lightning_merge.errors import MergeError
 Source = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 """Where weights come from: a file, a folder, or a state dict."""
 
+STATISTICS = ".statistics.safetensors"
+"""What replaces the ending of a weight file in the name of the statistics beside it."""
 _TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _TIED = "tied:"  # in a safetensors header: "tied:<alias>" -> the name under which the shared tensor is stored
 
@@ -36,7 +38,7 @@ class Weights(Mapping[str, Tensor]):
         readers: For every parameter a function that returns its tensor.
         meta: For every parameter a tensor on the ``meta`` device: its shape and dtype, known without reading it.
         path: The file behind it, if there is one.
-        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest.
+        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest, what ``statistics`` are of.
         tied: Names that share a tensor with another name: ``{alias: name}``.
     """
 
@@ -82,6 +84,15 @@ class Weights(Mapping[str, Tensor]):
         with self.path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
+        return digest.hexdigest()
+
+    def digest(self) -> str:
+        """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory."""
+        digest = hashlib.sha256()
+        for name in sorted(name for name in self if name not in self.tied):
+            tensor = self[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
 
 
@@ -135,6 +146,7 @@ def _find_file(path: Path) -> Path:
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
     for patterns in _FOLDER_PATTERNS:
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
+        found = [file for file in found if not file.name.endswith(STATISTICS)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -229,18 +241,22 @@ def _from_safetensors(name: str, path: Path) -> Weights:
         readers={key: lambda place=place: file.get_tensor(place) for key, place in stored.items()},
         meta=meta,
         path=path,
-        header=_read_manifest(metadata),
+        header=_read_header(metadata),
         tied=tied,
     )
 
 
-def _read_manifest(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest that this package wrote into a header; nothing where another one used the same word."""
-    try:
-        manifest = json.loads(metadata.get("merge", "null"))
-    except ValueError:
-        manifest = None
-    return {"merge": manifest} if isinstance(manifest, dict) else {}
+def _read_header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What this package wrote into a header; nothing where another one used the same words."""
+    header = {}
+    for key in ("merge", "statistics"):
+        try:
+            content = json.loads(metadata.get(key, "null"))
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            header[key] = content
+    return header
 
 
 _SAFETENSORS_DTYPES = {

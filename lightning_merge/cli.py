@@ -1,4 +1,4 @@
-"""The command line: ``LightningCLI`` with the verbs ``merge``, ``evaluate`` and ``benchmark``."""
+"""The command line: ``LightningCLI`` with the verbs ``merge``, ``statistics``, ``evaluate`` and ``benchmark``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
 from lightning_merge.trainer import MergeTrainer
 
 
 class MergeCLI(LightningCLI):
-    """``LightningCLI`` with three more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
+    """``LightningCLI`` with four more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
 
     What cannot work ends in one sentence and exit status 1.
     """
@@ -32,7 +33,7 @@ class MergeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
-        more = {verb: {"model", "datamodule"} for verb in ("merge", "evaluate", "benchmark")}
+        more = {verb: {"model", "datamodule"} for verb in ("merge", "statistics", "evaluate", "benchmark")}
         return {**LightningCLI.subcommands(), **more}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -56,6 +57,13 @@ class MergeCLI(LightningCLI):
             output = self._get(self.config, "output")
             sys.stdout.write(f"{self.trainer.merged.summary()}; wrote {output}\n")
         self._show_table()
+
+    def after_statistics(self) -> None:
+        """Say what was collected."""
+        if self.trainer.is_global_zero:
+            noted = open_weights(self.trainer.recorded).header["statistics"]
+            kinds = ", ".join(noted["kinds"])
+            sys.stdout.write(f"{kinds} of {noted['examples']} examples; wrote {self.trainer.recorded}\n")
 
     def after_evaluate(self) -> None:
         """Show the table."""

@@ -104,7 +104,7 @@ def merge(
         experts: The experts: a sequence of sources, or a mapping from a name to a source.
         method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
         statistics: For methods that need them: what each expert's data say about its parameters, a source for each
-            expert's name, see :mod:`lightning_merge.statistics`.
+            expert's name, see :mod:`lightning_merge.statistics`; by default the files beside the experts'.
         scale: Scaling coefficient of the update; by default the method's own.
         include: Merge only the parameters whose name matches one of these shell patterns.
         exclude: Do not merge those that match one of these; ``weights`` keeps the base's, ``for_task`` the expert's.

@@ -5,17 +5,24 @@ Statistics come per expert, as a file or a state dict with one tensor for each p
 * ``fisher.<parameter>``: the diagonal of the Fisher information, of the parameter's shape,
 * ``gram.<parameter>``: the Gram matrix of the layer's inputs, ``(in, in)``,
 * ``gram_out.<parameter>``: the Gram matrix of the gradients at the layer's outputs, ``(out, out)``.
+
+``lightning-merge statistics`` and the callback ``RecordStatistics`` write them beside the expert's checkpoint, where a
+merge finds them: ``expert.ckpt``, ``expert.statistics.safetensors``.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_merge.checkpoints import Source, Weights, open_weights
+from lightning_merge.checkpoints import STATISTICS, Source, Weights, open_weights, replacing
 from lightning_merge.errors import raise_all
 
 HOW_TO_MAKE = {
@@ -24,6 +31,38 @@ HOW_TO_MAKE = {
     "gram_out": "the mean of g gᵀ over the gradients g of the loss at the layer's outputs, on the expert's data",
 }
 """The kinds of statistics, and how each is made."""
+
+
+def statistics_file(expert: Weights) -> Path | None:
+    """Where the statistics of an expert are, or would be: beside its file; None for an expert in memory."""
+    return expert.path.with_suffix(STATISTICS) if expert.path is not None else None
+
+
+def save_statistics(
+    path: str | os.PathLike[str], statistics: Mapping[str, Tensor], expert: Weights, about: Mapping[str, Any]
+) -> Path:
+    """Write the statistics of one expert to a safetensors file, completely or not at all.
+
+    Args:
+        path: The file.
+        statistics: A tensor for every ``kind.<parameter>``.
+        expert: The weights that they are of; their digest is noted, so that no other expert is merged by them.
+        about: What else to note of how they were made: plain values.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        MergeError: If the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path).expanduser()
+    noted = {"expert": {"path": str(expert.path) if expert.path else None, "digest": expert.digest()}, **about}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in statistics.items()}
+    with replacing(path) as file:
+        save_file(tensors, file, {"format": "pt", "statistics": json.dumps(noted)})
+    return path
 
 
 class ParameterStatistics(Mapping[str, Tensor]):
@@ -63,7 +102,7 @@ def open_statistics(
     """Open the statistics of every expert, in the order of the experts, and see that they are of these models.
 
     Args:
-        statistics: A source for each expert, by the expert's name.
+        statistics: A source for each expert, by the expert's name; by default the file beside the expert's.
         needs: The kinds that the method needs. A Fisher is needed for every merged parameter; Gram matrices for those
             layers that have one (the others are averaged), the same layers in every expert.
         base: The base.
@@ -78,13 +117,15 @@ def open_statistics(
     """
     if not needs:
         return []
-    statistics = statistics or {}
+    found = {name: statistics_file(expert) for name, expert in experts.items()}
+    statistics = {name: file for name, file in found.items() if file and file.is_file()} | dict(statistics or {})
     how = "; ".join(f"{kind}.<parameter> holds {HOW_TO_MAKE[kind]}" for kind in needs)
     raise_all(
         [
-            f"The method needs statistics of the data of expert {name}; give merge(…, statistics={{{name!r}: file}}), "
-            f"a file or state dict where {how}."
-            for name in experts
+            f"The method needs statistics of the data of expert {name}, and there are none beside its file; make them "
+            f"with `{command(expert, needs)}`, or give merge(…, statistics={{{name!r}: file}}), a file or state dict "
+            f"where {how}."
+            for name, expert in experts.items()
             if name not in statistics
         ]
         + [
@@ -97,13 +138,22 @@ def open_statistics(
         name: open_weights(statistics[name], None if _is_path(statistics[name]) else f"the statistics of {name}")
         for name in experts
     }
+    raise_all(
+        [
+            f"{opened[name].name} holds the statistics of other weights than those of expert {name}; make them anew "
+            f"with `{command(expert, needs)}`."
+            for name, expert in experts.items()
+            if _is_foreign(opened[name], expert)
+        ]
+    )
     wanted = {kind: _wanted(kind, needs, opened, names) for kind in needs}
     raise_all(
         [
-            f"{source.name} holds no {kind}.<parameter> for any merged parameter; it must hold {HOW_TO_MAKE[kind]}."
+            f"{source.name} holds no {kind}.<parameter> for any merged parameter; it must hold {HOW_TO_MAKE[kind]}: "
+            f"`{command(experts[name], needs)}`."
             for kind, parameters in wanted.items()
             if not parameters
-            for source in opened.values()
+            for name, source in opened.items()
         ]
     )
     raise_all(
@@ -113,6 +163,21 @@ def open_statistics(
         ]
     )
     return list(opened.values())
+
+
+def command(expert: Weights, kinds: Sequence[str]) -> str:
+    """The command that makes the statistics of an expert."""
+    path = expert.path or Path("EXPERT.ckpt")
+    homes = [folder / "config.yaml" for folder in (path.parent, path.parent.parent)]
+    config = next((file for file in homes if file.is_file()), "CONFIG.yaml")
+    arguments = {"--config": config, "--expert": path, "--kinds": f"[{', '.join(kinds)}]"}
+    return shlex.join(["lightning-merge", "statistics", *(str(part) for pair in arguments.items() for part in pair)])
+
+
+def _is_foreign(statistics: Weights, expert: Weights) -> bool:
+    """Whether a file says that it is of other weights; what was made by other means does not say."""
+    noted = statistics.header.get("statistics")
+    return noted is not None and noted["expert"]["digest"] != expert.digest()
 
 
 def _is_path(source: Source) -> bool:

@@ -1,23 +1,27 @@
-"""Lightning's Trainer with three more verbs: ``merge``, ``evaluate`` and ``benchmark``."""
+"""Lightning's Trainer with four more verbs: ``merge``, ``statistics``, ``evaluate`` and ``benchmark``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lightning_merge.checkpoints import check_output, open_weights
+from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
+from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.matrices import Matrices
 from lightning_merge.merging import Merged, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.recording import record_statistics
+from lightning_merge.statistics import statistics_file
 
 
 class MergeTrainer(Trainer):
@@ -62,6 +66,7 @@ class MergeTrainer(Trainer):
         experts: dict[str, str] | list[str] | None = None,
         method: MergeMethod | None = None,
         base: str | None = None,
+        statistics: dict[str, str] | None = None,
         output: str = "merged.ckpt",
         scale: float | None = None,
         include: list[str] | None = None,
@@ -82,6 +87,8 @@ class MergeTrainer(Trainer):
             experts: The experts' checkpoints or run folders: a list, or a mapping from a name (domain) to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
+            statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
+                default beside the experts' checkpoints, where the verb ``statistics`` writes them.
             output: The file to write: .ckpt, .safetensors or .pt.
             scale: Scaling coefficient; by default the method's own.
             include: Merge only the parameters whose name matches one of these shell patterns.
@@ -108,6 +115,7 @@ class MergeTrainer(Trainer):
             origin,
             experts,
             method or SCORE(),
+            statistics=statistics,
             scale=scale,
             include=include,
             exclude=exclude or (),
@@ -123,6 +131,52 @@ class MergeTrainer(Trainer):
             rows = {BASE: open_weights(base) if base is not None else model.state_dict(), "merged": merged.weights}
             self.table = self._evaluate(model, datamodule, rows, {})
         return merged
+
+    def statistics(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        expert: str | None = None,
+        kinds: list[Kind] = ["fisher", "gram"],  # noqa: B006, not changed
+        batches: int | None = None,
+        fisher: Literal["example", "batch"] = "example",
+        labels: Literal["expected", "true", "argmax"] = "expected",
+        output: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Path:
+        """Collect what an expert's training data say about its parameters, for Fisher, RegMean and MaTS.
+
+        Args:
+            model: The expert's module; its own weights are not used.
+            datamodule: The expert's data; its training data are used, without augmentation where it knows how.
+            expert: The expert's checkpoint or run folder.
+            kinds: ``fisher``: the diagonal Fisher information of every parameter (for Fisher). ``gram``: the Gram
+                matrix of the inputs of every linear layer (for RegMean). ``gram_out``: that of the gradients at its
+                outputs (with ``gram`` for MaTS).
+            batches: How many batches; by default all.
+            fisher: ``example``: the mean of the squared gradients of single examples. ``batch``: of the gradients of
+                batches' means, faster and cruder.
+            labels: ``expected``: the expectation over the model's own predictions. ``true``: the data's labels.
+                ``argmax``: the predicted ones.
+            output: The file to write; by default NAME.statistics.safetensors beside the checkpoint NAME.ckpt, where
+                the verb ``merge`` finds it.
+            ckpt_path: Not used; here so that the config.yaml of a fit can be read.
+            weights_only: Not used; checkpoints are never unpickled beyond weights.
+
+        Returns:
+            The file that was written.
+        """
+        if model is None or datamodule is None or expert is None:
+            raise MergeError(
+                "Statistics need an expert, its model and its data; give --expert, and the config.yaml of its fit."
+            )
+        weights = open_weights(expert)
+        check_fit(model, {expert: weights})
+        recipe = Recipe(tuple(kinds), fisher, labels, batches)
+        self.recorded = Path(output) if output is not None else statistics_file(weights)
+        record_statistics(self, model, datamodule, weights, recipe, self.recorded)
+        return self.recorded
 
     def evaluate(
         self,
@@ -180,6 +234,7 @@ class MergeTrainer(Trainer):
         output: str = "results/benchmark",
         domains: list[str] | None = None,
         pretrain: Pretrain | None = None,
+        statistics: Recipe | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Table:
@@ -194,6 +249,7 @@ class MergeTrainer(Trainer):
             output: The folder for experts, results.jsonl, table.md and table.csv.
             domains: The domains to leave out in turn; by default all but those of the base.
             pretrain: Fit the base first, on domains of its own; by default the model as it is configured is the base.
+            statistics: How the experts' statistics are collected, for methods that need them; the kinds are theirs.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -211,5 +267,6 @@ class MergeTrainer(Trainer):
             output=Path(output),
             domains=domains or [domain for domain in datamodule.domains if domain not in base_domains],
             pretrain=pretrain,
+            statistics=statistics,
         ).run()
         return self.table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,28 @@ class TestFitMergeEvaluate:
             assert a["accuracy"] == b["accuracy"]
             for metric in ("balanced_accuracy", "f1", "calibration_error"):
                 assert a[metric] == pytest.approx(b[metric], abs=1e-6)
+
+
+def test_statistics_and_what_they_are_for(capsys):
+    experts = {domain: fit(domain) for domain in ("rotated", "noisy")}
+    more = ["--method=RegMean", f"--experts={json.dumps(experts)}", "--base=experts/rotated"]
+    with pytest.raises(SystemExit):
+        main(["merge", *more])
+    said = capsys.readouterr().err
+    commands = [line.split("`")[1] for line in said.splitlines() if "`" in line]
+    assert len(commands) == 2
+    for command in commands:  # what the error says works
+        main(shlex.split(command)[1:] + ["--batches=2"])
+        assert re.search(
+            r"gram of 12\d examples; wrote experts/\w+/\S*\.statistics\.safetensors", capsys.readouterr().out
+        )
+    main(["merge", *more])
+    main(["merge", *more, f"--config={experts['noisy']}/config.yaml", "--data.test_domains=[thick]"])
+    beside = Path(lm.open_weights(experts["noisy"]).path).with_suffix(".statistics.safetensors")
+    found = {"rotated": beside.as_posix(), "noisy": beside.as_posix()}
+    with pytest.raises(SystemExit):
+        main(["merge", *more, f"--statistics={json.dumps(found)}"])
+    assert "statistics of other weights than those of expert rotated" in capsys.readouterr().err
 
 
 class TestEveryConfigRuns:
@@ -256,6 +280,7 @@ class TestDropIn:
             "no weight file x.pt",
         ),
         (["merge", "--base=b", "--experts=[a]", "--method=TIES", "--method.density=3"], "density must lie in (0, 1]"),
+        (["statistics"], "`statistics` needs a model"),
         (["merge", "--base=b.ckpt"], "nothing to merge"),
         (["merge", "--experts=[a.ckpt]"], "give it with --base"),
         (["merge", "--experts=[a.ckpt]", "--base=b.ckpt"], "no file or folder b.ckpt"),
@@ -282,7 +307,7 @@ def test_another_method_on_the_command_line_has_its_own_defaults(first, capsys):
     assert method == {"class_path": "lightning_merge.methods.MagMax", "init_args": {"scale": 0.5}}
 
 
-@pytest.mark.parametrize("verb", ["fit", "merge", "evaluate", "benchmark"])
+@pytest.mark.parametrize("verb", ["fit", "merge", "statistics", "evaluate", "benchmark"])
 def test_every_verb_prints_a_config_that_it_reads(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--model=Expert", "--model.backbone=timm/resnet18", "--model.num_classes=3", "--print_config"])

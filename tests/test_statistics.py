@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lightning_merge as lm
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
 from lightning_merge.merging import merge
@@ -13,7 +14,13 @@ from lightning_merge.methods import TaskArithmetic, Wrapper
 from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.mats import MaTS
 from lightning_merge.methods.regmean import RegMean
-from lightning_merge.statistics import HOW_TO_MAKE, ParameterStatistics, open_statistics
+from lightning_merge.statistics import (
+    HOW_TO_MAKE,
+    ParameterStatistics,
+    open_statistics,
+    save_statistics,
+    statistics_file,
+)
 from lightning_merge.toy_models import make_models, make_statistics
 
 PROJ = "text_projection"
@@ -79,7 +86,9 @@ def test_nothing_at_all(models):
     with pytest.raises(MergeError) as caught:
         merge(base, experts, Fisher())
     message = str(caught.value)
-    assert "needs statistics of the data of expert expert 0; give merge(…, statistics={'expert 0': file})" in message
+    assert "needs statistics of the data of expert expert 0, and there are none beside its file" in message
+    assert "`lightning-merge statistics --config CONFIG.yaml --expert EXPERT.ckpt --kinds '[fisher]'`" in message
+    assert "or give merge(…, statistics={'expert 0': file})" in message
     assert f"fisher.<parameter> holds {HOW_TO_MAKE['fisher']}" in message
     assert "expert 1" in message
 
@@ -183,3 +192,57 @@ def test_nothing_is_opened_where_nothing_is_needed(models):
     base, experts, _ = models
     opened = {name: open_weights(state, name) for name, state in experts.items()}
     assert open_statistics({"expert 0": "/nowhere"}, (), open_weights(base), opened, list(base)) == []
+
+
+class TestBesideTheExpert:
+    @pytest.fixture
+    def files(self, models, tmp_path):
+        _, experts, statistics = models
+        files = {}
+        for name, state in experts.items():
+            files[name] = lm.save_weights(tmp_path / name / "expert.ckpt", state)
+            expert = open_weights(files[name])
+            save_statistics(statistics_file(expert), statistics[name], expert, {"examples": 3})
+        return files
+
+    def test_found(self, models, files):
+        base, experts, statistics = models
+        for sources in (files, {name: file.parent for name, file in files.items()}):  # a folder is still its weights
+            found = merge(base, sources, RegMean())
+            again = merge(base, experts, RegMean(), statistics=statistics)
+            assert all(torch.equal(found.weights[name], again.weights[name]) for name in base)
+        assert found.manifest["statistics"]["expert 0"]["path"].endswith("expert.statistics.safetensors")
+
+    def test_missing(self, models, files):
+        statistics_file(open_weights(files["expert 1"])).unlink()
+        folder = files["expert 1"].parent
+        (folder / "config.yaml").write_text("")
+        with pytest.raises(MergeError) as caught:
+            merge(models[0], files, MaTS())
+        command = f"lightning-merge statistics --config '{folder}/config.yaml' --expert '{folder}/expert.ckpt'"
+        assert f"`{command} --kinds '[gram, gram_out]'`" in str(caught.value)
+        assert "expert 0" not in str(caught.value)
+
+    def test_of_other_weights(self, models, files):
+        base, experts, _ = models
+        lm.save_weights(files["expert 1"], experts["expert 0"])
+        message = "holds the statistics of other weights than those of expert expert 1; make them anew with `lightning"
+        with pytest.raises(MergeError, match=message):
+            merge(base, files, RegMean())
+
+    def test_the_same_weights_in_another_file_are_no_others(self, models, files, tmp_path):
+        base, experts, _ = models
+        own = {name: statistics_file(open_weights(file)) for name, file in files.items()}
+        moved = {name: lm.save_weights(tmp_path / f"{name}.safetensors", state) for name, state in experts.items()}
+        merge(base, moved, RegMean(), statistics=own)
+        merge(base, experts, RegMean(), statistics=own)
+        with pytest.raises(MergeError, match="other weights"):
+            merge(base, experts, RegMean(), statistics=dict(zip(own, reversed(own.values()), strict=True)))
+
+    def test_of_another_kind(self, models, files):
+        for name, file in files.items():
+            expert = open_weights(file)
+            state = {k: v for k, v in models[2][name].items() if k.startswith("fisher.")}
+            save_statistics(statistics_file(expert), state, expert, {})
+        with pytest.raises(MergeError, match=r"holds no gram\.<parameter>.*: `lightning-merge statistics .*\[gram\]"):
+            merge(models[0], files, RegMean())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_merge.data.batches import batch_loader
 from lightning_merge.errors import MergeError
@@ -162,6 +162,13 @@ class DomainDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """The train splits of the training domains."""
         return self._loader(self.train_domains, "train", shuffle=True)
+
+    def statistics_dataloader(self) -> DataLoader:
+        """The train splits of the training domains, without augmentation: every sample once, in one random order."""
+        parts = [self.dataset(domain, self.split(domain, "train"), augment=False) for domain in self.train_domains]
+        samples = ConcatDataset(parts)
+        order = np.random.default_rng(self.split_seed).permutation(len(samples)).tolist()
+        return batch_loader(Subset(samples, order), self.batch_size, shuffle=False, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """The validation splits of the training domains, together."""

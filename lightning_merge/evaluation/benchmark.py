@@ -5,6 +5,7 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
     output/settings.json            what the results depend on
     output/base/                    the common start, if it is fitted first
     output/experts/DOMAIN/          one expert each: expert.ckpt, logs
+    output/experts/DOMAIN/expert.statistics.safetensors   of their data, where a method needs them
     output/held_out/DOMAIN/done     what was measured on that domain
     output/results.jsonl, table.md, table.csv
 """
@@ -21,7 +22,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from tqdm import tqdm
 
 from lightning_merge.checkpoints import Weights, open_weights, save_weights, write_text
+from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
@@ -41,6 +43,8 @@ from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_doma
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
+from lightning_merge.recording import record_statistics
+from lightning_merge.statistics import statistics_file
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -92,6 +96,7 @@ class Benchmark:
     output: Path
     domains: Sequence[str]
     pretrain: Pretrain | None = None
+    statistics: Recipe | None = None
 
     def run(self) -> Table:
         """Do every job that is not done, and write the results."""
@@ -101,6 +106,7 @@ class Benchmark:
         jobs = [
             *([("base", self.fit_base)] if self.pretrain else []),
             *((f"expert {domain}", lambda domain=domain: self.fit_expert(domain)) for domain in self.domains),
+            *((f"statistics {domain}", lambda domain=domain: self.collect(domain)) for domain in self._measured()),
             *((f"held out {domain}", lambda domain=domain: self.hold_out(domain)) for domain in self.domains),
         ]
         for name, job in tqdm(
@@ -151,6 +157,16 @@ class Benchmark:
             _mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
         trainer.strategy.barrier()
 
+    def collect(self, domain: str) -> None:
+        """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
+        expert = self._expert(domain)
+        recipe = replace(self.statistics or Recipe(), kinds=self._needed())
+        path = statistics_file(expert)
+        if path.exists() and set(recipe.kinds) <= set(open_weights(path).header["statistics"]["kinds"]):
+            return
+        data = self.datamodule.only(train=[domain], test=[domain])
+        record_statistics(self.trainer, self.model, data, expert, recipe, path)
+
     def hold_out(self, domain: str) -> None:
         """Merge the experts of all other domains by every method and evaluate on this domain."""
         folder = self.output / "held_out" / domain
@@ -186,6 +202,14 @@ class Benchmark:
 
     def _expert_folder(self, domain: str) -> Path:
         return self.output / "experts" / domain
+
+    def _needed(self) -> tuple[Kind, ...]:
+        """The kinds of statistics that the methods need."""
+        return tuple(dict.fromkeys(kind for method in self.methods.values() for kind in method.needs))
+
+    def _measured(self) -> Sequence[str]:
+        """The domains of whose experts statistics are needed: all of them, or none."""
+        return self.domains if self._needed() else ()
 
     def _expert(self, domain: str) -> Weights:
         return open_weights(self._expert_folder(domain) / "expert.ckpt")
@@ -249,6 +273,7 @@ class Benchmark:
             "callbacks": [_describe_callback(callback) for callback in self.trainer.given_callbacks],
             "weights": _fingerprint(self.model),
             "pretrain": asdict(self.pretrain) if self.pretrain else None,
+            "statistics": asdict(self.statistics) if self.statistics else None,
             "domains": list(self.domains),
             "seed": seed,
         }

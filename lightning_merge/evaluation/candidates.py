@@ -39,7 +39,7 @@ def evaluate_candidates(
     Raises:
         MergeError: If a candidate does not have the module's parameters.
     """
-    _check_fit(module, candidates)
+    check_fit(module, candidates)
     if hasattr(module, "check_classes"):
         module.check_classes(datamodule.class_names)
     domains = list(datamodule.test_domains)
@@ -55,7 +55,8 @@ def evaluate_candidates(
     ]
 
 
-def _check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise a :class:`MergeError` unless every candidate has exactly the module's parameters."""
     own = module.state_dict()
     problems = []
     for name, weights in candidates.items():

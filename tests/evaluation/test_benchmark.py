@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_merge as lm
+from lightning_merge.collect_statistics import Recipe
 from lightning_merge.evaluation import evaluate_candidates
 from lightning_merge.evaluation.benchmark import Pretrain
-from lightning_merge.methods import SCORE, TaskArithmetic, WeightAverage
+from lightning_merge.methods import SCORE, Fisher, MaTS, RegMean, TaskArithmetic, WeightAverage
 from tests.toys import quiet_trainer, tiny_expert
 
 DOMAINS = ["rotated", "noisy", "thick"]
@@ -180,3 +181,30 @@ def test_what_cannot_work_is_said_before_anything_is_written(arguments, message)
     with pytest.raises(lm.MergeError, match=message):
         run(**arguments)
     assert not Path("out").exists()
+
+
+def test_methods_that_need_statistics_are_rows_like_any_other():
+    methods = {"average": WeightAverage(), "RegMean": RegMean(), "Fisher": Fisher()}
+    table = run(methods, statistics=Recipe(fisher="batch", labels="true", batches=3))
+    assert table.row_names[:4] == ["base", *methods]
+    files = {d: Path(f"out/experts/{d}/expert.statistics.safetensors") for d in DOMAINS}
+    others = {d: f"out/experts/{d}" for d in ("rotated", "thick")}
+    by_hand = lm.merge("out/base", others, RegMean(), statistics={d: files[d] for d in others}).weights
+    record = evaluate_candidates(quiet_trainer(), tiny_expert(), lm.Digits(test_domains=["noisy"]), {"R": by_hand})[0]
+    assert table.value("RegMean", "noisy") == record["accuracy"]
+    header = lm.open_weights(files["noisy"]).header["statistics"]
+    assert (header["kinds"], header["examples"], header["fisher"]) == (
+        ["gram", "fisher"],
+        188,
+        "batch",
+    )  # of 1,257 in 20 even batches
+
+    times = {file: file.stat().st_mtime_ns for file in files.values()}
+    again = run(
+        methods | {"more": RegMean(reduce_off_diagonal=0.5)},
+        statistics=Recipe(fisher="batch", labels="true", batches=3),
+    )
+    assert times == {file: file.stat().st_mtime_ns for file in times}  # once
+    assert again.values("RegMean") == table.values("RegMean")
+    run({"MaTS": MaTS(iterations=2)}, statistics=Recipe(fisher="batch", labels="true", batches=3))
+    assert lm.open_weights(files["noisy"]).header["statistics"]["kinds"] == ["gram", "gram_out"]
