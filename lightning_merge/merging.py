@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, open_weights, save_weights
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
 from lightning_merge.statistics import open_statistics
@@ -100,7 +101,8 @@ def merge(
 
     Args:
         base: The model that the experts started from: a file, a folder, or a state dict.
-        experts: The experts: a sequence of sources, or a mapping from a name to a source.
+        experts: The experts: a sequence of sources, or a mapping from a name to a source. The folder of a LoRA adapter,
+            as peft writes it, is an expert, too.
         method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
         statistics: For methods that need them: what each expert's data say about its parameters, a source for each
             expert's name, see :mod:`lightning_merge.statistics`.
@@ -124,7 +126,7 @@ def merge(
     if scale is not None:
         method = replace(method, scale=scale)
     origin = open_weights(base, name="base")
-    sources = open_experts(experts)
+    sources = open_experts(experts, origin)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     if method.max_experts is not None and len(sources) > method.max_experts:
         raise MergeError(
@@ -185,14 +187,17 @@ def merge(
     return merged
 
 
-def open_experts(experts: Experts) -> dict[str, Weights]:
-    """Open every expert for reading, under its name, its path, or (a state dict in a list) its position."""
+def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
+    """Open every expert for reading, under its name, its path, or (a state dict in a list) its position.
+
+    Adapters, as peft writes them, are opened over the base.
+    """
     if isinstance(experts, Mapping):
-        named = {name: open_weights(source, name) for name, source in experts.items()}
+        named = {name: open_expert(source, base, name) for name, source in experts.items()}
     else:
         named = {}
         for i, source in enumerate(experts):
-            weights = open_weights(source, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
+            weights = open_expert(source, base, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
             if weights.name in named:
                 raise MergeError(f"The expert {weights.name} is given twice.")
             named[weights.name] = weights

@@ -78,7 +78,8 @@ class MergeTrainer(Trainer):
         Args:
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
             datamodule: If given with a model, the merged model is evaluated on its test domains.
-            experts: The experts' checkpoints or run folders: a list, or a mapping from a name (domain) to a path.
+            experts: The experts' checkpoints, run folders or LoRA adapters: a list, or a mapping from a name (domain)
+                to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             output: The file to write: .ckpt, .safetensors or .pt.

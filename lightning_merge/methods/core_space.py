@@ -67,8 +67,8 @@ class CoreSpace(Wrapper):
     """Merge LoRA experts in the small space that their factors span; nothing of them is lost there.
 
     The method inside sees the core matrices ``Uᵀ Δ_i V`` instead of the experts' matrices. The bases come from the
-    adapters' own factors where the experts were opened by ``lora.open_adapter``, otherwise from balanced factors of the
-    dense matrices; that makes a difference to methods that look at single entries (TIES), not to those that commute
+    adapters' own factors where all experts are adapters, otherwise from balanced factors of the dense matrices; that
+    makes a difference to methods that look at single entries (TIES), not to those that commute
     with rotations (Task Arithmetic, TSV-M, Iso-C, CART). Tensors that are no matrices are averaged.
 
     Args:

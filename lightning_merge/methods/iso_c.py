@@ -15,7 +15,8 @@ from lightning_merge.methods.base import Context, MergeMethod
 def iso_c(deltas: Tensor) -> Tensor:
     """Give the sum of the task matrices a flat spectrum, ``mean(s) U Vt``: ``(T, m, n) -> (m, n)``.
 
-    The mean is over all ``min(m, n)`` singular values. Directions in the null space of the sum stay zero.
+    The mean is over all ``min(m, n)`` singular values. Where the sum has no full rank, as that of a few LoRA experts,
+    nothing happens in its null space: it stays zero, and the result does not depend on which vectors LAPACK puts there.
     """
     factor, s = isotropic(deltas.sum(dim=0))
     return s.mean() * factor

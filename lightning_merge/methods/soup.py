@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_merge.checkpoints import Source, open_weights
 from lightning_merge.methods.base import MergeMethod
 
 if TYPE_CHECKING:
-    from lightning_merge.checkpoints import Source
     from lightning_merge.merging import Experts, Merged
 
 
@@ -40,7 +40,8 @@ def greedy_soup(base: Source, experts: Experts, score: Callable[[dict[str, Tenso
     from lightning_merge.merging import merge, open_experts  # which import the methods
 
     output = options.pop("output", None)
-    sources = open_experts(experts)
+    base = open_weights(base, name="base")
+    sources = open_experts(experts, base)
     alone = {name: score(merge(base, {name: source}, Soup(), **options).weights) for name, source in sources.items()}
     best, *others = sorted(sources, key=lambda name: alone[name], reverse=True)
     ingredients, reached = {best: sources[best]}, alone[best]
