@@ -45,8 +45,9 @@ def write(folder: Path, tensors, **config):
     return folder
 
 
-def linear(name, shape, r=2):
-    return {f"{name}.lora_A.weight": tensor(r, shape[1], seed=1), f"{name}.lora_B.weight": tensor(shape[0], r, seed=2)}
+def linear(name, shape, r=2, seed=1):
+    A, B = tensor(r, shape[1], seed=seed), tensor(shape[0], r, seed=seed + 1)
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
 Q = linear("q_proj", (6, 4))
@@ -176,7 +177,7 @@ def numpy_iso_c(delta):
 def test_iso_c_leaves_the_null_space_of_adapters_alone(tmp_path, base):
     """A difference of float32 weights has full rank by rounding errors, which a flat spectrum would blow up."""
     base["q_proj.weight"] = tensor(40, 30)
-    tensors = [linear("q_proj", (40, 30)), {n: t.roll(1) for n, t in linear("q_proj", (40, 30)).items()}]
+    tensors = [linear("q_proj", (40, 30)), linear("q_proj", (40, 30), seed=7)]
     folders = [write(tmp_path / name, t) for name, t in zip("ab", tensors, strict=True)]
     merged = merge(base, folders, IsoC()).weights["q_proj.weight"]
     B, A = (torch.stack([t[f"q_proj.lora_{k}.weight"] for t in tensors]).double() for k in "BA")
