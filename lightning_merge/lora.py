@@ -167,6 +167,11 @@ def open_adapter(
         if adapter.meta[key].shape != origin.meta[parameter].shape
     ]
     raise_all(problems)
+    replaced = {  # peft also saves the embedding below an adapted embedding
+        parameter: key
+        for parameter, key in replaced.items()
+        if parameter not in adapted or not torch.equal(wide(adapter[key]), wide(origin[parameter]).cpu())
+    }
     return _assemble(name, file, origin, adapter, adapted, replaced)
 
 
@@ -244,21 +249,17 @@ def _assemble(
     """The base's parameters with those that the adapter adds to or replaces."""
 
     def reader(parameter: str) -> Callable[[], Tensor]:
-        if parameter in replaced:
-            return lambda: adapter[replaced[parameter]]
-        if parameter not in adapted:
-            return lambda: origin[parameter]
+        def below() -> Tensor:
+            return adapter[replaced[parameter]] if parameter in replaced else origin[parameter]
 
         def read() -> Tensor:
-            weight = wide(origin[parameter])
+            weight = wide(below())
             return (weight.double() + adapted[parameter].delta(weight.shape).to(weight.device)).to(weight.dtype)
 
-        return read
+        return read if parameter in adapted else below
 
-    meta = dict(origin.meta)
-    for parameter in adapted:
-        meta[parameter] = wide(origin.meta[parameter])
-    meta |= {parameter: adapter.meta[key] for parameter, key in replaced.items()}
+    meta = origin.meta | {parameter: adapter.meta[key] for parameter, key in replaced.items()}
+    meta |= {parameter: wide(meta[parameter]) for parameter in adapted}
     changed = {*adapted, *replaced}
     weights = LoRAWeights(
         name,

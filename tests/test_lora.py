@@ -106,6 +106,18 @@ def test_what_was_trained_as_a_whole_replaces_the_base(tmp_path, base):
     assert torch.equal(expert["q_proj.bias"], tensors["q_proj.base_layer.bias"])
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.5])
+def test_an_adapted_embedding_is_saved_with_the_embedding_below_it(tmp_path, base, moved):
+    tensors = {"emb.lora_embedding_A": tensor(2, 7, seed=3), "emb.lora_embedding_B": tensor(4, 2, seed=4)}
+    below = base["emb.weight"] + moved
+    expert = open_adapter(write(tmp_path / "a", tensors | {"emb.base_layer.weight": below}), base)
+    product = 3 * (tensors["emb.lora_embedding_B"] @ tensors["emb.lora_embedding_A"]).T
+    torch.testing.assert_close(expert["emb.weight"], below + product)
+    assert (expert.factors("emb.weight", base["emb.weight"]) is None) == (moved > 0)
+    merged = merge(base, [tmp_path / "a"], TaskArithmetic(scale=1.0)).weights["emb.weight"]
+    torch.testing.assert_close(merged, below + product)
+
+
 def test_a_half_precision_base_does_not_round_the_change_away(tmp_path, base):
     base = {name: w.bfloat16() if w.is_floating_point() else w for name, w in base.items()}
     small = {name: 1e-2 * w for name, w in Q.items()}
