@@ -258,7 +258,7 @@ def _assemble(
 
         return read if parameter in adapted else below
 
-    meta = origin.meta | {parameter: adapter.meta[key] for parameter, key in replaced.items()}
+    meta = dict(origin.meta) | {parameter: adapter.meta[key] for parameter, key in replaced.items()}
     meta |= {parameter: wide(meta[parameter]) for parameter in adapted}
     changed = {*adapted, *replaced}
     weights = LoRAWeights(

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, open_weights, save_weights
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.folders import check_folder, is_folder, save_folder
 from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
@@ -32,6 +33,7 @@ class Merged:
 
     Args:
         weights: The merged parameters and buffers, in the dtype and on the device of the base.
+        base: What the experts were merged onto.
         inventory: What happened to every parameter.
         manifest: Method, arguments, versions, and the sha256 of every file that went in.
         experts: The experts by name, for what they keep to themselves.
@@ -39,6 +41,7 @@ class Merged:
     """
 
     weights: dict[str, Tensor]
+    base: Weights
     inventory: Inventory
     manifest: dict[str, Any]
     experts: dict[str, Weights]
@@ -74,7 +77,14 @@ class Merged:
         return f"{method} of {len(self.experts)} experts ({', '.join(self.experts)}): {', '.join(parts)}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the merged model to one file, see :func:`lightning_merge.checkpoints.save_weights`."""
+        """Write the merged model.
+
+        Args:
+            path: A file, see :func:`lightning_merge.checkpoints.save_weights`, or, without a suffix, a folder as
+                Hugging Face writes them, see :func:`lightning_merge.folders.save_folder`.
+        """
+        if is_folder(path):
+            return save_folder(path, self.weights, self.base.path, self.manifest)
         return save_weights(path, self.weights, hyper_parameters=self.hyper_parameters, manifest=self.manifest)
 
 
@@ -115,7 +125,7 @@ def merge(
         seed: For methods that draw random numbers; every parameter derives its own from this and its name.
         workers: Parameters that are merged at the same time. The result is the same for any number.
         allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
-        output: Also write the merged model to this file.
+        output: Also write the merged model to this file, or to this folder, see :meth:`Merged.save`.
 
     Returns:
         The merged model.
@@ -127,6 +137,8 @@ def merge(
         method = replace(method, scale=scale)
     origin = open_weights(base, name="base")
     sources = open_experts(experts, origin)
+    if output is not None and is_folder(output):
+        check_folder(output, origin.path)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     if method.max_experts is not None and len(sources) > method.max_experts:
         raise MergeError(
@@ -176,6 +188,7 @@ def merge(
     first = next(iter(sources.values()))
     merged = Merged(
         weights={name: weights[name] for name in origin},
+        base=origin,
         inventory=inventory,
         manifest=make_manifest(method, matrices, seed, origin, sources, dict(zip(sources, measured, strict=False))),
         experts=sources,

@@ -122,8 +122,13 @@ def _extra(base, experts, left_out) -> list[str]:
         "else give the base that the expert started from."
         for expert in experts
         for name in expert
-        if name not in base and not left_out(name) and name not in base.tied
+        if name not in base and not left_out(name) and not _has_twin(expert, name, base)
     ]
+
+
+def _has_twin(expert: Weights, name: str, base: Weights) -> bool:
+    """Whether an expert's name is one more for a tensor that the base has (whose file may leave the second one out)."""
+    return any(twin in base and expert.tied.get(twin, twin) == expert.tied.get(name, name) for twin in expert)
 
 
 def _different(base, experts, names) -> list[str]:

@@ -82,7 +82,8 @@ class MergeTrainer(Trainer):
                 to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
-            output: The file to write: .ckpt, .safetensors or .pt.
+            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face writes
+                them, with what lies beside the base's weights.
             scale: Scaling coefficient; by default the method's own.
             include: Merge only the parameters whose name matches one of these shell patterns.
             exclude: Do not merge the parameters that match one of these shell patterns.
@@ -113,9 +114,8 @@ class MergeTrainer(Trainer):
             seed=seed,
             workers=workers,
             allow_non_finite=allow_non_finite,
+            output=output if self.is_global_zero else None,
         )
-        if self.is_global_zero:
-            merged.save(output)
         self.merged, self.table = merged, None
         if model is not None and datamodule is not None:
             rows = {BASE: open_weights(base) if base is not None else model.state_dict(), "merged": merged.weights}
