@@ -80,7 +80,10 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=0,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
+            parser_kwargs={
+                "description": "Fit experts, merge their weights, evaluate the merged model. "
+                "`lightning-merge methods` lists every merging method.",
+            },
         )
     except MergeError as error:
         sys.stderr.write(f"lightning-merge: {error}\n")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import isotropic
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 def iso_c(deltas: Tensor) -> Tensor:
@@ -30,6 +30,8 @@ class IsoC(MergeMethod):
         scale: Scaling coefficient; the paper chooses it on validation data, SCORE's comparison uses 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import sign_of_largest, svd
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.wrapper import Wrapper
 
@@ -105,6 +105,8 @@ class KnOTS(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    paper: ClassVar[Paper] = Paper("Stoica et al.", "ICLR", 2025, "2410.19735")
+    factorizes: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TIES()
 
     layers: Literal["official", "matrices"] = "official"
