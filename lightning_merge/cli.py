@@ -104,5 +104,8 @@ def main(args: list[str] | None = None) -> None:
         args=args,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": "Fit experts, merge their weights, evaluate the merged model."},
+        parser_kwargs={
+            "description": "Fit experts, merge their weights, evaluate the merged model. "
+            "`lightning-merge methods` lists every merging method.",
+        },
     )

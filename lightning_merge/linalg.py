@@ -36,7 +36,7 @@ def svd(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
     else:
         rank = n if rank is None else rank
         U, s, Vt = _tall_svd(matrices, rank)
-    sign = _sign_of_largest(U)  # (…, 1, k)
+    sign = sign_of_largest(U)  # (…, 1, k)
     return U * sign, s, Vt * sign.mT
 
 
@@ -95,7 +95,7 @@ def _rounding(matrices: Tensor) -> float:
     return max(matrices.shape[-2:]) * torch.finfo(matrices.dtype).eps
 
 
-def _sign_of_largest(U: Tensor) -> Tensor:
+def sign_of_largest(U: Tensor) -> Tensor:
     """The sign (1 for zero) of the entry of largest magnitude in every column: ``(…, m, k) -> (…, 1, k)``."""
     largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)

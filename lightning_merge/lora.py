@@ -54,19 +54,49 @@ class Adapted:
 class LoRAWeights(Weights):
     """The dense weights of an expert that is an adapter over a base, computed when they are asked for."""
 
+    origin: Weights
     adapted: Mapping[str, Adapted]
     replaced: Mapping[str, str]
 
-    def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
-        """The factors ``(B, A)`` of what the adapter adds to a parameter; empty if nothing, None if it replaces it."""
-        if name in self.replaced:
+    def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """The factors ``(B, A)`` of the difference of a parameter to a base.
+
+        Returns:
+            Nothing where the adapter leaves the parameter alone; None where it replaces it or was opened over another
+            base, so that no factors are known.
+        """
+        if name in self.replaced or not torch.equal(wide(self.origin[name]).to(base.device), base):
             return None
         return [self.adapted[name].factors()] if name in self.adapted else []
+
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """The difference of a parameter to a base as the product of its factors, in float64; None if not known.
+
+        It has their rank to the last digit. A difference of float32 weights would have full rank, by rounding errors
+        that methods which flatten the spectrum take for directions like any other.
+        """
+        return self.adapted[name].delta(base.shape).to(base.device) if self.factors(name, base) else None
 
 
 def is_adapter(source: Source) -> bool:
     """Whether a source is a folder that peft has written."""
     return isinstance(source, (str, os.PathLike)) and (Path(source).expanduser() / _CONFIG).is_file()
+
+
+def open_expert(source: Source, base: Weights, name: str | None = None) -> Weights:
+    """Open an expert, be it dense weights or an adapter over the base.
+
+    Args:
+        source: Weights, see :func:`lightning_merge.checkpoints.open_weights`, or the folder of an adapter.
+        base: The model that an adapter is put on.
+        name: What to call this expert in messages; by default the path.
+
+    Raises:
+        MergeError: If it cannot be opened, or if an adapter does not fit the base.
+    """
+    if isinstance(source, (str, os.PathLike)) and is_adapter(source):
+        return open_adapter(source, base, name=name)
+    return open_weights(source, name)
 
 
 def open_adapter(
@@ -100,7 +130,8 @@ def open_adapter(
     factors, replaced, problems = _sort_keys(adapter, name, prefix)
     problems += [
         f"The adapter {name} adapts {parameter!r}, which the base {origin.name} lacks; give the base that it was "
-        f"trained on, or say with `prefix` what stands before the names there (they look like {next(iter(origin))!r})."
+        f"trained on, or open it by lightning_merge.lora.open_adapter with what stands before the names there as its "
+        f"`prefix` (they look like {next(iter(origin))!r})."
         for parameter in (*factors, *replaced)
         if parameter not in origin
     ]
@@ -136,6 +167,11 @@ def open_adapter(
         if adapter.meta[key].shape != origin.meta[parameter].shape
     ]
     raise_all(problems)
+    replaced = {  # peft also saves the embedding below an adapted embedding
+        parameter: key
+        for parameter, key in replaced.items()
+        if parameter not in adapted or not torch.equal(wide(adapter[key]), wide(origin[parameter]).cpu())
+    }
     return _assemble(name, file, origin, adapter, adapted, replaced)
 
 
@@ -213,21 +249,17 @@ def _assemble(
     """The base's parameters with those that the adapter adds to or replaces."""
 
     def reader(parameter: str) -> Callable[[], Tensor]:
-        if parameter in replaced:
-            return lambda: adapter[replaced[parameter]]
-        if parameter not in adapted:
-            return lambda: origin[parameter]
+        def below() -> Tensor:
+            return adapter[replaced[parameter]] if parameter in replaced else origin[parameter]
 
         def read() -> Tensor:
-            weight = wide(origin[parameter])
+            weight = wide(below())
             return (weight.double() + adapted[parameter].delta(weight.shape).to(weight.device)).to(weight.dtype)
 
-        return read
+        return read if parameter in adapted else below
 
-    meta = dict(origin.meta)
-    for parameter in adapted:
-        meta[parameter] = wide(origin.meta[parameter])
-    meta |= {parameter: adapter.meta[key] for parameter, key in replaced.items()}
+    meta = dict(origin.meta) | {parameter: adapter.meta[key] for parameter, key in replaced.items()}
+    meta |= {parameter: wide(meta[parameter]) for parameter in adapted}
     changed = {*adapted, *replaced}
     weights = LoRAWeights(
         name,
@@ -236,5 +268,5 @@ def _assemble(
         path=file,
         tied={alias: owner for alias, owner in origin.tied.items() if not {alias, owner} & changed},
     )
-    weights.adapted, weights.replaced = adapted, replaced
+    weights.origin, weights.adapted, weights.replaced = origin, adapted, replaced
     return weights

@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, check_output, open_weights, save_weights
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.folders import check_folder, is_folder, save_folder
+from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
 from lightning_merge.statistics import open_statistics
@@ -31,6 +33,7 @@ class Merged:
 
     Args:
         weights: The merged parameters and buffers, in the dtype and on the device of the base.
+        base: What the experts were merged onto.
         inventory: What happened to every parameter.
         manifest: Method, arguments, versions, and the sha256 of every file that went in.
         experts: The experts by name, for what they keep to themselves.
@@ -38,6 +41,7 @@ class Merged:
     """
 
     weights: dict[str, Tensor]
+    base: Weights
     inventory: Inventory
     manifest: dict[str, Any]
     experts: dict[str, Weights]
@@ -74,7 +78,14 @@ class Merged:
         return f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the merged model to one file, see :func:`lightning_merge.checkpoints.save_weights`."""
+        """Write the merged model.
+
+        Args:
+            path: A file, see :func:`lightning_merge.checkpoints.save_weights`, or, without a suffix, a folder as
+                Hugging Face writes them, see :func:`lightning_merge.folders.save_folder`.
+        """
+        if is_folder(path):
+            return save_folder(path, self.weights, self.base.path, self.manifest)
         return save_weights(path, self.weights, hyper_parameters=self.hyper_parameters, manifest=self.manifest)
 
 
@@ -101,7 +112,8 @@ def merge(
 
     Args:
         base: The model that the experts started from: a file, a folder, or a state dict.
-        experts: The experts: a sequence of sources, or a mapping from a name to a source.
+        experts: The experts: a sequence of sources, or a mapping from a name to a source. The folder of a LoRA adapter,
+            as peft writes it, is an expert, too.
         method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
         statistics: For methods that need them: what each expert's data say about its parameters, a source for each
             expert's name, see :mod:`lightning_merge.statistics`; by default the files beside the experts'.
@@ -114,7 +126,8 @@ def merge(
         seed: For methods that draw random numbers; every parameter derives its own from this and its name.
         workers: Parameters that are merged at the same time. The result is the same for any number.
         allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
-        output: Also write the merged model to this file, once it is complete in memory.
+        output: Also write the merged model, once it is complete in memory, to this file or folder, see
+            :meth:`Merged.save`.
 
     Returns:
         The merged model.
@@ -129,8 +142,10 @@ def merge(
     if dtype not in (None, torch.float32, torch.float64):
         raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
     origin = open_weights(base, name="base")
-    sources = open_experts(experts)
-    if output is not None:
+    sources = open_experts(experts, origin)
+    if output is not None and is_folder(output):
+        check_folder(output, origin.path)
+    elif output is not None:
         check_output(output, inputs=[origin, *sources.values()])
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     if method.max_experts is not None and len(sources) > method.max_experts:
@@ -189,6 +204,7 @@ def merge(
     first = next(iter(sources.values()))
     merged = Merged(
         weights={name: weights[name] for name in origin},
+        base=origin,
         inventory=inventory,
         manifest=make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False))),
         experts=sources,
@@ -206,14 +222,17 @@ def _precision(method: MergeMethod, base: Weights) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else method.dtype
 
 
-def open_experts(experts: Experts) -> dict[str, Weights]:
-    """Open every expert for reading, under its name, its path, or (a state dict in a list) its position."""
+def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
+    """Open every expert for reading, under its name, its path, or (a state dict in a list) its position.
+
+    Adapters, as peft writes them, are opened over the base.
+    """
     if isinstance(experts, Mapping):
-        named = {name: open_weights(source, name) for name, source in experts.items()}
+        named = {name: open_expert(source, base, name) for name, source in experts.items()}
     else:
         named = {}
         for i, source in enumerate(experts):
-            weights = open_weights(source, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
+            weights = open_expert(source, base, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
             if weights.name in named:
                 raise MergeError(f"The expert {weights.name} is given twice.")
             named[weights.name] = weights

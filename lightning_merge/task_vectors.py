@@ -139,8 +139,13 @@ def _extra(base, experts, left_out) -> list[str]:
         "else give the base that the expert started from."
         for expert in experts
         for name in expert
-        if name not in base and not left_out(name) and name not in base.tied
+        if name not in base and not left_out(name) and not _has_twin(expert, name, base)
     ]
+
+
+def _has_twin(expert: Weights, name: str, base: Weights) -> bool:
+    """Whether an expert's name is one more for a tensor that the base has (whose file may leave the second one out)."""
+    return any(twin in base and expert.tied.get(twin, twin) == expert.tied.get(name, name) for twin in expert)
 
 
 def _different(base, experts, names) -> list[str]:
@@ -232,7 +237,7 @@ class TaskVectors:
     def __getitem__(self, name: str) -> Tensor:
         """The stacked differences of one parameter: ``(T, …)``."""
         base = wide(self._base[name]).to(self._device)
-        deltas = torch.stack([wide(e[name]).to(base.device) - base for e in self._experts]).to(self._dtype)
+        deltas = torch.stack([_difference(expert, name, base).to(self._dtype) for expert in self._experts])
         return deltas if self._transform is None else self._transform(deltas, self.context(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -263,7 +268,8 @@ class TaskVectors:
         """The LoRA factors ``(B, A)`` that span what the experts did to a parameter; None if they are not known."""
         if self._transform is not None:
             return None
-        found = [expert.factors(name) if hasattr(expert, "factors") else None for expert in self._experts]
+        base = wide(self._base[name])
+        found = [expert.factors(name, base) if hasattr(expert, "factors") else None for expert in self._experts]
         return None if None in found else [pair for pairs in found for pair in pairs]
 
     def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
@@ -280,6 +286,12 @@ class TaskVectors:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
         statistics = ParameterStatistics(name, self._statistics, base)
         return Context(name, base, self.matrices, seed, survey, statistics)
+
+
+def _difference(expert: Weights, name: str, base: Tensor) -> Tensor:
+    """What an expert did to a parameter ``(…)``; that of an adapter is exact."""
+    exact = expert.delta(name, base) if hasattr(expert, "delta") else None
+    return wide(expert[name]).to(base.device) - base if exact is None else exact
 
 
 def wide(tensor: Tensor) -> Tensor:

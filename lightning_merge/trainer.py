@@ -9,7 +9,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_merge.checkpoints import check_output, open_weights
+from lightning_merge.checkpoints import open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
@@ -18,7 +18,7 @@ from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge, open_experts
+from lightning_merge.merging import Merged, merge
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
@@ -84,12 +84,14 @@ class MergeTrainer(Trainer):
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
             datamodule: If it is a :class:`DomainDataModule` and there is a model, the merged model is evaluated on its
                 test domains.
-            experts: The experts' checkpoints or run folders: a list, or a mapping from a name (domain) to a path.
+            experts: The experts' checkpoints, run folders or LoRA adapters: a list, or a mapping from a name (domain)
+                to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
                 default beside the experts' checkpoints, where the verb ``statistics`` writes them.
-            output: The file to write: .ckpt, .safetensors or .pt.
+            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face writes
+                them, with what lies beside the base's weights.
             scale: Scaling coefficient; by default the method's own.
             include: Merge only the parameters whose name matches one of these shell patterns.
             exclude: Do not merge the parameters that match one of these shell patterns.
@@ -109,10 +111,8 @@ class MergeTrainer(Trainer):
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
-        origin = open_weights(base if base is not None else model.state_dict(), name="base")
-        check_output(output, inputs=[origin, *open_experts(experts).values()])
         merged = merge(
-            origin,
+            base if base is not None else model.state_dict(),
             experts,
             method or SCORE(),
             statistics=statistics,
@@ -123,9 +123,8 @@ class MergeTrainer(Trainer):
             seed=seed,
             workers=workers,
             allow_non_finite=allow_non_finite,
+            output=output if self.is_global_zero else None,
         )
-        if self.is_global_zero:
-            merged.save(output)
         self.merged, self.table = merged, None
         if model is not None and isinstance(datamodule, DomainDataModule):
             rows = {BASE: open_weights(base) if base is not None else model.state_dict(), "merged": merged.weights}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_merge import merge
+from lightning_merge import merge, open_weights
 from lightning_merge.errors import MergeError
 from lightning_merge.lora import is_adapter, open_adapter
-from lightning_merge.methods.task_arithmetic import TaskArithmetic
+from lightning_merge.methods import SCORE, TIES, CoreSpace, IsoC, KnOTS, TaskArithmetic
+from lightning_merge.methods.knots import common_basis
+from lightning_merge.methods.soup import greedy_soup
 
 PREFIX = "base_model.model."
 
@@ -42,8 +45,9 @@ def write(folder: Path, tensors, **config):
     return folder
 
 
-def linear(name, shape, r=2):
-    return {f"{name}.lora_A.weight": tensor(r, shape[1], seed=1), f"{name}.lora_B.weight": tensor(shape[0], r, seed=2)}
+def linear(name, shape, r=2, seed=1):
+    A, B = tensor(r, shape[1], seed=seed), tensor(shape[0], r, seed=seed + 1)
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
 Q = linear("q_proj", (6, 4))
@@ -102,6 +106,18 @@ def test_what_was_trained_as_a_whole_replaces_the_base(tmp_path, base):
     assert torch.equal(expert["q_proj.bias"], tensors["q_proj.base_layer.bias"])
 
 
+@pytest.mark.parametrize("moved", [0.0, 0.5])
+def test_an_adapted_embedding_is_saved_with_the_embedding_below_it(tmp_path, base, moved):
+    tensors = {"emb.lora_embedding_A": tensor(2, 7, seed=3), "emb.lora_embedding_B": tensor(4, 2, seed=4)}
+    below = base["emb.weight"] + moved
+    expert = open_adapter(write(tmp_path / "a", tensors | {"emb.base_layer.weight": below}), base)
+    product = 3 * (tensors["emb.lora_embedding_B"] @ tensors["emb.lora_embedding_A"]).T
+    torch.testing.assert_close(expert["emb.weight"], below + product)
+    assert (expert.factors("emb.weight", base["emb.weight"]) is None) == (moved > 0)
+    merged = merge(base, [tmp_path / "a"], TaskArithmetic(scale=1.0)).weights["emb.weight"]
+    torch.testing.assert_close(merged, below + product)
+
+
 def test_a_half_precision_base_does_not_round_the_change_away(tmp_path, base):
     base = {name: w.bfloat16() if w.is_floating_point() else w for name, w in base.items()}
     small = {name: 1e-2 * w for name, w in Q.items()}
@@ -122,6 +138,84 @@ def test_merging(tmp_path, base):
     torch.testing.assert_close(merged["q_proj.weight"], experts[0]["q_proj.weight"])
     torch.testing.assert_close(merged["mlp.fc.weight"], experts[1]["mlp.fc.weight"])
     assert torch.equal(merged["head.weight"], base["head.weight"])
+
+
+FC = linear("mlp.fc", (5, 4))
+METHODS = [TaskArithmetic(scale=1.0), TIES(), SCORE(), KnOTS(layers="matrices"), CoreSpace()]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+def test_adapter_folders_are_experts_like_any_other(tmp_path, base, method):
+    """Alone and beside a dense expert, they merge as the dense weights that they make of the base."""
+    folders = {"a": write(tmp_path / "a", Q), "b": write(tmp_path / "b", FC | Q)}
+    dense = {name: dict(open_adapter(folder, base)) for name, folder in folders.items()}
+    for with_dense in (False, True):
+        if with_dense:
+            full = {"c": {name: w + 0.1 if w.is_floating_point() else w for name, w in base.items()}}
+            folders, dense = folders | full, dense | full
+        if isinstance(method, CoreSpace) and not with_dense:
+            method = CoreSpace(IsoC())  # which does not see in which basis the core matrices are written
+        merged, expected = (merge(base, experts, method).weights for experts in (folders, dense))
+        for name, weight in expected.items():
+            torch.testing.assert_close(merged[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_adapter_folders_on_the_command_line(tmp_path, base):
+    from lightning_merge.cli import main
+
+    folders = {"a": str(write(tmp_path / "a", Q)), "b": str(write(tmp_path / "b", FC))}
+    save_file(base, "base.safetensors")
+    more = ["--method=TaskArithmetic", "--method.scale=1.0", "--output=merged.safetensors"]
+    main(["merge", "--base=base.safetensors", f"--experts={json.dumps(folders)}", *more])
+    expected = merge(base, folders, TaskArithmetic(scale=1.0)).weights
+    merged = open_weights("merged.safetensors")
+    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+    assert merged.header["merge"]["experts"]["a"]["path"] == str(tmp_path / "a" / "adapter_model.safetensors")
+
+
+def test_a_greedy_soup_of_adapters(tmp_path, base):
+    folders = [write(tmp_path / "a", Q), write(tmp_path / "b", FC)]
+    soup = greedy_soup(base, folders, score=lambda weights: float(weights["q_proj.weight"].sum()))
+    assert len(soup.experts) in (1, 2)
+
+
+def numpy_iso_c(delta):
+    """mean(s) U Vt over the singular vectors with a singular value; the mean is over all of them."""
+    U, s, Vt = np.linalg.svd(delta, full_matrices=False)
+    there = s > 1e-9 * s[0]
+    return s.mean() * U[:, there] @ Vt[there]
+
+
+def test_iso_c_leaves_the_null_space_of_adapters_alone(tmp_path, base):
+    """A difference of float32 weights has full rank by rounding errors, which a flat spectrum would blow up."""
+    base["q_proj.weight"] = tensor(40, 30)
+    tensors = [linear("q_proj", (40, 30)), linear("q_proj", (40, 30), seed=7)]
+    folders = [write(tmp_path / name, t) for name, t in zip("ab", tensors, strict=True)]
+    merged = merge(base, folders, IsoC()).weights["q_proj.weight"]
+    B, A = (torch.stack([t[f"q_proj.lora_{k}.weight"] for t in tensors]).double() for k in "BA")
+    total = 3 * (B @ A).sum(dim=0)
+    assert int(torch.linalg.matrix_rank(total)) == 4
+    expected = base["q_proj.weight"] + torch.from_numpy(numpy_iso_c(total.numpy()))
+    torch.testing.assert_close(merged, expected.float(), rtol=0, atol=1e-6)
+
+    again = merge(base, folders, IsoC(), workers=2).weights["q_proj.weight"]
+    assert torch.equal(merged, again)
+    turned = merge(base, folders[::-1], IsoC()).weights["q_proj.weight"]
+    torch.testing.assert_close(merged, turned, rtol=0, atol=1e-6)
+
+
+def test_factors_of_another_base_are_not_used(tmp_path, base):
+    other = {name: w + 0.5 if w.is_floating_point() else w for name, w in base.items()}
+    experts = [open_adapter(write(tmp_path / "a", Q), other)]
+    merged = merge(base, experts, CoreSpace(TaskArithmetic(scale=1.0))).weights
+    torch.testing.assert_close(merged["q_proj.weight"], experts[0]["q_proj.weight"])
+
+
+@pytest.mark.parametrize("rank", [2, 9])
+def test_knots_takes_its_basis_from_the_factors(rank):
+    B, A = tensor(3, 8, rank).double(), tensor(3, rank, 5).double()
+    found = common_basis(B @ A, span=torch.cat([*B], dim=1))
+    torch.testing.assert_close(found, common_basis(B @ A))
 
 
 def test_tied_parameters_stay_tied_unless_one_of_them_is_adapted(tmp_path, base):

@@ -6,7 +6,7 @@ import zlib
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,22 @@ class Context:
         return replace(self, survey=survey)
 
 
+class Paper(NamedTuple):
+    """Where a method was published.
+
+    Args:
+        authors: Such as ``Yadav et al.``
+        venue: The conference or journal, or ``arXiv``.
+        year: Of the venue.
+        arxiv: The number, if it has one.
+    """
+
+    authors: str
+    venue: str
+    year: int
+    arxiv: str | None = None
+
+
 @dataclass(frozen=True)
 class MergeMethod(ABC):
     """A merging method: a rule that turns the task vectors of T experts into one update of the base.
@@ -63,6 +79,12 @@ class MergeMethod(ABC):
         scale: Scaling coefficient of the update.
     """
 
+    paper: ClassVar[Paper | None] = None
+    """Where the method was published."""
+    draws: ClassVar[bool] = False
+    """Whether the method draws random numbers, which follow from the seed of the merge."""
+    factorizes: ClassVar[bool] = False
+    """Whether the method decomposes matrices, which is what costs most in a large model."""
     dtype: ClassVar[torch.dtype] = torch.float32
     """The precision in which the rules are computed; methods that factorize ask for float64."""
     per_task: ClassVar[bool] = False

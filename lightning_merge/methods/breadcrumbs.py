@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.magnitude import largest
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
@@ -53,6 +53,7 @@ class Breadcrumbs(Wrapper):
         scale: Scaling coefficient of the update; 0.4 in the official example.
     """
 
+    paper: ClassVar[Paper] = Paper("Davari and Belilovsky", "ECCV", 2024, "2312.06795")
     default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=0.4)
 
     beta: float = 0.2

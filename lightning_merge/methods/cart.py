@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.tsv_c import truncate
 
 
@@ -33,6 +33,8 @@ class CART(MergeMethod):
         scale: Scaling coefficient of the whole update.
     """
 
+    paper: ClassVar[Paper] = Paper("Choi et al.", "arXiv", 2024, "2412.12153")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     rank_ratio: float = 0.16

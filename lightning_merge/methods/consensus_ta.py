@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.tall_masks import tall_masks
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
@@ -36,6 +36,7 @@ class ConsensusTA(Wrapper):
         scale: Scaling coefficient; by default that of the method. The official code chooses it on validation data.
     """
 
+    paper: ClassVar[Paper] = Paper("Wang et al.", "ICML", 2024, "2405.07813")
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     mask_threshold: float = 0.4

@@ -1,4 +1,7 @@
-"""Core Space (Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space", 2025, 2509.17786)."""
+"""Core Space (NeurIPS 2025, arXiv 2509.17786).
+
+Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space".
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import isotropic, svd
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.wrapper import Wrapper
 
@@ -67,8 +70,8 @@ class CoreSpace(Wrapper):
     """Merge LoRA experts in the small space that their factors span; nothing of them is lost there.
 
     The method inside sees the core matrices ``Uᵀ Δ_i V`` instead of the experts' matrices. The bases come from the
-    adapters' own factors where the experts were opened by ``lora.open_adapter``, otherwise from balanced factors of the
-    dense matrices; that makes a difference to methods that look at single entries (TIES), not to those that commute
+    adapters' own factors where all experts are adapters, otherwise from balanced factors of the dense matrices; that
+    makes a difference to methods that look at single entries (TIES), not to those that commute
     with rotations (Task Arithmetic, TSV-M, Iso-C, CART). Tensors that are no matrices are averaged.
 
     Args:
@@ -80,6 +83,8 @@ class CoreSpace(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    paper: ClassVar[Paper] = Paper("Panariello et al.", "NeurIPS", 2025, "2509.17786")
+    factorizes: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TSVM()
 
     isotropize: bool = False

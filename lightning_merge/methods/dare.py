@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.magnitude import largest
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
@@ -57,6 +57,8 @@ class DARE(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    paper: ClassVar[Paper] = Paper("Yu et al.", "ICML", 2024, "2311.03099")
+    draws: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # draws go by position
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 

@@ -1,4 +1,7 @@
-"""DC-Merge ("DC-Merge: Improving Model Merging with Directional Consistency", CVPR 2026, arXiv 2603.06242)."""
+"""DC-Merge (CVPR 2026, arXiv 2603.06242).
+
+Zhang et al., "DC-Merge: Improving Model Merging with Directional Consistency".
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.ties import disjoint_merge, trim
 from lightning_merge.methods.tsv_c import truncate
 from lightning_merge.methods.tsv_m import task_singular_basis
@@ -47,6 +50,8 @@ class DCMerge(MergeMethod):
         scale: Scaling coefficient; the authors search it between 0.1 and 3.
     """
 
+    paper: ClassVar[Paper] = Paper("Zhang et al.", "CVPR", 2026, "2603.06242")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     keep_fraction: float = 1e-3

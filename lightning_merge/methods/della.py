@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.magnitude import match_l1
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.wrapper import Wrapper
@@ -54,6 +54,8 @@ class DELLA(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    paper: ClassVar[Paper] = Paper("Deep et al.", "arXiv", 2024, "2406.11617")
+    draws: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # draws go by position
     default_method: ClassVar[MergeMethod] = TIES(trim="none")
 

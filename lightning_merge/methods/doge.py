@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import svd
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.order_statistics import kth_magnitude
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class DOGE(MergeMethod):
         scale: Scaling coefficient of the update; ``eta`` does its work already.
     """
 
+    paper: ClassVar[Paper] = Paper("Wei et al.", "ICML", 2025, "2501.01230")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     eta: float = 0.07

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
@@ -39,6 +39,7 @@ class EMR(MergeMethod):
         scale: Scaling coefficient; the paper has none.
     """
 
+    paper: ClassVar[Paper] = Paper("Huang et al.", "NeurIPS", 2024, "2405.17461")
     per_task: ClassVar[bool] = True
 
     def survey(self, task_vectors: TaskVectors) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_merge.methods.base import (
     Context,
     MergeMethod,
+    Paper,
     check_choice,
     check_range,
     check_weight_count,
@@ -56,6 +57,7 @@ class Fisher(MergeMethod):
         scale: Scaling coefficient of the update; 1 is the average itself.
     """
 
+    paper: ClassVar[Paper] = Paper("Matena and Raffel", "NeurIPS", 2022, "2111.09832")
     needs: ClassVar[tuple[str, ...]] = ("fisher",)
 
     smooth: float = 1e-10

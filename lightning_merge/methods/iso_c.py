@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import isotropic
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 def iso_c(deltas: Tensor) -> Tensor:
     """Give the sum of the task matrices a flat spectrum, ``mean(s) U Vt``: ``(T, m, n) -> (m, n)``.
 
-    The mean is over all ``min(m, n)`` singular values. Directions in the null space of the sum stay zero.
+    The mean is over all ``min(m, n)`` singular values. Where the sum has no full rank, as that of a few LoRA experts,
+    nothing happens in its null space: it stays zero, and the result does not depend on which vectors LAPACK puts there.
     """
     factor, s = isotropic(deltas.sum(dim=0))
     return s.mean() * factor
@@ -29,6 +30,8 @@ class IsoC(MergeMethod):
         scale: Scaling coefficient; the paper chooses it on validation data, SCORE's comparison uses 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import polar, svd
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.iso_c import iso_c
 
 
@@ -58,6 +58,8 @@ class IsoCTS(MergeMethod):
         scale: Scaling coefficient; the paper chooses it on validation data, SCORE's comparison uses 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     common_fraction: float = 0.8

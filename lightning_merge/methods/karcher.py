@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import check_range
+from lightning_merge.methods.base import Paper, check_range
 from lightning_merge.methods.weight_space import WeightSpaceMethod
 
 
@@ -61,6 +62,8 @@ class Karcher(WeightSpaceMethod):
         tol: The iteration ends when a step is shorter, in radians; must be positive.
         scale: Scaling coefficient of the update; 1 is the mean.
     """
+
+    paper: ClassVar[Paper] = Paper("Grove and Karcher", "Math. Z.", 1973)
 
     max_iter: int = 10
     tol: float = 1e-5

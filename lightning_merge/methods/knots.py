@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import svd
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.linalg import sign_of_largest, svd
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.wrapper import Wrapper
 
@@ -43,16 +43,21 @@ class Survey(NamedTuple):
     inner: Any
 
 
-def common_basis(matrices: Tensor, threshold: float = 1e-5) -> Tensor:
+def common_basis(matrices: Tensor, threshold: float = 1e-5, span: Tensor | None = None) -> Tensor:
     """The left singular vectors of ``[Δ_1 | … | Δ_T]`` whose singular value is above the threshold.
 
     Args:
         matrices: ``(T, m, n)``.
         threshold: An absolute number.
+        span: ``(m, R)``, what all columns are made of, if that is known: then R rows are decomposed instead of m.
 
     Returns:
         ``U (m, k)``. ``Uᵀ Δ_i (k, n)`` is expert i's block of ``diag(s) Vt``, which is what is merged.
     """
+    if span is not None and span.shape[1] < len(span):
+        Q = torch.linalg.qr(span).Q  # (m, R)
+        U = Q @ common_basis(Q.mT @ matrices, threshold)
+        return U * sign_of_largest(U)
     U, s, _ = svd(torch.cat(list(matrices), dim=1))
     return U[:, s > threshold]
 
@@ -100,6 +105,8 @@ class KnOTS(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    paper: ClassVar[Paper] = Paper("Stoica et al.", "ICLR", 2025, "2410.19735")
+    factorizes: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TIES()
 
     layers: Literal["official", "matrices"] = "official"
@@ -131,11 +138,17 @@ class KnOTS(Wrapper):
             joined = join(read(layer.weight), None if layer.bias is None else read(layer.bias))
             return joined if self.concat_across_output else joined.mT
 
+        def span(layer: Layer, like: Tensor) -> Tensor | None:
+            factors = task_vectors.factors(layer.weight)
+            if not factors or not self.concat_across_output or (layer.bias and task_vectors.factors(layer.bias) != []):
+                return None
+            return torch.cat([B.to(like) for B, _ in factors], dim=1)
+
         by_key = {layer.weight: layer for layer in layers.values()}
         bases, sizes = {}, {}
         for key, layer in by_key.items():
             deltas = matrices(layer, task_vectors.__getitem__)
-            U = common_basis(deltas, self.sv_threshold)
+            U = common_basis(deltas, self.sv_threshold, span(layer, deltas))
             if U.shape[1]:  # otherwise no expert has changed this layer
                 bases[key], sizes[key] = U, (U.shape[1], deltas.shape[2])
         blocks = Blocks(

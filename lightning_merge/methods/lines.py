@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
 
@@ -55,6 +55,7 @@ class LiNeS(Wrapper):
         scale: Scaling coefficient of the scaled update.
     """
 
+    paper: ClassVar[Paper] = Paper("Wang et al.", "ICLR", 2025, "2410.17146")
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     alpha: float | None = None

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 def magmax(deltas: Tensor) -> Tensor:
@@ -33,6 +33,7 @@ class MagMax(MergeMethod):
         scale: Scaling coefficient; 0.5 in the paper, 1 in SCORE's comparison.
     """
 
+    paper: ClassVar[Paper] = Paper("Marczak et al.", "ECCV", 2024, "2407.06322")
     order_matters: ClassVar[bool] = True  # where magnitudes tie
 
     _: KW_ONLY

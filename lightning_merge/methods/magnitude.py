@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import per_expert
 from lightning_merge.methods.wrapper import Wrapper
@@ -52,6 +52,7 @@ class Magnitude(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
+    paper: ClassVar[Paper] = Paper("Goddard et al.", "EMNLP Industry", 2024, "2403.13257")
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     density: float = 0.5

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.regmean import reduce_off_diagonal
 
 Initialization = Literal["task_arithmetic", "average", "pretrained"]
@@ -60,6 +60,7 @@ class MaTS(MergeMethod):
         scale: Scaling coefficient of the update; 1 is the solution itself.
     """
 
+    paper: ClassVar[Paper] = Paper("Tam et al.", "TMLR", 2024, "2312.04339")
     dtype: ClassVar[torch.dtype] = torch.float64
 
     iterations: int = 100

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 def model_stock(deltas: Tensor) -> Tensor:
@@ -46,6 +46,7 @@ class ModelStock(MergeMethod):
         scale: Scaling coefficient of the update; 1 is the paper's point.
     """
 
+    paper: ClassVar[Paper] = Paper("Jang et al.", "ECCV", 2024, "2403.19522")
     dtype: ClassVar[torch.dtype] = torch.float64
 
     filter_wise: bool = False

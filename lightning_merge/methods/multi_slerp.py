@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, check_choice, check_weight_count, check_weights
+from lightning_merge.methods.base import Context, Paper, check_choice, check_weight_count, check_weights
 from lightning_merge.methods.weight_space import WeightSpaceMethod
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ class MultiSLERP(WeightSpaceMethod):
         origin: The centre of the sphere: ``zero`` merges the weights, ``base`` the task vectors (mergekit with a base).
         scale: Scaling coefficient of the update; 1 is the interpolated point.
     """
+
+    paper: ClassVar[Paper] = Paper("Goddard", "goddard.blog", 2025)
 
     weights: tuple[float, ...] | None = None
     origin: Literal["zero", "base"] = "zero"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.ties import per_expert
 from lightning_merge.order_statistics import kth_magnitude, kth_value
 
@@ -84,6 +84,8 @@ class PCB(MergeMethod):
         variant: The official version.
         scale: Scaling coefficient; 1 in SCORE's comparison, 1.2 or a search per task in the official code.
     """
+
+    paper: ClassVar[Paper] = Paper("Du et al.", "NeurIPS", 2024, "2410.02396")
 
     ratio: float = 0.05
     clamp: float = 0.01

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 def randmix(deltas: Tensor, choice: Tensor) -> Tensor:
@@ -35,6 +35,8 @@ class RandMix(MergeMethod):
         scale: Scaling coefficient; 1 in the paper.
     """
 
+    paper: ClassVar[Paper] = Paper("Marczak et al.", "ECCV", 2024, "2407.06322")
+    draws: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # draws go by position
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:

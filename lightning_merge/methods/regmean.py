@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 
 
 def reduce_off_diagonal(grams: Tensor, factor: float) -> Tensor:
@@ -49,6 +49,8 @@ class RegMean(MergeMethod):
         scale: Scaling coefficient of the update; 1 is the regression mean itself.
     """
 
+    paper: ClassVar[Paper] = Paper("Jin et al.", "ICLR", 2023, "2212.09849")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
     needs: ClassVar[tuple[str, ...]] = ("gram",)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.magnitude import largest
 from lightning_merge.methods.ties import per_expert
 
@@ -45,6 +46,8 @@ class SCE(MergeMethod):
         select_topk: Share of every tensor's varying entries that is kept, by variance; in (0, 1].
         scale: Scaling coefficient; 1 in the paper.
     """
+
+    paper: ClassVar[Paper] = Paper("Wan et al.", "arXiv", 2024, "2408.07990")
 
     select_topk: float = 1.0
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.tsv_m import task_singular_basis
 
 Mode = Literal["trimmed", "diagonal", "off_diagonal", "full"]
@@ -89,6 +89,8 @@ class SCORE(MergeMethod):
         scale: Scaling coefficient; the paper always uses 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Chaves et al.", "CVPR", 2026, "2603.05768")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     mode: Mode = "trimmed"

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import check_range
+from lightning_merge.methods.base import Paper, check_range
 from lightning_merge.methods.weight_space import WeightSpaceMethod
 
 
@@ -41,6 +41,7 @@ class SLERP(WeightSpaceMethod):
         scale: Scaling coefficient of the update; 1 is the point on the arc.
     """
 
+    paper: ClassVar[Paper] = Paper("Shoemake", "SIGGRAPH", 1985)
     max_experts: ClassVar[int | None] = 2
 
     t: float = 0.5

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import MergeMethod
+from lightning_merge.checkpoints import Source, open_weights
+from lightning_merge.methods.base import MergeMethod, Paper
 
 if TYPE_CHECKING:
-    from lightning_merge.checkpoints import Source
     from lightning_merge.merging import Experts, Merged
 
 
@@ -22,6 +22,8 @@ class Soup(MergeMethod):
     Args:
         scale: Scaling coefficient of the mean task vector; 1 is the soup itself.
     """
+
+    paper: ClassVar[Paper] = Paper("Wortsman et al.", "ICML", 2022, "2203.05482")
 
 
 def greedy_soup(base: Source, experts: Experts, score: Callable[[dict[str, Tensor]], float], **options: Any) -> Merged:
@@ -40,7 +42,8 @@ def greedy_soup(base: Source, experts: Experts, score: Callable[[dict[str, Tenso
     from lightning_merge.merging import merge, open_experts  # which import the methods
 
     output = options.pop("output", None)
-    sources = open_experts(experts)
+    base = open_weights(base, name="base")
+    sources = open_experts(experts, base)
     alone = {name: score(merge(base, {name: source}, Soup(), **options).weights) for name, source in sources.items()}
     best, *others = sorted(sources, key=lambda name: alone[name], reverse=True)
     ingredients, reached = {best: sources[best]}, alone[best]

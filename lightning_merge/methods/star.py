@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import svd
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 
 
 def star(deltas: Tensor, eta: float = 40.0) -> Tensor:
@@ -41,6 +41,8 @@ class STAR(MergeMethod):
         scale: Scaling coefficient; the paper always uses 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Lee et al.", "NAACL", 2025, "2502.10339")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     eta: float = 40.0

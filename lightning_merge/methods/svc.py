@@ -1,4 +1,7 @@
-"""SVC ("When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging", 2026, arXiv 2602.05536)."""
+"""SVC (ICML 2026, arXiv 2602.05536).
+
+Li et al., "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging".
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import svd
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
 
@@ -57,6 +60,8 @@ class SVC(Wrapper):
         scale: Scaling coefficient of the calibrated update.
     """
 
+    paper: ClassVar[Paper] = Paper("Li et al.", "ICML", 2026, "2602.05536")
+    factorizes: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     alpha: float | None = None

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
 
@@ -34,6 +34,7 @@ class TALLMask(Wrapper):
         scale: Scaling coefficient; 1 in the paper.
     """
 
+    paper: ClassVar[Paper] = Paper("Wang et al.", "ICML", 2024, "2405.07813")
     default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=1.0)
 
     per_task: ClassVar[bool] = True  # type: ignore[assignment,misc]

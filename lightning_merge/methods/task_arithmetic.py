@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class TaskArithmetic(MergeMethod):
     Args:
         scale: Scaling coefficient. The paper chooses it on validation data; 0.3 is customary, SCORE's paper uses 1.
     """
+
+    paper: ClassVar[Paper] = Paper("Ilharco et al.", "ICLR", 2023, "2212.04089")
 
     _: KW_ONLY
     scale: float = 0.3

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.order_statistics import kth_magnitude, moments, norm_fraction_magnitude
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ class TIES(MergeMethod):
             gets the sign afterwards.
         scale: Scaling coefficient; 1 is the paper's choice where there is no validation data.
     """
+
+    paper: ClassVar[Paper] = Paper("Yadav et al.", "NeurIPS", 2023, "2306.01708")
 
     density: float = 0.2
     trim: Literal["topk", "normfrac", "std", "none"] = "topk"

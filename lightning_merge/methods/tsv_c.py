@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import svd
-from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
 def truncate(matrices: Tensor, rank: int) -> Tensor:
@@ -32,6 +32,8 @@ class TSVC(MergeMethod):
         scale: Scaling coefficient; 1 in the paper.
     """
 
+    paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
     per_task: ClassVar[bool] = True
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.linalg import polar, svd
-from lightning_merge.methods.base import Context, MergeMethod, check_choice
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice
 
 Variant = Literal["svd", "eig", "lossless", "low_rank"]
 
@@ -81,6 +81,8 @@ class TSVM(MergeMethod):
         scale: Scaling coefficient; 1 where it is not tuned.
     """
 
+    paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
+    factorizes: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     variant: Variant = "svd"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from lightning_merge.methods.base import MergeMethod
+from lightning_merge.methods.base import MergeMethod, Paper
 
 
 @dataclass(frozen=True)
@@ -14,3 +15,5 @@ class WeightAverage(MergeMethod):
     Args:
         scale: Scaling coefficient of the mean task vector; 1 is the average itself.
     """
+
+    paper: ClassVar[Paper] = Paper("Wortsman et al.", "ICML", 2022, "2203.05482")

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_merge.errors import MergeError
 from lightning_merge.linalg import svd
 from lightning_merge.matrices import matches
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
@@ -75,6 +75,7 @@ class WUDI(MergeMethod):
         scale: Scaling coefficient; the paper always uses 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Cheng et al.", "ICML", 2025, "2503.08099")
     dtype: ClassVar[torch.dtype] = torch.float64
 
     iterations: int = 300

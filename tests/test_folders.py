@@ -1,0 +1,202 @@
+"""Folders as Hugging Face writes them: what is merged loads back with ``transformers``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_merge import merge, open_weights
+from lightning_merge.errors import MergeError
+from lightning_merge.methods import TIES, IsoC, TaskArithmetic, WeightAverage
+from tests.toys import base_weights, expert_weights
+
+
+def write_folder(folder: Path, state, **files: str) -> Path:
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    for name, text in ({"config.json": '{"model_type": "toy"}'} | files).items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def toy(tmp_path):
+    base = base_weights()
+    more = {"tokenizer.json": "{}", "README.md": "of the base", "trainer_state.json": "{}", "LICENSE": "mine"}
+    write_folder(tmp_path / "base", base, **more)
+    for i in range(2):
+        write_folder(tmp_path / f"expert{i}", expert_weights(base, i))
+    return tmp_path / "base", [tmp_path / "expert0", tmp_path / "expert1"]
+
+
+class TestFolder:
+    def test_what_lies_beside_the_base_is_carried_over(self, toy):
+        base, experts = toy
+        merged = merge(base, experts, TIES(), output="Toy-3.2-1B")
+        files = sorted(file.name for file in Path("Toy-3.2-1B").iterdir())
+        assert files == ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
+        assert Path("Toy-3.2-1B/LICENSE").read_text() == "mine"
+        found = open_weights("Toy-3.2-1B")
+        assert all(torch.equal(found[name], weight) for name, weight in merged.weights.items())
+        assert found.header["merge"]["method"]["class_path"] == "TIES"
+        assert sorted(path.name for path in Path().iterdir()) == ["Toy-3.2-1B", "base", "expert0", "expert1"]
+
+    def test_our_own_is_replaced_and_what_is_not_is_refused(self, toy):
+        base, experts = toy
+        Path("out").mkdir()  # an empty folder is nobody's
+        merge(base, experts, WeightAverage(), output="out")
+        merged = merge(base, experts, TIES(), output="out")
+        assert torch.equal(open_weights("out")["mlp.weight"], merged.weights["mlp.weight"])
+        before = load_file(base / "model.safetensors")
+        with pytest.raises(MergeError, match=r"base holds something that was not merged here; give another name"):
+            merge(base, experts, TIES(), output=base)
+        assert all(torch.equal(before[name], w) for name, w in load_file(base / "model.safetensors").items())
+
+    def test_a_base_without_a_configuration_is_refused_before_any_work(self, toy, monkeypatch):
+        monkeypatch.setattr(TIES, "survey", lambda *_: pytest.fail("it began to work"))
+        base, experts = toy
+        with pytest.raises(MergeError, match=r"out names a folder.*a state dict.*no config.json.*\.safetensors"):
+            merge(base_weights(), experts, TIES(), output="out")
+        (base / "config.json").unlink()
+        with pytest.raises(MergeError, match=r"no config\.json beside it"):
+            merge(base, experts, TIES(), output="out")
+        assert not Path("out").exists()
+
+    def test_a_failed_write_leaves_the_old_folder(self, toy, monkeypatch):
+        base, experts = toy
+        old = merge(base, experts, WeightAverage(), output="out").weights
+        rename = Path.rename
+
+        def fail(path, target):
+            if path.name == "new":
+                raise OSError("disk is gone")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        with pytest.raises(MergeError, match=r"Could not write the folder .*out: disk is gone"):
+            merge(base, experts, TIES(), output="out")
+        assert torch.equal(open_weights("out")["mlp.weight"], old["mlp.weight"])
+        assert not [path for path in Path().iterdir() if path.name.startswith(".")]
+
+    def test_tied_names_may_be_left_out_by_some_files(self, toy):
+        """A pickle holds both names of a tied tensor; a safetensors file of Hugging Face one of them."""
+        base, experts = toy
+        state = {"lm_head.weight": expert_weights(base_weights(), 0)["mlp.weight"]}
+        state |= expert_weights(base_weights(), 0) | {"mlp.weight": state["lm_head.weight"]}
+        torch.save(state, "tied.bin")
+        expected = merge(base, experts, TaskArithmetic()).weights
+        merged = merge(base, ["tied.bin", experts[1]], TaskArithmetic()).weights
+        assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+
+
+def t5(**config):
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        "vocab_size": 40,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, **config))
+
+
+def llama(**config):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **heads, **config))
+
+
+def write_models(make, dtype, shard_size):
+    """A base and two experts, as ``save_pretrained`` writes them, and their complete state dicts."""
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    states = []
+    for name in ("base", "expert0", "expert1"):
+        if name != "base":
+            model.load_state_dict(states[0])
+            for parameter in model.parameters():  # every tied tensor once
+                parameter.data += (0.05 * torch.randn(parameter.shape)).to(dtype)
+        model.save_pretrained(name, max_shard_size=shard_size)
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+    return states
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "4KB"], ids=["one file", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("make", "tied"),
+    [
+        (t5, ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]),
+        (lambda: llama(tie_word_embeddings=True), ["model.embed_tokens.weight", "lm_head.weight"]),
+        (llama, []),
+    ],
+    ids=["T5", "tied Llama", "Llama"],
+)
+def test_language_models_load_back(make, tied, dtype, shard_size):
+    base, *experts = write_models(make, dtype, shard_size)
+    assert (len(list(Path("base").glob("*.safetensors"))) > 1) == (shard_size == "4KB")
+    merged = merge("base", ["expert0", "expert1"], TaskArithmetic(scale=0.5), output="merged")
+    assert sum(name in tied for name in merged.inventory.merged) == bool(tied)  # merged and counted once
+    with safe_open("merged/model.safetensors", framework="pt") as file:
+        assert sum(name in tied for name in file.keys()) == bool(tied)  # noqa: SIM118
+
+    model, loading = type(make()).from_pretrained("merged", output_loading_info=True)
+    assert not any(loading.values())
+    assert model.generation_config is not None
+    found = model.state_dict()
+    assert found.keys() == base.keys()
+    for name, weight in base.items():
+        deltas = [expert[name].float() - weight.float() for expert in experts]
+        expected = (weight.float() + 0.5 * sum(deltas)).to(dtype)
+        assert found[name].dtype == dtype
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
+    assert len({found[name].data_ptr() for name in tied}) == bool(tied)
+    tokens = torch.arange(5)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def test_a_pickle_with_every_tied_name_gives_a_file_with_one(tmp_path):
+    write_models(t5, torch.float32, "1GB")
+    torch.save(t5().from_pretrained("base").state_dict(), "base/pytorch_model.bin")
+    expected = merge("base", ["expert0"], TaskArithmetic()).weights
+    Path("base/model.safetensors").unlink()
+    merged = merge("base", ["expert0"], TaskArithmetic(), output="merged")
+    assert len(merged.inventory.tied) == 3
+    model, loading = type(t5()).from_pretrained("merged", output_loading_info=True)
+    assert not any(loading.values())
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in expected.items())
+    assert load_file("merged/model.safetensors").keys() == expected.keys()
+
+
+def test_language_models_on_the_command_line():
+    from lightning_merge.cli import main
+
+    write_models(t5, torch.float32, "1GB")
+    experts = json.dumps({"a": "expert0", "b": "expert1"})
+    main(["merge", "--base=base", f"--experts={experts}", "--method=IsoC", "--output=merged"])
+    expected = merge("base", {"a": "expert0", "b": "expert1"}, IsoC()).weights
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained("merged")
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in expected.items())
+    transformers.AutoModel.from_pretrained("merged")
+
+
+def test_adapters_as_peft_writes_them():
+    peft = pytest.importorskip("peft")
+    write_models(llama, torch.float32, "1GB")
+    model = type(llama()).from_pretrained("base")
+    config = peft.LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, target_modules=["q_proj", "embed_tokens"])
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained("adapter")
+    merged = merge("base", {"adapter": "adapter"}, TaskArithmetic(scale=1.0)).weights
+    for name, weight in adapted.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-5)
