@@ -48,6 +48,11 @@ class MergeAfterFit(Callback):
         for path in (self.base, *self.experts):
             if not Path(path).exists():
                 raise MergeError(f"MergeAfterFit: there is no checkpoint {path}.")
+        if self.method.needs_data:
+            raise MergeError(
+                f"MergeAfterFit has no data of the earlier experts, which {type(self.method).__name__} needs; merge "
+                "with lightning-merge merge, or choose another method."
+            )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge on rank zero; every rank waits for the file."""

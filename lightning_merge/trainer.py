@@ -15,8 +15,9 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.held_out import BASE, check_names
+from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge
+from lightning_merge.merging import Merged, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 
 
@@ -77,7 +78,9 @@ class MergeTrainer(Trainer):
 
         Args:
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
-            datamodule: If given with a model, the merged model is evaluated on its test domains.
+            datamodule: If given with a model, the merged model is evaluated on its test domains. Methods that run the
+                model while they merge (AdaMerging, RegMean++) do so on the training images of the domains that the
+                experts are named after, without their labels.
             experts: The experts' checkpoints or run folders: a list, or a mapping from a name (domain) to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
@@ -101,10 +104,11 @@ class MergeTrainer(Trainer):
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
+        method, named = method or SCORE(), open_experts(experts)
         merged = merge(
             base if base is not None else model.state_dict(),
-            experts,
-            method or SCORE(),
+            named,
+            method,
             scale=scale,
             include=include,
             exclude=exclude or (),
@@ -112,6 +116,7 @@ class MergeTrainer(Trainer):
             seed=seed,
             workers=workers,
             allow_non_finite=allow_non_finite,
+            **module_and_data(self, model, datamodule, method, named),
         )
         if self.is_global_zero:
             merged.save(output)
@@ -178,6 +183,8 @@ class MergeTrainer(Trainer):
         """Leave each domain out in turn: merge the other domains' experts by every method and evaluate on it.
 
         Experts that are missing are fitted with this trainer's settings; what is done already is not done again.
+        Methods that run the model while they merge see the training images of the domains that are merged, without
+        labels, and never the domain that is left out (AdaMerging's paper adapts on the images it is tested on).
 
         Args:
             model: The module of every expert, as it is before any fit.
