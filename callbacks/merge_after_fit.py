@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_merge.checkpoints import check_output, open_weights
+from lightning_merge.errors import MergeError
 from lightning_merge.merging import merge
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.task_vectors import take_inventory
@@ -41,10 +42,16 @@ class MergeAfterFit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out before the fit, and not after it, whether the merge can work."""
-        if stage == "fit":
-            check_output(self.output)
-            experts = [open_weights(path) for path in self.experts] + [open_weights(pl_module.state_dict(), "this run")]
-            take_inventory(open_weights(self.base), experts, exclude=self.exclude)
+        if stage != "fit":
+            return
+        if self.method.needs_data:
+            raise MergeError(
+                f"MergeAfterFit has no data of the earlier experts, which {type(self.method).__name__} needs; merge "
+                "with lightning-merge merge, or choose another method."
+            )
+        check_output(self.output)
+        experts = [open_weights(path) for path in self.experts] + [open_weights(pl_module.state_dict(), "this run")]
+        take_inventory(open_weights(self.base), experts, exclude=self.exclude)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge on rank zero; every rank waits for the file."""

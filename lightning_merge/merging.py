@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, check_output, open_weights, save_weights
@@ -21,6 +21,7 @@ from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import Context, MergeMethod
 from lightning_merge.statistics import open_statistics
+from lightning_merge.task_data import Data, TaskData, check_task_data
 from lightning_merge.task_vectors import Inventory, TaskVectors, find_non_finite, take_inventory, wide
 
 Experts = Sequence[Source] | Mapping[str, Source]
@@ -95,6 +96,8 @@ def merge(
     method: MergeMethod,
     *,
     statistics: Mapping[str, Source] | None = None,
+    module: nn.Module | None = None,
+    data: Data | None = None,
     scale: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -117,6 +120,10 @@ def merge(
         method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
         statistics: For methods that need them: what each expert's data say about its parameters, a source for each
             expert's name, see :mod:`lightning_merge.statistics`; by default the files beside the experts'.
+        module: For methods that run the model while they merge: the module that the weights are of, which maps images
+            to logits. It is run on the device it is on, and is not changed.
+        data: For the same methods: for each expert's name unlabelled batches of its task that can be read again and
+            again (a ``DataLoader``, a list), each ``images`` or ``(images, labels)``; labels are never looked at.
         scale: Scaling coefficient of the update; by default the method's own.
         include: Merge only the parameters whose name matches one of these shell patterns.
         exclude: Do not merge those that match one of these; ``weights`` keeps the base's, ``for_task`` the expert's.
@@ -152,6 +159,8 @@ def merge(
         raise MergeError(
             f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(sources)} are given."
         )
+    if method.needs_data:
+        check_task_data(type(method).__name__, module, data, origin, sources, inventory)
     measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
     if not allow_non_finite:
         floating = [*inventory.merged, *inventory.averaged]
@@ -161,6 +170,11 @@ def merge(
             find_non_finite(models, floating) + find_non_finite({source.name: source for source in measured}, keys)
         )
 
+    kept = keep(origin, sources, inventory)
+    tasks = None
+    if method.needs_data:
+        double = any(origin.meta[name].dtype == torch.float64 for name in inventory.merged)
+        tasks = TaskData(module, data, kept, sources, inventory, torch.float64 if double else torch.float32, seed)
     matrices = matrices or Matrices()
     task_vectors = TaskVectors(
         origin,
@@ -171,6 +185,7 @@ def merge(
         matrices,
         seed,
         statistics=measured,
+        tasks=tasks,
     )
     survey = method.survey(task_vectors)
 
@@ -186,11 +201,7 @@ def merge(
     def task_parameters(expert: int) -> dict[str, Tensor]:
         return parameters(lambda deltas, context: method.task_update(deltas, expert, context))
 
-    weights = parameters(method.update)
-    for name in inventory.averaged:
-        mean = torch.stack([wide(expert[name]).to(origin[name].device) for expert in sources.values()]).mean(dim=0)
-        weights[name] = mean.to(origin[name])
-    weights |= {name: origin[name].clone() for name in inventory.copied}
+    weights = parameters(method.update) | kept
     weights |= {alias: weights[owner] for alias, owner in inventory.tied.items()}
 
     settings = {
@@ -220,6 +231,17 @@ def _precision(method: MergeMethod, base: Weights) -> torch.dtype:
     """The precision of the arithmetic: the method's, or float64 where the weights are."""
     dtypes = {tensor.dtype for tensor in base.meta.values()}
     return torch.float64 if torch.float64 in dtypes else method.dtype
+
+
+def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) -> dict[str, Tensor]:
+    """What the merged model has beside the merged parameters: the mean of running statistics, copies of the base's."""
+    means = {
+        name: torch.stack([wide(expert[name]).to(base[name].device) for expert in experts.values()])
+        .mean(dim=0)
+        .to(base[name])
+        for name in inventory.averaged
+    }
+    return means | {name: base[name].clone() for name in inventory.copied}
 
 
 def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:

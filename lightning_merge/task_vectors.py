@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
-from lightning_merge.errors import raise_all
+from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.matrices import Matrices, matches
 from lightning_merge.methods.base import Context
 from lightning_merge.statistics import ParameterStatistics
+from lightning_merge.task_data import TaskData
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -210,7 +211,10 @@ class TaskVectors:
         seed: What every parameter's own seed is derived from.
         transform: What is done to the task tensors ``(T, …)`` of a parameter before anyone sees them.
         statistics: What each expert's data say about its parameters, in the order of the experts; or nothing.
+        tasks: The experts' module and the data of their tasks; or nothing.
     """
+
+    _tasks: TaskData | None = None
 
     def __init__(
         self,
@@ -223,6 +227,7 @@ class TaskVectors:
         seed: int = 0,
         transform: Callable[[Tensor, Context], Tensor] | None = None,
         statistics: Sequence[Weights] = (),
+        tasks: TaskData | None = None,
     ) -> None:
         self._base = base
         self._experts = experts
@@ -233,6 +238,7 @@ class TaskVectors:
         self._seed = seed
         self._transform = transform
         self._statistics = statistics
+        self._tasks = tasks
 
     def __getitem__(self, name: str) -> Tensor:
         """The stacked differences of one parameter: ``(T, …)``."""
@@ -255,6 +261,20 @@ class TaskVectors:
     def num_experts(self) -> int:
         """The number of experts, T."""
         return len(self._experts)
+
+    @property
+    def tasks(self) -> TaskData:
+        """The experts' module and the data of their tasks, for methods that need them.
+
+        Raises:
+            MergeError: If there are none, or if these task vectors are no differences of the module's parameters.
+        """
+        if self._tasks is None:
+            raise MergeError(
+                "A method that runs the model cannot merge in other coordinates than the parameters' own; use it by "
+                "itself and not inside KnOTS or CoreSpace."
+            )
+        return self._tasks
 
     def is_matrix(self, name: str) -> bool:
         """Whether a parameter counts as a matrix (or as several), known without reading it."""

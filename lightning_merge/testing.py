@@ -21,8 +21,9 @@ from lightning_merge.checkpoints import open_weights
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
 from lightning_merge.statistics import open_statistics
-from lightning_merge.task_vectors import TaskVectors
-from lightning_merge.toy_models import State, make_models, make_statistics
+from lightning_merge.task_data import TaskData
+from lightning_merge.task_vectors import TaskVectors, take_inventory
+from lightning_merge.toy_models import State, ToyModule, make_data, make_models, make_statistics
 
 
 def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
@@ -108,8 +109,13 @@ def _check_rule(method: MergeMethod, tolerance: float) -> None:
     names = [name for name in base if base[name].is_floating_point()]
     statistics = open_statistics(make_statistics(base, experts), method.needs, origin, sources, names)
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    inventory = take_inventory(origin, [*sources.values()])
+    copied = {name: base[name] for name in inventory.copied}
     for dtype, device in product((torch.float32, torch.float64), devices):
-        task_vectors = TaskVectors(origin, [*sources.values()], names, dtype, device, statistics=statistics)
+        tasks = TaskData(ToyModule().to(device), make_data(experts), copied, sources, inventory)
+        task_vectors = TaskVectors(
+            origin, [*sources.values()], names, dtype, device, statistics=statistics, tasks=tasks
+        )
         with _attempt(method, f"{dtype} on {device}"):
             survey = method.survey(task_vectors)
         for name in names:
@@ -139,10 +145,11 @@ def _check_dtypes(method: MergeMethod, tolerance: float) -> None:
 
 def _check_inputs(method: MergeMethod, tolerance: float) -> None:
     base, experts = make_models(_count(method))
-    statistics = make_statistics(base, experts)
-    inputs = [base, *experts.values(), *statistics.values()]
+    statistics, module, data = make_statistics(base, experts), ToyModule(), make_data(experts)
+    images = {f"batch {i} of {name}": batch for name, batches in data.items() for i, batch in enumerate(batches)}
+    inputs = [base, *experts.values(), *statistics.values(), module.state_dict(), images]
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in inputs]
-    _merge(method, "untouched inputs", base, experts, statistics)
+    _merge(method, "untouched inputs", base, experts, statistics=statistics, module=module, data=data)
     changed = [
         name for state, old in zip(inputs, before, strict=True) for name in old if not _same(state[name], old[name])
     ]
@@ -248,13 +255,12 @@ def _merge(
     case: str,
     base: State,
     experts: Mapping[str, State],
-    statistics: Mapping[str, State] | None = None,
     **options: Any,
 ) -> list[State]:
     """The merged model, and one for each expert where the method keeps them."""
-    statistics = statistics or make_statistics(base, experts)
+    made_up = {"statistics": make_statistics(base, experts), "module": ToyModule(), "data": make_data(experts)}
     with _attempt(method, case):
-        merged = merge(base, experts, method, statistics=statistics, **options)
+        merged = merge(base, experts, method, **{**made_up, **options})
         return [merged.weights, *([merged.for_task(name) for name in experts] if method.per_task else [])]
 
 

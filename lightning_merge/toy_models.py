@@ -1,12 +1,13 @@
-"""Small made-up models, experts and statistics, always the same, on which methods are tried."""
+"""Small made-up models, experts, statistics and data, always the same, on which methods are tried."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 State = dict[str, Tensor]
 
@@ -53,3 +54,51 @@ def make_statistics(base: State, experts: Mapping[str, State]) -> dict[str, Stat
                     x = torch.randn(4 * side, side, generator=draw)
                     found[expert][f"{kind}.{name}"] = x.mT @ x / len(x)
     return found
+
+
+def make_data(experts: Iterable[str]) -> dict[str, list[Tensor]]:
+    """Make up the images of every expert's task, by its name: two batches, of colours of its own."""
+    found = {}
+    for expert in experts:
+        draw = torch.Generator().manual_seed(zlib.crc32(expert.encode()))
+        found[expert] = [torch.randn(6, 3, 4, 4, generator=draw) + torch.randn(3, 1, 1, generator=draw) for _ in "12"]
+    return found
+
+
+class ToyModule(nn.Module):
+    """A small vision transformer whose parameters are those of :func:`make_models`; ``text_projection`` is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.conv1 = nn.Conv2d(3, _WIDTH, 2, stride=2, bias=False)
+        self.visual.class_embedding = nn.Parameter(torch.zeros(_WIDTH))
+        self.visual.transformer = nn.Module()
+        self.visual.transformer.resblocks = nn.ModuleList(_ToyBlock() for _ in range(2))
+        self.visual.proj = nn.Parameter(torch.zeros(2, _WIDTH))
+        self.visual.register_buffer("position_ids", torch.arange(5))
+        self.text_projection = nn.Parameter(torch.zeros(6, 6))
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``(N, 3, 4, 4)`` to logits ``(N, 2)``."""
+        patches = self.visual.conv1(images).flatten(2).mT  # (N, 4, width)
+        tokens = torch.cat([self.visual.class_embedding.expand(len(images), 1, -1), patches], dim=1)
+        for block in self.visual.transformer.resblocks:
+            tokens = block(tokens)
+        return self.logit_scale.exp() * tokens[:, 0] @ self.visual.proj.mT
+
+
+class _ToyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(_WIDTH, bias=False)
+        self.attn = nn.Module()
+        self.attn.in_proj_weight = nn.Parameter(torch.zeros(3 * _WIDTH, _WIDTH))
+        self.mlp = nn.Module()
+        self.mlp.c_fc = nn.Linear(_WIDTH, _WIDTH + 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        queries, keys, values = F.linear(self.ln_1(tokens), self.attn.in_proj_weight).chunk(3, dim=-1)
+        tokens = tokens + F.scaled_dot_product_attention(queries, keys, values)
+        return tokens + F.gelu(self.mlp.c_fc(tokens))[..., :_WIDTH]

@@ -17,8 +17,9 @@ from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.evaluation.held_out import BASE, check_names
+from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge
+from lightning_merge.merging import Merged, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
@@ -83,7 +84,8 @@ class MergeTrainer(Trainer):
         Args:
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
             datamodule: If it is a :class:`DomainDataModule` and there is a model, the merged model is evaluated on its
-                test domains.
+                test domains. Methods that run the model while they merge (AdaMerging, RegMean++) do so on the training
+                images of the domains that the experts are named after, without their labels.
             experts: The experts' checkpoints, run folders or LoRA adapters: a list, or a mapping from a name (domain)
                 to a path.
             method: The merging method; SCORE by default.
@@ -111,10 +113,14 @@ class MergeTrainer(Trainer):
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
+        method = method or SCORE()
+        origin = open_weights(base if base is not None else model.state_dict(), name="base")
+        named = open_experts(experts, origin)
+        domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         merged = merge(
-            base if base is not None else model.state_dict(),
-            experts,
-            method or SCORE(),
+            origin,
+            named,
+            method,
             statistics=statistics,
             scale=scale,
             include=include,
@@ -124,11 +130,11 @@ class MergeTrainer(Trainer):
             workers=workers,
             allow_non_finite=allow_non_finite,
             output=output if self.is_global_zero else None,
+            **module_and_data(self, model, domains, method, named),
         )
         self.merged, self.table = merged, None
-        if model is not None and isinstance(datamodule, DomainDataModule):
-            rows = {BASE: open_weights(base) if base is not None else model.state_dict(), "merged": merged.weights}
-            self.table = self._evaluate(model, datamodule, rows, {})
+        if model is not None and domains is not None:
+            self.table = self._evaluate(model, domains, {BASE: origin, "merged": merged.weights}, {})
         return merged
 
     def statistics(
@@ -240,6 +246,8 @@ class MergeTrainer(Trainer):
         """Leave each domain out in turn: merge the other domains' experts by every method and evaluate on it.
 
         Experts that are missing are fitted with this trainer's settings; what is done already is not done again.
+        Methods that run the model while they merge see the training images of the domains that are merged, without
+        labels, and never the domain that is left out (AdaMerging's paper adapts on the images it is tested on).
 
         Args:
             model: The module of every expert, as it is before any fit.

@@ -15,11 +15,13 @@ import torch
 
 from lightning_merge import methods
 from lightning_merge.methods import SCORE, TIES, Context, MagMax, MergeMethod, TaskArithmetic, Wrapper
+from lightning_merge.methods.adamerging import AdaMerging
 from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.mats import MaTS
 from lightning_merge.methods.model_stock import ModelStock
 from lightning_merge.methods.multi_slerp import MultiSLERP
 from lightning_merge.methods.regmean import RegMean
+from lightning_merge.methods.regmean_plus_plus import RegMeanPlusPlus
 from lightning_merge.methods.slerp import SLERP
 from lightning_merge.testing import check_method
 
@@ -40,7 +42,7 @@ def abstract(kind: type[MergeMethod]) -> bool:
 
 def make(kind: type[MergeMethod]) -> MergeMethod:
     """A method with its defaults, but few iterations."""
-    return kind(**{argument.name: 10 for argument in fields(kind) if argument.name == "iterations"})
+    return kind(**{argument.name: 10 for argument in fields(kind) if argument.name in ("iterations", "steps")})
 
 
 @pytest.mark.parametrize("method", every_method(), ids=lambda method: type(method).__name__)
@@ -62,6 +64,8 @@ def test_every_method_passes(method):
         Fisher(smooth=0.0, floor=1e-6, favor_target_model=True, normalize="param"),
         RegMean(reduce_off_diagonal=0.0),
         MaTS(iterations=20, backward=False, initialization="pretrained"),
+        AdaMerging(granularity="task", trimmed=True, density=0.5, lr=0.1, steps=3),
+        Wrapper(RegMeanPlusPlus(num_examples=6)),
     ],
     ids=repr,
 )

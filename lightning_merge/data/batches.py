@@ -94,12 +94,21 @@ class _Batched(Dataset):
         return default_collate([self.dataset[i] for i in indices])
 
 
-def batch_loader(dataset: Dataset, batch_size: int, shuffle: bool, num_workers: int) -> DataLoader:
-    """Build the loader of :class:`GlobalBatches` over a data set of single samples."""
+def batch_loader(dataset: Dataset, batch_size: int, shuffle: bool, num_workers: int, shared: bool = True) -> DataLoader:
+    """Build the loader of :class:`GlobalBatches` over a data set of single samples.
+
+    Args:
+        dataset: The samples.
+        batch_size: Samples of a batch, over all processes.
+        shuffle: Whether it is for training.
+        num_workers: Processes that read samples.
+        shared: Give each process its part of every batch; otherwise every process gets all of it.
+    """
+    processes = {} if shared else {"num_replicas": 1, "rank": 0}
     return DataLoader(
         _Batched(dataset),
         batch_size=None,
-        sampler=GlobalBatches(dataset, batch_size, shuffle),  # type: ignore[arg-type]
+        sampler=GlobalBatches(dataset, batch_size, shuffle, **processes),  # type: ignore[arg-type]
         num_workers=num_workers,
         persistent_workers=num_workers > 0 and shuffle,
         pin_memory=torch.cuda.is_available(),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_merge.data.batches import batch_loader
@@ -35,6 +35,9 @@ class DomainDataModule(LightningDataModule, ABC):
         batch_size: Images of a batch, over all processes.
         num_workers: Processes that read images.
     """
+
+    model: LightningModule | None = None
+    """The model that images are prepared for, where no trainer says it."""
 
     def __init__(
         self,
@@ -181,6 +184,27 @@ class DomainDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> list[DataLoader]:
         """One loader for each test domain."""
         return self.test_dataloader()
+
+    def training_images(
+        self, domains: Sequence[str], model: LightningModule, batch_size: int = 16
+    ) -> dict[str, DataLoader]:
+        """The train split of each domain without augmentation, in random order, for what runs the model on it.
+
+        Every process gets the same batches.
+
+        Args:
+            domains: The domains.
+            model: The model that the images are prepared for.
+            batch_size: Images of a batch; 16 as in AdaMerging's paper.
+        """
+        self.check(domains)
+        data = copy.copy(self)
+        data.model = model
+        parts = {domain: data.dataset(domain, data.split(domain, "train"), augment=False) for domain in domains}
+        return {
+            domain: batch_loader(part, batch_size, True, self.num_workers, shared=False)
+            for domain, part in parts.items()
+        }
 
     def description(self) -> dict[str, Any]:
         """What the results depend on: plain values."""

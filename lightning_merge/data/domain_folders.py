@@ -119,7 +119,7 @@ class DomainFolders(DomainDataModule):
     @property
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of the backbone, with what was set here instead."""
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module = self.model or (self.trainer.lightning_module if self.trainer is not None else None)
         theirs: Preprocessing | None = getattr(module, "preprocessing", None)
         if theirs is None and None in (self.size, self.mean, self.std):
             raise MergeError(

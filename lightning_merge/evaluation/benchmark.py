@@ -40,6 +40,7 @@ from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
+from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
@@ -184,7 +185,8 @@ class Benchmark:
         candidates, seconds = ({} if done else {BASE: base}), {}
         for name, method in missing.items():
             started = time.perf_counter()
-            candidates[name] = merge(base, others, method).weights
+            given = module_and_data(self.trainer, self.model, self.datamodule, method, others)
+            candidates[name] = merge(base, others, method, **given).weights
             seconds[name] = time.perf_counter() - started
         found = evaluate_domain(
             self.trainer, self.model, self.datamodule, domain, candidates, experts={} if done else experts

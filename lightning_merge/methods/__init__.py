@@ -1,5 +1,6 @@
 """Every merging method under its paper's name, one file each."""
 
+from lightning_merge.methods.adamerging import AdaMerging
 from lightning_merge.methods.base import Context, MergeMethod
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.cart import CART
@@ -24,6 +25,7 @@ from lightning_merge.methods.multi_slerp import MultiSLERP
 from lightning_merge.methods.pcb import PCB
 from lightning_merge.methods.randmix import RandMix
 from lightning_merge.methods.regmean import RegMean
+from lightning_merge.methods.regmean_plus_plus import RegMeanPlusPlus
 from lightning_merge.methods.sce import SCE
 from lightning_merge.methods.score import SCORE
 from lightning_merge.methods.slerp import SLERP
@@ -55,6 +57,7 @@ __all__ = [
     "TSVC",
     "TSVM",
     "WUDI",
+    "AdaMerging",
     "Breadcrumbs",
     "ConsensusTA",
     "Context",
@@ -74,6 +77,7 @@ __all__ = [
     "MultiSLERP",
     "RandMix",
     "RegMean",
+    "RegMeanPlusPlus",
     "Soup",
     "TALLMask",
     "TaskArithmetic",

@@ -95,6 +95,8 @@ class MergeMethod(ABC):
     """The most experts that the method can merge; None for any number."""
     needs: ClassVar[tuple[str, ...]] = ()
     """The statistics of the experts' data that the method needs, see :mod:`lightning_merge.statistics`."""
+    needs_data: ClassVar[bool] = False
+    """Whether the method runs the model on unlabelled data while it merges, see :mod:`lightning_merge.task_data`."""
 
     _: KW_ONLY
     scale: float = 1.0

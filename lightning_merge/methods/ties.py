@@ -45,6 +45,11 @@ def elect(trimmed: Tensor, majority: Tensor, rule: str = "mass", norms: Tensor |
     return sign.where(sign != 0, majority)
 
 
+def agreeing_entries(trimmed: Tensor, sign: Tensor) -> Tensor:
+    """Keep the entries that agree with the elected sign (where that is 0, negative ones): ``(T, …), (…) -> (T, …)``."""
+    return trimmed * ((trimmed > 0) == (sign > 0))
+
+
 def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") -> Tensor:
     """Merge the entries that agree with the elected sign.
 
@@ -56,7 +61,7 @@ def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") ->
     Returns:
         ``(…)``.
     """
-    agreeing = trimmed if sign is None else trimmed * ((trimmed > 0) == (sign > 0))
+    agreeing = trimmed if sign is None else agreeing_entries(trimmed, sign)
     if merge == "mean":
         return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
     if merge == "sum":
@@ -170,6 +175,15 @@ class TIES(MergeMethod):
             survey = survey._replace(majority=votes.sign())
         return survey
 
+    def kept(self, deltas: Tensor, survey: Survey) -> Tensor:
+        """What is left of every expert after trimming and the election: ``(T, …) -> (T, …)``."""
+        trimmed = self._trim(deltas, survey)
+        sign = self._elect(trimmed, survey)
+        return trimmed if sign is None else agreeing_entries(trimmed, sign)
+
+    def _elect(self, trimmed: Tensor, survey: Survey) -> Tensor | None:
+        return None if self.elect == "none" else elect(trimmed, survey.majority, self.elect, survey.norms)
+
     def _trim(self, deltas: Tensor, survey: Survey) -> Tensor:
         return deltas if survey.thresholds is None else trim(deltas, survey.thresholds, survey.centers)
 
@@ -177,6 +191,6 @@ class TIES(MergeMethod):
         """``(T, …) -> (…)``: trim, elect, merge."""
         survey: Survey = context.survey
         trimmed = self._trim(deltas, survey)
-        sign = None if self.elect == "none" else elect(trimmed, survey.majority, self.elect, survey.norms)
+        sign = self._elect(trimmed, survey)
         merge = disjoint_merge if self.disjoint else joint_merge
         return merge(trimmed, sign, self.merge)

@@ -69,6 +69,11 @@ class Wrapper(MergeMethod):
         """The statistics that the method inside needs."""
         return self.method.needs
 
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        """Whether the method inside runs the model on data."""
+        return self.method.needs_data
+
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
         """Change the task tensors of one parameter: ``(T, …) -> (T, …)``. Must depend on the parameter only."""
         return deltas
