@@ -235,12 +235,10 @@ def _precision(method: MergeMethod, base: Weights) -> torch.dtype:
 
 def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) -> dict[str, Tensor]:
     """What the merged model has beside the merged parameters: the mean of running statistics, copies of the base's."""
-    means = {
-        name: torch.stack([wide(expert[name]).to(base[name].device) for expert in experts.values()])
-        .mean(dim=0)
-        .to(base[name])
-        for name in inventory.averaged
-    }
+    means = {}
+    for name in inventory.averaged:
+        copies = [wide(expert[name]).to(base[name].device) for expert in experts.values()]
+        means[name] = torch.stack(copies).mean(dim=0).to(base[name])
     return means | {name: base[name].clone() for name in inventory.copied}
 
 
