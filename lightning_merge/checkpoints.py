@@ -278,6 +278,7 @@ def save_weights(
     Raises:
         MergeError: If the file type is not known, or if the file cannot be written.
     """
+    check_suffix(path)
     path = Path(path).expanduser()
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     if path.suffix == ".safetensors":
@@ -295,12 +296,16 @@ def save_weights(
         }
         with replacing(path) as file:
             torch.save(content, file)
-    elif path.suffix in _TORCH_SUFFIXES:
+    else:
         with replacing(path) as file:
             torch.save(weights, file)
-    else:
-        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
     return path
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Raise a :class:`MergeError` if the name does not say what kind of weight file to write."""
+    if Path(path).suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
 
 
 def _save_safetensors(path: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:

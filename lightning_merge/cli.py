@@ -1,4 +1,4 @@
-"""The command line: ``LightningCLI`` with the verbs ``merge``, ``evaluate`` and ``benchmark``."""
+"""The command line: ``LightningCLI`` with the verbs ``merge``, ``search``, ``evaluate`` and ``benchmark``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_merge.trainer import MergeTrainer
 
 
 class MergeCLI(LightningCLI):
-    """``LightningCLI`` with three more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``."""
+    """``LightningCLI`` with four more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``."""
 
     def __init__(self, *args: Any, trainer_class: type[Trainer] = MergeTrainer, **kwargs: Any) -> None:
         super().__init__(*args, trainer_class=trainer_class, **kwargs)
@@ -21,7 +21,7 @@ class MergeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
-        more = {verb: {"model", "datamodule"} for verb in ("merge", "evaluate", "benchmark")}
+        more = {verb: {"model", "datamodule"} for verb in ("merge", "search", "evaluate", "benchmark")}
         return {**LightningCLI.subcommands(), **more}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -45,6 +45,13 @@ class MergeCLI(LightningCLI):
             output = self._get(self.config, "output")
             sys.stdout.write(f"{self.trainer.merged.summary()}; wrote {output}\n")
         self._show_table()
+
+    def after_search(self) -> None:
+        """Show the settings that were tried, and say which was chosen and merged."""
+        self._show_table()
+        if self.trainer.is_global_zero:
+            found, output = self.trainer.found, self._get(self.config, "output")
+            sys.stdout.write(f"\n{found.summary()}\n{found.merged.summary()}; wrote {output}\n")
 
     def after_evaluate(self) -> None:
         """Show the table."""

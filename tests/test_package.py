@@ -63,4 +63,4 @@ def test_python_dash_m_says_its_version_of_help():
     result = subprocess.run(
         [sys.executable, "-m", "lightning_merge", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert all(verb in result.stdout for verb in ("fit", "merge", "evaluate", "benchmark"))
+    assert all(verb in result.stdout for verb in ("fit", "merge", "search", "evaluate", "benchmark"))
