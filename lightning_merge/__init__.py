@@ -31,6 +31,7 @@ _HOME = {
     "merge": "lightning_merge.merging",
     "open_weights": "lightning_merge.checkpoints",
     "save_weights": "lightning_merge.checkpoints",
+    "sweep": "lightning_merge.sweeping",
 }
 _MODULES = ("callbacks", "data", "evaluation", "linalg", "methods", "models", "testing")
 

@@ -353,8 +353,7 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -
     for weights in inputs:
         if weights.path is not None and weights.path.resolve() == path.resolve():
             raise MergeError(f"{path} is one of the models to merge; give the merged model another name.")
-    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
-        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
+    check_suffix(path)
     if path.is_dir():
         raise MergeError(f"Cannot write {path}: it is a folder; give the name of a file.")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -369,6 +368,12 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
             write(file)
         except Exception as error:  # a full disk is a RuntimeError of torch and a SafetensorError of safetensors
             raise OSError(_first_line(error)) from error
+
+
+def check_suffix(path: str | os.PathLike[str]) -> None:
+    """Raise a :class:`MergeError` if the name does not say what kind of weight file to write."""
+    if Path(path).suffix not in (".safetensors", *_TORCH_SUFFIXES):
+        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
 
 
 def _save_safetensors(path: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``LightningCLI`` with the verbs ``merge``, ``statistics``, ``evaluate`` and ``benchmark``."""
+"""The command line: ``LightningCLI`` with merging verbs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_merge.trainer import MergeTrainer
 
 
 class MergeCLI(LightningCLI):
-    """``LightningCLI`` with four more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
+    """``LightningCLI`` with more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
 
     What cannot work ends in one sentence and exit status 1.
     """
@@ -33,7 +33,8 @@ class MergeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
-        more = {verb: {"model", "datamodule"} for verb in ("merge", "statistics", "evaluate", "benchmark")}
+        verbs = ("merge", "search", "statistics", "evaluate", "benchmark")
+        more = {verb: {"model", "datamodule"} for verb in verbs}
         return {**LightningCLI.subcommands(), **more}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -64,6 +65,13 @@ class MergeCLI(LightningCLI):
             noted = open_weights(self.trainer.recorded).header["statistics"]
             kinds = ", ".join(noted["kinds"])
             sys.stdout.write(f"{kinds} of {noted['examples']} examples; wrote {self.trainer.recorded}\n")
+
+    def after_search(self) -> None:
+        """Show the settings that were tried, and say which was chosen and merged."""
+        self._show_table()
+        if self.trainer.is_global_zero:
+            found, output = self.trainer.found, self._get(self.config, "output")
+            sys.stdout.write(f"\n{found.summary()}\n{found.merged.summary()}; wrote {output}\n")
 
     def after_evaluate(self) -> None:
         """Show the table."""

@@ -11,6 +11,12 @@ and more), and the SVD is used throughout.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+
 import torch
 from torch import Tensor
 
@@ -46,12 +52,12 @@ def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         nan = torch.full_like(matrices, torch.nan)
         return nan[..., :rank], nan[..., 0, :rank], nan[..., :rank, :]
     if matrices.dtype == torch.float64:
-        eigenvalues, V = torch.linalg.eigh(matrices.mT @ matrices)
+        eigenvalues, V = _factorize(_gram_eigh, matrices)
         s = eigenvalues.flip(-1)[..., :rank].clamp(min=0).sqrt()
         if bool((s[..., -1] > _GRAM_FLOOR * s[..., 0]).all()):
             V = V.flip(-1)[..., :rank]
             return (matrices @ V) / s.unsqueeze(-2), s, V.mT
-    U, s, Vt = torch.linalg.svd(matrices, full_matrices=False)
+    U, s, Vt = _factorize(_thin_svd, matrices)
     U, s, Vt = U[..., :rank], s[..., :rank], Vt[..., :rank, :]
     there = s > _rounding(matrices) * s[..., :1]
     return U * there.unsqueeze(-2), s * there, Vt * there.unsqueeze(-1)
@@ -82,7 +88,7 @@ def isotropic(matrices: Tensor) -> tuple[Tensor, Tensor]:
         nan = torch.full_like(matrices, torch.nan)
         return nan, nan[..., 0, :]
     if matrices.dtype == torch.float64:
-        eigenvalues, V = torch.linalg.eigh(matrices.mT @ matrices)
+        eigenvalues, V = _factorize(_gram_eigh, matrices)
         s = eigenvalues.clamp(min=0).sqrt()
         if bool((s[..., 0] > _GRAM_FLOOR * s[..., -1]).all()):
             return matrices @ (V / s.unsqueeze(-2)) @ V.mT, s.flip(-1)
@@ -99,3 +105,75 @@ def sign_of_largest(U: Tensor) -> Tensor:
     """The sign (1 for zero) of the entry of largest magnitude in every column: ``(…, m, k) -> (…, 1, k)``."""
     largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
+
+
+Factorization = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _gram_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(…, n)``, ascending, and eigenvectors ``(…, n, n)`` of the Gram matrices of ``(…, m, n)``."""
+    return torch.linalg.eigh(matrices.mT @ matrices)
+
+
+def _thin_svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of LAPACK / cuSOLVER."""
+    return torch.linalg.svd(matrices, full_matrices=False)
+
+
+class Factorizations:
+    """Factorizations that merges of the same models have in common, so that each is computed once.
+
+    All ranks share the one factorization of a matrix, from which :func:`svd` takes the leading triplets, so the results
+    are those without it, bit for bit. A matrix is known again by its bytes.
+
+    What a merge has not asked for is dropped after it, and nothing is added beyond ``max_bytes``: merges ask for the
+    same matrices in the same order, so that what is there longest is asked for next.
+
+    Args:
+        max_bytes: How much to keep, in bytes.
+    """
+
+    def __init__(self, max_bytes: int = 4 << 30) -> None:
+        self.max_bytes = max_bytes
+        self._found: dict[tuple, tuple[Tensor, ...]] = {}
+        self._asked: set[tuple] = set()
+        self._lock = Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        """How much is kept, in bytes."""
+        return sum(tensor.nbytes for factors in self._found.values() for tensor in factors)
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Reuse factorizations during one merge."""
+        self._asked = set()
+        token = _factorizations.set(self)
+        try:
+            yield
+        finally:
+            _factorizations.reset(token)
+            self._found = {key: factors for key, factors in self._found.items() if key in self._asked}
+
+    def get(self, factorize: Factorization, matrices: Tensor) -> tuple[Tensor, ...]:
+        """The factorization of ``(…, m, n)``: what was found before, or computed now. Not to be changed in place."""
+        content = hashlib.blake2b(matrices.detach().cpu().contiguous().numpy()).digest()
+        key = (factorize, content, matrices.shape, matrices.stride(), matrices.dtype, matrices.device)
+        with self._lock:
+            self._asked.add(key)
+            factors = self._found.get(key)
+        if factors is None:
+            factors = factorize(matrices)
+            with self._lock:
+                if self.num_bytes + sum(tensor.nbytes for tensor in factors) <= self.max_bytes:
+                    self._found[key] = factors
+        return factors
+
+
+_factorizations: ContextVar[Factorizations | None] = ContextVar("factorizations", default=None)
+
+
+def _factorize(factorize: Factorization, matrices: Tensor) -> tuple[Tensor, ...]:
+    """Factorize ``(…, m, n)``, or look it up where :class:`Factorizations` are reused."""
+    reused = _factorizations.get()
+    return factorize(matrices) if reused is None else reused.get(factorize, matrices)

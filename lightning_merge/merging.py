@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Merged:
     experts: dict[str, Weights]
     hyper_parameters: dict[str, Any]
     _task_parameters: Callable[[int], dict[str, Tensor]] | None = field(default=None, repr=False)
+    _rescaled: Callable[[Merged, float], Merged] | None = field(default=None, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:
         """Return the model for one expert's task.
@@ -63,6 +66,16 @@ class Merged:
         source = self.experts[expert]
         own = self._task_parameters(list(self.experts).index(expert)) if self._task_parameters else {}
         return self.weights | own | {name: source[name].clone() for name in self.inventory.private[source.name]}
+
+    def rescaled(self, scale: float) -> Merged:
+        """Return the same merge with another scaling coefficient, bit for bit, without merging again.
+
+        Raises:
+            MergeError: If the update was not kept.
+        """
+        if self._rescaled is None:
+            raise MergeError("The update of this merge is gone; keep it with merge(…, keep_update=True) to rescale it.")
+        return self._rescaled(self, scale)
 
     def summary(self) -> str:
         """What was merged, in one line."""
@@ -107,6 +120,7 @@ def merge(
     seed: int = 0,
     workers: int = 1,
     allow_non_finite: bool = False,
+    keep_update: bool = False,
     output: str | os.PathLike[str] | None = None,
 ) -> Merged:
     """Merge experts that were fine-tuned from one base.
@@ -133,6 +147,7 @@ def merge(
         seed: For methods that draw random numbers; every parameter derives its own from this and its name.
         workers: Parameters that are merged at the same time. The result is the same for any number.
         allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+        keep_update: Keep the update in memory, in the precision of the arithmetic, for ``Merged.rescaled``.
         output: Also write the merged model, once it is complete in memory, to this file or folder, see
             :meth:`Merged.save`.
 
@@ -188,20 +203,37 @@ def merge(
         tasks=tasks,
     )
     survey = method.survey(task_vectors)
+    updates: dict[str, Tensor] = {}
 
-    def parameters(rule: Callable[[Tensor, Context], Tensor]) -> dict[str, Tensor]:
+    def parameters(scale: float, update: Callable[[Context], Tensor]) -> dict[str, Tensor]:
         def parameter(name: str) -> Tensor:
             context = task_vectors.context(name, survey)
-            return (context.base + method.scale * rule(task_vectors[name], context)).to(origin[name])
+            return (context.base + scale * update(context)).to(origin[name])
 
         with ThreadPoolExecutor(workers) as pool:
-            found = dict(zip(inventory.merged, pool.map(parameter, inventory.merged), strict=True))
+            runs = [copy_context().run for _ in inventory.merged]  # threads see what the caller has set
+            tensors = pool.map(lambda run, name: run(parameter, name), runs, inventory.merged)
+            found = dict(zip(inventory.merged, tensors, strict=True))
         return found | {alias: found[owner] for alias, owner in inventory.tied.items() if owner in found}
 
-    def task_parameters(expert: int) -> dict[str, Tensor]:
-        return parameters(lambda deltas, context: method.task_update(deltas, expert, context))
+    def update(context: Context) -> Tensor:
+        found = method.update(task_vectors[context.name], context)
+        if keep_update:
+            updates[context.name] = found
+        return found
 
-    weights = parameters(method.update) | kept
+    def task_parameters(scale: float, expert: int) -> dict[str, Tensor]:
+        return parameters(scale, lambda context: method.task_update(task_vectors[context.name], expert, context))
+
+    def rescaled(merged: Merged, scale: float) -> Merged:
+        return replace(
+            merged,
+            weights=merged.weights | parameters(scale, lambda context: updates[context.name]),
+            manifest=merged.manifest | {"method": replace(method, scale=scale).describe()},
+            _task_parameters=partial(task_parameters, scale) if method.per_task else None,
+        )
+
+    weights = parameters(method.scale, update) | kept
     weights |= {alias: weights[owner] for alias, owner in inventory.tied.items()}
 
     settings = {
@@ -220,7 +252,8 @@ def merge(
         manifest=make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False))),
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
-        _task_parameters=task_parameters if method.per_task else None,
+        _task_parameters=partial(task_parameters, method.scale) if method.per_task else None,
+        _rescaled=rescaled if keep_update else None,
     )
     if output is not None:
         merged.save(output)

@@ -1,4 +1,4 @@
-"""Lightning's Trainer with four more verbs: ``merge``, ``statistics``, ``evaluate`` and ``benchmark``."""
+"""Lightning's Trainer with more verbs: ``merge``, ``search``, ``statistics``, ``evaluate`` and ``benchmark``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_merge.checkpoints import open_weights
+from lightning_merge.checkpoints import check_suffix, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
-from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
+from lightning_merge.evaluation.benchmark import Benchmark, Pretrain, quiet_lightning
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.evaluation.merge_data import module_and_data
+from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.matrices import Matrices
 from lightning_merge.merging import Merged, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
 
+GridValue = int | float | bool | str
+
 
 class MergeTrainer(Trainer):
-    """A ``Trainer`` that can also merge experts, evaluate merged models, and run the leave-one-domain-out benchmark."""
+    """A ``Trainer`` that can also merge experts, search coefficients, evaluate merged models, and benchmark methods."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         arguments = dict(kwargs)
@@ -183,6 +186,84 @@ class MergeTrainer(Trainer):
         record_statistics(self, model, datamodule, weights, recipe, self.recorded)
         return self.recorded
 
+    def search(
+        self,
+        model: LightningModule | None = None,
+        datamodule: DomainDataModule | None = None,
+        experts: dict[str, str] | None = None,
+        method: MergeMethod | None = None,
+        grid: dict[str, list[GridValue]] | None = None,
+        base: str | None = None,
+        output: str = "merged.ckpt",
+        results: str = "results/search",
+        patience: int | None = 3,
+        at_once: int = 4,
+        statistics: dict[str, str] | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
+        seed: int = 0,
+        workers: int = 1,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Found:
+        """Merge by every setting of a grid and write what is best on the validation splits of the experts' domains.
+
+        The best has the highest accuracy in relation to that of each domain's own expert, averaged over the domains.
+        No test split and no held-out domain is looked at.
+
+        Args:
+            model: The experts' module, as it is before any fit: the base, unless a file is given as base.
+            datamodule: The data; it holds the experts' domains.
+            experts: The experts' checkpoints or run folders by the name of their domain.
+            method: The merging method; SCORE by default.
+            grid: The values to try for every field of the method; by default the scaling coefficients 0.1, 0.2, …, 3.
+                A field of the method inside another one is written as ``method.density``.
+            base: The checkpoint that the experts started from; by default the model as it is configured.
+            output: The file to write: .ckpt, .safetensors or .pt.
+            results: The folder for the table of all settings: results.jsonl, table.md and table.csv.
+            patience: Go on to the next setting of the other fields once this many coefficients in a row have not
+                raised the mean accuracy; null tries all of them.
+            at_once: Merged models that are in memory and evaluated at the same time.
+            statistics: Statistics of the experts' data by domain, for methods that need them.
+            include: Merge only the parameters whose name matches one of these shell patterns.
+            exclude: Do not merge the parameters that match one of these shell patterns.
+            matrices: Which parameters count as matrices.
+            seed: Seed of methods that draw random numbers.
+            workers: Parameters that are merged at the same time.
+            ckpt_path: Not used; here so that the config.yaml of a fit can be read.
+            weights_only: Not used; checkpoints are never unpickled beyond weights.
+
+        Returns:
+            The best setting, the model merged by it, and the table.
+        """
+        if model is None or datamodule is None:
+            raise MergeError("Searching needs a model and data; give --model and --data, or the config.yaml of a fit.")
+        check_suffix(output)
+        with quiet_lightning():
+            self.found = search_coefficients(
+                self,
+                model,
+                datamodule,
+                base if base is not None else model.state_dict(),
+                experts or {},
+                method or SCORE(),
+                grid,
+                patience,
+                at_once,
+                results,
+                statistics=statistics,
+                include=include,
+                exclude=exclude or (),
+                matrices=matrices,
+                seed=seed,
+                workers=workers,
+            )
+        self.merged, self.table = self.found.merged, self.found.table
+        if self.is_global_zero:
+            self.merged.save(output)
+        return self.found
+
     def evaluate(
         self,
         model: LightningModule | None = None,
@@ -240,6 +321,7 @@ class MergeTrainer(Trainer):
         domains: list[str] | None = None,
         pretrain: Pretrain | None = None,
         statistics: Recipe | None = None,
+        search: dict[str, dict[str, list[GridValue]]] | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Table:
@@ -257,6 +339,8 @@ class MergeTrainer(Trainer):
             domains: The domains to leave out in turn; by default all but those of the base.
             pretrain: Fit the base first, on domains of its own; by default the model as it is configured is the base.
             statistics: How the experts' statistics are collected, for methods that need them; the kinds are theirs.
+            search: Methods whose fields are chosen first, on the validation splits of the domains that are merged: the
+                name of the row, and for every field the values to try, ``{}`` for the scaling coefficients 0.1 to 3.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -275,5 +359,6 @@ class MergeTrainer(Trainer):
             domains=domains or [domain for domain in datamodule.domains if domain not in base_domains],
             pretrain=pretrain,
             statistics=statistics,
+            search=search or {},
         ).run()
         return self.table

@@ -29,6 +29,8 @@ TINY_VIT = [
     "--model.backbone_args={img_size: 32, embed_dim: 16, depth: 1, num_heads: 2}",
 ]
 
+DIGITS_SEARCH = ["search", f"--config={CONFIGS / 'fit/digits.yaml'}", "--method=IsoC", "--experts={noisy: a.ckpt}"]
+
 
 def fit(domain: str, *more: str) -> str:
     """Fit an expert by the digits' config and return its run folder."""
@@ -136,6 +138,29 @@ def test_statistics_and_what_they_are_for(capsys):
     with pytest.raises(SystemExit):
         main(["merge", *more, f"--statistics={json.dumps(found)}"])
     assert "statistics of other weights than those of expert rotated" in capsys.readouterr().err
+
+
+def test_search(experts, capsys):
+    """The best setting's checkpoint is written, and it is a merge by hand; the test split is not touched."""
+    run = f"--config={experts['rotated']}/config.yaml"
+    grid = "--grid={scale: [0.5, 1, 1.5], common_fraction: [0.5, 0.8]}"
+    main(["search", run, f"--experts={json.dumps(experts)}", "--method=IsoCTS", grid, "--results=out"])
+    shown = capsys.readouterr().out
+    records = [r for r in read_jsonl("out/results.jsonl") if r["row"] != "own expert"]
+    assert {r["domain"] for r in records} == set(experts)
+    assert {(r["setting"]["common_fraction"], r["setting"]["scale"]) for r in records} == {
+        (c, s) for c in (0.5, 0.8) for s in (0.5, 1, 1.5)
+    }
+    chosen = lm.open_weights("merged.ckpt").header["merge"]["method"]["init_args"]
+    method = lm.methods.IsoCTS(**chosen)
+    by_hand = lm.merge("experts/upright", experts, method).weights
+    assert all(torch.equal(lm.open_weights("merged.ckpt")[name], tensor) for name, tensor in by_hand.items())
+    assert f"common_fraction {method.common_fraction}, scale {method.scale}: the best of 6 settings" in shown
+    assert "| common_fraction 0.8, scale 1.5 |" in shown
+    main(["validate", run, "--ckpt_path=merged.ckpt", "--data.train_domains=[rotated]"])
+    setting = {"common_fraction": method.common_fraction, "scale": method.scale}
+    best = next(r for r in records if r["domain"] == "rotated" and r["setting"] == setting)
+    assert str(best["accuracy"])[:8] in capsys.readouterr().out
 
 
 class TestEveryConfigRuns:
@@ -282,6 +307,12 @@ class TestDropIn:
         (["merge", "--base=b", "--experts=[a]", "--method=TIES", "--method.density=3"], "density must lie in (0, 1]"),
         (["statistics"], "`statistics` needs a model"),
         (["merge", "--base=b.ckpt"], "nothing to merge"),
+        (["search"], "`search` needs a model"),
+        ([*DIGITS_SEARCH, "--grid={density: [0.1]}"], "IsoC has no field 'density'"),
+        ([*DIGITS_SEARCH, "--grid={scale: []}"], "'scale' is empty"),
+        ([*DIGITS_SEARCH, "--grid={scale: [one]}"], "scale must be a finite number, got 'one'"),
+        ([*DIGITS_SEARCH, "--output=merged.zip"], "Cannot tell how to write merged.zip"),
+        ([*DIGITS_SEARCH, "--experts={sepia: a.ckpt}"], "The expert 'sepia' has no domain to validate on"),
         (["merge", "--experts=[a.ckpt]"], "give it with --base"),
         (["merge", "--experts=[a.ckpt]", "--base=b.ckpt"], "no file or folder b.ckpt"),
     ],
@@ -307,7 +338,7 @@ def test_another_method_on_the_command_line_has_its_own_defaults(first, capsys):
     assert method == {"class_path": "lightning_merge.methods.MagMax", "init_args": {"scale": 0.5}}
 
 
-@pytest.mark.parametrize("verb", ["fit", "merge", "statistics", "evaluate", "benchmark"])
+@pytest.mark.parametrize("verb", ["fit", "merge", "search", "statistics", "evaluate", "benchmark"])
 def test_every_verb_prints_a_config_that_it_reads(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--model=Expert", "--model.backbone=timm/resnet18", "--model.num_classes=3", "--print_config"])

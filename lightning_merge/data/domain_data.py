@@ -28,7 +28,8 @@ class DomainDataModule(LightningDataModule, ABC):
         train_domains: The domains to train and validate on; by default all but the held-out one.
         test_domains: The domains to test on; by default the held-out one, else the training domains.
         held_out: The domain that is left out of training.
-        test_on: Test on a domain's ``test`` split, or on ``all`` of it (for a domain that was not trained on).
+        test_on: Test on a domain's ``test`` split, on ``all`` of it (for a domain that was not trained on), or on its
+            ``val`` split (to choose hyper-parameters).
         test_fraction: Share of every class that is for testing.
         val_fraction: Share of every class that is for validation.
         split_seed: Seed of the split.
@@ -44,7 +45,7 @@ class DomainDataModule(LightningDataModule, ABC):
         train_domains: Sequence[str] | None = None,
         test_domains: Sequence[str] | None = None,
         held_out: str | None = None,
-        test_on: Literal["test", "all"] = "test",
+        test_on: Literal["test", "all", "val"] = "test",
         test_fraction: float = 0.2,
         val_fraction: float = 0.1,
         split_seed: int = 17,
@@ -104,7 +105,7 @@ class DomainDataModule(LightningDataModule, ABC):
             return list(self._test_domains)
         return [self.held_out] if self.held_out else self.train_domains
 
-    def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all"] = "test"):
+    def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test"):
         """A copy of this data module for other domains."""
         other = copy.copy(self)
         other.held_out, other.test_on = None, test_on

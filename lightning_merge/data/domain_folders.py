@@ -34,7 +34,8 @@ class DomainFolders(DomainDataModule):
         test_domains: The domains to test on; by default the held-out one, else the training domains.
         held_out: The domain that is left out of training.
         classes: Use these classes only; by default all, which must be the same in every domain.
-        test_on: Test on a domain's ``test`` split, or on ``all`` of it (for a domain that was not trained on).
+        test_on: Test on a domain's ``test`` split, on ``all`` of it (for a domain that was not trained on), or on its
+            ``val`` split (to choose hyper-parameters).
         test_fraction: Share of every class that is for testing.
         val_fraction: Share of every class that is for validation.
         split_seed: Seed of the split.
@@ -55,7 +56,7 @@ class DomainFolders(DomainDataModule):
         test_domains: Sequence[str] | None = None,
         held_out: str | None = None,
         classes: Sequence[str] | None = None,
-        test_on: Literal["test", "all"] = "test",
+        test_on: Literal["test", "all", "val"] = "test",
         test_fraction: float = 0.2,
         val_fraction: float = 0.1,
         split_seed: int = 17,

@@ -41,11 +41,13 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
 from lightning_merge.evaluation.merge_data import module_and_data
+from lightning_merge.evaluation.search import check_search, search_coefficients
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
+from lightning_merge.sweeping import Grid
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -98,6 +100,7 @@ class Benchmark:
     domains: Sequence[str]
     pretrain: Pretrain | None = None
     statistics: Recipe | None = None
+    search: Mapping[str, Grid] = field(default_factory=dict)
 
     def run(self) -> Table:
         """Do every job that is not done, and write the results."""
@@ -116,7 +119,7 @@ class Benchmark:
             seed_everything(seed, workers=True, verbose=False)  # a job does not depend on those that ran before it
             started = time.perf_counter()
             try:
-                with _quiet_lightning():
+                with quiet_lightning():
                     job()
             except KeyboardInterrupt:
                 rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
@@ -172,30 +175,39 @@ class Benchmark:
         """Merge the experts of all other domains by every method and evaluate on this domain."""
         folder = self.output / "held_out" / domain
         done = self._records(domain)
+        known = [(record["row"], record["method"], record.get("grid")) for record in done]
         missing = {
             name: method
             for name, method in self.methods.items()
-            if not any(record["row"] == name and record["method"] == method.describe() for record in done)
+            if (name, method.describe(), self.search.get(name)) not in known
         }
         if done and not missing:
             return
         base = self._base()
         experts = {name: self._expert(name) for name in self.domains}
         others = {name: weights for name, weights in experts.items() if name != domain}
-        candidates, seconds = ({} if done else {BASE: base}), {}
+        candidates, seconds, chosen = ({} if done else {BASE: base}), {}, {}
         for name, method in missing.items():
             started = time.perf_counter()
             given = module_and_data(self.trainer, self.model, self.datamodule, method, others)
-            candidates[name] = merge(base, others, method, **given).weights
+            if name in self.search:
+                found = search_coefficients(
+                    self.trainer, self.model, self.datamodule, base, others, method, self.search[name], **given
+                )
+                candidates[name], chosen[name] = found.merged.weights, found.setting
+            else:
+                candidates[name] = merge(base, others, method, **given).weights
             seconds[name] = time.perf_counter() - started
-        found = evaluate_domain(
+        measured = evaluate_domain(
             self.trainer, self.model, self.datamodule, domain, candidates, experts={} if done else experts
         )
-        for record in found:
+        for record in measured:
             row = record["row"]
             record["method"] = missing[row].describe() if row in missing else None
             record["merge_seconds"] = seconds.get(row)
-        records = [record for record in done if record["row"] not in missing] + found
+            if row in chosen:
+                record |= {"grid": self.search[row], "chosen": chosen[row]}
+        records = [record for record in done if record["row"] not in missing] + measured
         if self.trainer.is_global_zero:
             _mark_done(folder, {"records": records})
         self.trainer.strategy.barrier()
@@ -261,6 +273,10 @@ class Benchmark:
                 json.dumps(method.describe())
             except TypeError as error:
                 raise MergeError(f"The arguments of the method {name!r} must be plain values: {error}.") from error
+        for name, grid in self.search.items():
+            if name not in self.methods:
+                raise MergeError(f"There is no method {name!r} to search; the methods are {', '.join(self.methods)}.")
+            check_search(self.methods[name], grid)
         for domain in [*self.domains, *pretrain]:
             self.datamodule.split(domain, "test")
         self.datamodule.check([*self.domains, *pretrain])
@@ -295,7 +311,7 @@ class Benchmark:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep Lightning from introducing itself and giving the same advice in every job; other warnings are shown."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]

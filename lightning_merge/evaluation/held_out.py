@@ -66,7 +66,8 @@ def evaluate_domain(
     others = {_OTHER_EXPERT + name: weights for name, weights in experts.items() if name != domain}
     passes = {datamodule.test_on: {**candidates, **others}}
     if domain in experts:
-        passes.setdefault("test", {})[OWN_EXPERT] = experts[domain]
+        own_split = "test" if datamodule.test_on == "all" else datamodule.test_on
+        passes.setdefault(own_split, {})[OWN_EXPERT] = experts[domain]
     records = []
     for test_on, rows in passes.items():
         ensembles = {ENSEMBLE: list(others)} if others and test_on == datamodule.test_on else {}

@@ -120,8 +120,11 @@ class Table:
     def caption(self) -> str:
         """What the numbers are, in a line."""
         text = f"{self.metric.replace('_', ' ').capitalize()} in % on each domain"
-        if "all" in {record.get("test_on") for record in self.records}:
+        tested_on = {record.get("test_on") for record in self.records}
+        if "all" in tested_on:
             text += " (all of it; its own expert: on its test split)"
+        elif "val" in tested_on:
+            text += " (its validation split)"
         if self._is_normalized:
             text += "; normalized: divided by that of the domain's own expert, then averaged over the domains"
         return text + "."

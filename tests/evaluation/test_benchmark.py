@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_merge as lm
 from lightning_merge.collect_statistics import Recipe
-from lightning_merge.evaluation import evaluate_candidates
+from lightning_merge.evaluation import evaluate_candidates, search_coefficients
 from lightning_merge.evaluation.benchmark import Pretrain
 from lightning_merge.methods import SCORE, Fisher, MaTS, RegMean, TaskArithmetic, WeightAverage
 from tests.toys import quiet_trainer, tiny_expert
@@ -145,6 +145,38 @@ def test_hyper_parameters_of_the_base_take_effect():
     assert not lm.open_weights("out/base")["head.weight"].any()
 
 
+def test_a_row_that_asks_for_it_is_searched_on_the_domains_that_are_merged(monkeypatch):
+    read = []
+    split = lm.Digits.split
+    monkeypatch.setattr(lm.Digits, "split", lambda self, d, s: read.append((d, s)) or split(self, d, s))
+    grid = {"scale": [0.5, 1.0, 1.5]}
+    run(search={"average": grid})
+    records = {(r["row"], r["domain"]): r for r in map(json.loads, Path("out/results.jsonl").read_text().splitlines())}
+    weights = {d: lm.open_weights(f"out/experts/{d}") for d in DOMAINS}
+    for domain in DOMAINS:
+        others = {d: weights[d] for d in DOMAINS if d != domain}
+        read.clear()
+        trainer = quiet_trainer(limit_train_batches=10)
+        found = search_coefficients(
+            trainer, tiny_expert(), lm.Digits(batch_size=64), "out/base", others, WeightAverage(), grid
+        )
+        assert set(read) == {(d, "val") for d in others}
+        record = records["average", domain]
+        assert (record["grid"], record["chosen"]) == (grid, found.setting)
+        data = lm.Digits(test_domains=[domain])
+        alone = evaluate_candidates(quiet_trainer(), tiny_expert(), data, {"found": found.merged.weights})
+        assert record["accuracy"] == alone[0]["accuracy"]
+        assert "chosen" not in records["SCORE", domain]
+
+    read.clear()
+    run(search={"average": grid})
+    assert "val" not in {s for _, s in read}  # it was done already
+    run(search={"average": {"scale": [0.5]}})
+    again = [json.loads(line) for line in Path("out/results.jsonl").read_text().splitlines()]
+    assert [r["chosen"] for r in again if r["row"] == "average"] == [{"scale": 0.5}] * 3
+    assert [r for r in again if r["row"] == "SCORE"] == [r for (row, _), r in records.items() if row == "SCORE"]
+
+
 def test_results_of_other_settings_are_never_mixed():
     run()
     with pytest.raises(lm.MergeError, match=r"model\.learning_rate was 0\.003, is 0\.1.*another output folder"):
@@ -174,6 +206,8 @@ def test_a_held_out_domain_as_a_whole():
         ({"domains": ["noisy", "upright"]}, "fitted on 'upright', which is held out"),
         ({"methods": {}}, "no methods to compare"),
         ({"methods": {"base": SCORE()}}, "'base' is there anyway"),
+        ({"search": {"SCOR": {}}}, "no method 'SCOR' to search; the methods are average, SCORE"),
+        ({"search": {"SCORE": {"z": [-1.0]}}}, "z must lie in"),
         ({"pretrain": Pretrain(["upright"], hparams={"lr": 1})}, "no hyper-parameter 'lr'"),
     ],
 )
