@@ -17,7 +17,7 @@ from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge, open_experts
+from lightning_merge.merging import Merged, merge
 from lightning_merge.methods import SCORE, MergeMethod
 
 
@@ -104,10 +104,10 @@ class MergeTrainer(Trainer):
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
-        method, named = method or SCORE(), open_experts(experts)
+        method = method or SCORE()
         merged = merge(
             base if base is not None else model.state_dict(),
-            named,
+            experts,
             method,
             scale=scale,
             include=include,
@@ -116,7 +116,7 @@ class MergeTrainer(Trainer):
             seed=seed,
             workers=workers,
             allow_non_finite=allow_non_finite,
-            **module_and_data(self, model, datamodule, method, named),
+            **module_and_data(self, model, datamodule, method, experts),
         )
         if self.is_global_zero:
             merged.save(output)
