@@ -20,7 +20,7 @@ from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge, open_experts
+from lightning_merge.merging import Merged, merge
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
@@ -118,11 +118,10 @@ class MergeTrainer(Trainer):
             )
         method = method or SCORE()
         origin = open_weights(base if base is not None else model.state_dict(), name="base")
-        named = open_experts(experts, origin)
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         merged = merge(
             origin,
-            named,
+            experts,
             method,
             statistics=statistics,
             scale=scale,
@@ -133,7 +132,7 @@ class MergeTrainer(Trainer):
             workers=workers,
             allow_non_finite=allow_non_finite,
             output=output if self.is_global_zero else None,
-            **module_and_data(self, model, domains, method, named),
+            **module_and_data(self, model, domains, method, experts),
         )
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
