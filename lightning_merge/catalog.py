@@ -45,6 +45,8 @@ def _needs(method: MergeMethod) -> Iterator[str]:
     while isinstance(layers[-1], Wrapper):
         layers.append(layers[-1].method)
     yield from (f"data ({kind})" for kind in method.needs)
+    if method.needs_data:
+        yield "data (the model is run on images)"
     if any(layer.factorizes for layer in layers):
         yield "factorized matrices"
     if any(layer.draws for layer in layers):

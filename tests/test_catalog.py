@@ -14,7 +14,7 @@ from lightning_merge import methods
 from lightning_merge.__main__ import main
 from lightning_merge.catalog import list_methods
 from lightning_merge.methods import DARE, DELLA, TIES, CoreSpace, LiNeS, MergeMethod, TaskArithmetic, Wrapper
-from lightning_merge.toy_models import make_models, make_statistics
+from lightning_merge.toy_models import ToyModule, make_data, make_models, make_statistics
 from tests.conftest import ROOT
 
 EXPORTED = [
@@ -62,7 +62,8 @@ def test_a_row_of_the_table(capsys):
 
 def merge(method: MergeMethod, seed: int = 0):
     base, experts = make_models(method.max_experts or 3)
-    return lm.merge(base, experts, method, statistics=make_statistics(base, experts), seed=seed).weights
+    made_up = {"statistics": make_statistics(base, experts), "module": ToyModule(), "data": make_data(experts)}
+    return lm.merge(base, experts, method, seed=seed, **made_up).weights
 
 
 @pytest.mark.parametrize("cls", EXPORTED, ids=lambda cls: cls.__name__)
@@ -79,7 +80,10 @@ def test_what_a_method_needs_is_what_it_uses(cls, monkeypatch):
     assert ("random numbers" in needs) == differs
     assert ("factorized matrices" in needs) == bool(called)
     assert ("a model per task" in needs) == cls().per_task
-    assert [need for need in needs if need.startswith("data")] == [f"data ({kind})" for kind in cls().needs]
+    assert [need for need in needs if need.startswith("data (")] == [
+        *(f"data ({kind})" for kind in cls().needs),
+        *(["data (the model is run on images)"] if cls().needs_data else []),
+    ]
 
 
 def test_the_method_inside_a_wrapper_counts():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods import ties
-from lightning_merge.methods.base import Context, MergeMethod, check_choice, check_range
+from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 
 if TYPE_CHECKING:
     from lightning_merge.task_data import TaskData
@@ -98,6 +98,7 @@ class AdaMerging(MergeMethod):
         scale: Scaling coefficient of the update; the coefficients are learned for 1.
     """
 
+    paper: ClassVar[Paper] = Paper("Yang et al.", "ICLR", 2024, "2310.02575")
     needs_data: ClassVar[bool] = True
 
     granularity: Literal["layer", "task"] = "layer"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.layer_inputs import watch_inputs
-from lightning_merge.methods.base import Context, check_range
+from lightning_merge.methods.base import Context, Paper, check_range
 from lightning_merge.methods.regmean import RegMean
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class RegMeanPlusPlus(RegMean):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[Paper] = Paper("Nguyen et al.", "arXiv", 2025, "2508.03121")
     needs_data: ClassVar[bool] = True
 
     num_examples: int = 256
