@@ -27,7 +27,7 @@ _HOME = {
     "MergeError": "lightning_merge.errors",
     "MergeMethod": "lightning_merge.methods",
     "MergeTrainer": "lightning_merge.trainer",
-    "Merged": "lightning_merge.merging",
+    "Merged": "lightning_merge.merged",
     "merge": "lightning_merge.merging",
     "open_weights": "lightning_merge.checkpoints",
     "save_weights": "lightning_merge.checkpoints",

@@ -4,103 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge import __version__
-from lightning_merge.checkpoints import Source, Weights, check_output, open_weights, save_weights
+from lightning_merge.checkpoints import Source, Weights, check_output, open_weights
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.folders import check_folder, is_folder, save_folder
+from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
-from lightning_merge.methods import Context, MergeMethod
+from lightning_merge.merged import Computation, Merged
+from lightning_merge.methods import MergeMethod
 from lightning_merge.statistics import open_statistics
 from lightning_merge.task_data import Data, TaskData, check_task_data
 from lightning_merge.task_vectors import Inventory, TaskVectors, find_non_finite, take_inventory, wide
 
 Experts = Sequence[Source] | Mapping[str, Source]
 """The experts: a sequence of sources, or a mapping from the expert's name to its source."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """One model made of several.
-
-    Args:
-        weights: The merged parameters and buffers, in the dtype and on the device of the base.
-        base: What the experts were merged onto.
-        inventory: What happened to every parameter.
-        manifest: Method, arguments, versions, and the sha256 of every file that went in.
-        experts: The experts by name, for what they keep to themselves.
-        hyper_parameters: The arguments of the base's LightningModule (else the first expert's), if its file has them.
-    """
-
-    weights: dict[str, Tensor]
-    base: Weights
-    inventory: Inventory
-    manifest: dict[str, Any]
-    experts: dict[str, Weights]
-    hyper_parameters: dict[str, Any]
-    _task_parameters: Callable[[int], dict[str, Tensor]] | None = field(default=None, repr=False)
-    _rescaled: Callable[[Merged, float], Merged] | None = field(default=None, repr=False)
-
-    def for_task(self, expert: str) -> dict[str, Tensor]:
-        """Return the model for one expert's task.
-
-        That is the merged model with the expert's own excluded parameters (its head), and, where the method keeps a
-        model for each task, with its update for this task.
-
-        Raises:
-            MergeError: If there is no such expert.
-        """
-        if expert not in self.experts:
-            raise MergeError(f"There is no expert {expert!r}; the experts are {', '.join(self.experts)}.")
-        source = self.experts[expert]
-        own = self._task_parameters(list(self.experts).index(expert)) if self._task_parameters else {}
-        return self.weights | own | {name: source[name].clone() for name in self.inventory.private[source.name]}
-
-    def rescaled(self, scale: float) -> Merged:
-        """Return the same merge with another scaling coefficient, bit for bit, without merging again.
-
-        Raises:
-            MergeError: If the update was not kept.
-        """
-        if self._rescaled is None:
-            raise MergeError("The update of this merge is gone; keep it with merge(…, keep_update=True) to rescale it.")
-        return self._rescaled(self, scale)
-
-    def summary(self) -> str:
-        """What was merged, in one line."""
-        found = self.inventory
-        parts = [f"{len(found.merged)} parameters merged"]
-        for names, what in (
-            (found.averaged, "running statistics averaged"),
-            (found.copied, "copied from the base"),
-            (found.tied, "tied"),
-        ):
-            parts += [f"{len(names)} {what}"] if names else []
-        method = self.manifest["method"]["class_path"]
-        count = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'}"
-        return f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}"
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the merged model.
-
-        Args:
-            path: A file, see :func:`lightning_merge.checkpoints.save_weights`, or, without a suffix, a folder as
-                Hugging Face writes them, see :func:`lightning_merge.folders.save_folder`.
-        """
-        if is_folder(path):
-            return save_folder(path, self.weights, self.base.path, self.manifest)
-        return save_weights(path, self.weights, hyper_parameters=self.hyper_parameters, manifest=self.manifest)
 
 
 def merge(
@@ -159,43 +83,24 @@ def merge(
     """
     if scale is not None:
         method = replace(method, scale=scale)
-    if workers < 1:
-        raise MergeError(f"workers must be at least 1, got {workers}.")
-    if dtype not in (None, torch.float32, torch.float64):
-        raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
+    matrices = matrices or Matrices()
     origin = open_weights(base, name="base")
     sources = open_experts(experts, origin)
-    if output is not None and is_folder(output):
-        check_folder(output, origin.path)
-    elif output is not None:
-        check_output(output, inputs=[origin, *sources.values()])
+    _check_arguments(method, origin, sources, workers, dtype, output)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
-    if method.max_experts is not None and len(sources) > method.max_experts:
-        raise MergeError(
-            f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(sources)} are given."
-        )
     if method.needs_data:
         check_task_data(type(method).__name__, module, data, origin, sources, inventory)
     measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
     if not allow_non_finite:
-        floating = [*inventory.merged, *inventory.averaged]
-        keys = [f"{kind}.{name}" for kind in method.needs for name in inventory.merged]
-        models = {"the base": origin} | {f"the expert {name}": expert for name, expert in sources.items()}
-        raise_all(
-            find_non_finite(models, floating) + find_non_finite({source.name: source for source in measured}, keys)
-        )
+        _check_finite(origin, sources, inventory, method, measured)
 
     kept = keep(origin, sources, inventory)
-    tasks = None
-    if method.needs_data:
-        double = any(origin.meta[name].dtype == torch.float64 for name in inventory.merged)
-        tasks = TaskData(module, data, kept, sources, inventory, torch.float64 if double else torch.float32, seed)
-    matrices = matrices or Matrices()
+    tasks = TaskData(module, data, kept, sources, inventory, _widest(origin), seed) if method.needs_data else None
     task_vectors = TaskVectors(
         origin,
         list(sources.values()),
         inventory.merged,
-        dtype or _precision(method, origin),
+        dtype or torch.promote_types(method.dtype, _widest(origin)),
         device,
         matrices,
         seed,
@@ -203,37 +108,9 @@ def merge(
         tasks=tasks,
     )
     survey = method.survey(task_vectors)
-    updates: dict[str, Tensor] = {}
-
-    def parameters(scale: float, update: Callable[[Context], Tensor]) -> dict[str, Tensor]:
-        def parameter(name: str) -> Tensor:
-            context = task_vectors.context(name, survey)
-            return (context.base + scale * update(context)).to(origin[name])
-
-        with ThreadPoolExecutor(workers) as pool:
-            runs = [copy_context().run for _ in inventory.merged]  # threads see what the caller has set
-            tensors = pool.map(lambda run, name: run(parameter, name), runs, inventory.merged)
-            found = dict(zip(inventory.merged, tensors, strict=True))
-        return found | {alias: found[owner] for alias, owner in inventory.tied.items() if owner in found}
-
-    def update(context: Context) -> Tensor:
-        found = method.update(task_vectors[context.name], context)
-        if keep_update:
-            updates[context.name] = found
-        return found
-
-    def task_parameters(scale: float, expert: int) -> dict[str, Tensor]:
-        return parameters(scale, lambda context: method.task_update(task_vectors[context.name], expert, context))
-
-    def rescaled(merged: Merged, scale: float) -> Merged:
-        return replace(
-            merged,
-            weights=merged.weights | parameters(scale, lambda context: updates[context.name]),
-            manifest=merged.manifest | {"method": replace(method, scale=scale).describe()},
-            _task_parameters=partial(task_parameters, scale) if method.per_task else None,
-        )
-
-    weights = parameters(method.scale, update) | kept
+    updates: dict[str, Tensor] | None = {} if keep_update else None
+    computation = Computation(method, origin, task_vectors, survey, inventory, workers, updates)
+    weights = computation.merged() | kept
     weights |= {alias: weights[owner] for alias, owner in inventory.tied.items()}
 
     settings = {
@@ -252,18 +129,54 @@ def merge(
         manifest=make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False))),
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
-        _task_parameters=partial(task_parameters, method.scale) if method.per_task else None,
-        _rescaled=rescaled if keep_update else None,
+        computation=computation if method.per_task or keep_update else None,
     )
     if output is not None:
         merged.save(output)
     return merged
 
 
-def _precision(method: MergeMethod, base: Weights) -> torch.dtype:
-    """The precision of the arithmetic: the method's, or float64 where the weights are."""
+def _check_arguments(
+    method: MergeMethod,
+    base: Weights,
+    experts: Mapping[str, Weights],
+    workers: int,
+    dtype: torch.dtype | None,
+    output: str | os.PathLike[str] | None,
+) -> None:
+    if workers < 1:
+        raise MergeError(f"workers must be at least 1, got {workers}.")
+    if dtype not in (None, torch.float32, torch.float64):
+        raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
+    if method.max_experts is not None and len(experts) > method.max_experts:
+        raise MergeError(
+            f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(experts)} are given."
+        )
+    if output is not None and is_folder(output):
+        check_folder(output, base.path)
+    elif output is not None:
+        check_output(output, inputs=[base, *experts.values()])
+
+
+def _check_finite(
+    base: Weights,
+    experts: Mapping[str, Weights],
+    inventory: Inventory,
+    method: MergeMethod,
+    statistics: Sequence[Weights],
+) -> None:
+    models = {"the base": base} | {f"the expert {name}": expert for name, expert in experts.items()}
+    measured = [f"{kind}.{name}" for kind in method.needs for name in inventory.merged]
+    raise_all(
+        find_non_finite(models, [*inventory.merged, *inventory.averaged])
+        + find_non_finite({source.name: source for source in statistics}, measured)
+    )
+
+
+def _widest(base: Weights) -> torch.dtype:
+    """Float64 where some of the weights are, else float32."""
     dtypes = {tensor.dtype for tensor in base.meta.values()}
-    return torch.float64 if torch.float64 in dtypes else method.dtype
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) -> dict[str, Tensor]:

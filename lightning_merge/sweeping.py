@@ -11,7 +11,8 @@ from typing import Any
 from lightning_merge.checkpoints import Source, open_weights
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.linalg import Factorizations
-from lightning_merge.merging import Experts, Merged, merge, open_experts
+from lightning_merge.merged import Merged
+from lightning_merge.merging import Experts, merge, open_experts
 from lightning_merge.methods import MergeMethod
 
 Grid = Mapping[str, Sequence[Any]]
@@ -59,7 +60,8 @@ def sweep(
 
 
 def _merge_all(base, experts, method, settings, skip, options) -> Iterator[tuple[Setting, Merged]]:
-    base, experts = open_weights(base, "base"), open_experts(experts)
+    base = open_weights(base, "base")
+    experts = open_experts(experts, base)
     factorizations = Factorizations()
     merged, merged_by = None, None
     for setting in settings:

@@ -20,7 +20,8 @@ from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Merged, merge
+from lightning_merge.merged import Merged
+from lightning_merge.merging import merge
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file

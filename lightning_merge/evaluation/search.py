@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_merge.checkpoints import Source
+from lightning_merge.checkpoints import Source, open_weights
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record, evaluate_candidates
 from lightning_merge.evaluation.held_out import OWN_EXPERT
 from lightning_merge.evaluation.table import Table
-from lightning_merge.merging import Merged, open_experts
+from lightning_merge.merged import Merged
+from lightning_merge.merging import open_experts
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.soup import greedy_soup
 from lightning_merge.sweeping import Grid, Setting, list_settings, sweep, with_setting
@@ -95,7 +96,7 @@ def search_coefficients(
         MergeError: If the grid does not fit the method, or an expert belongs to no domain that may be used.
     """
     check_search(method, grid, patience, at_once)
-    validation = Validation(trainer, model, datamodule, experts)
+    validation = Validation(trainer, model, datamodule, base, experts)
     patiences: dict[str, Patience] = {}
 
     def stopping(setting: Setting) -> Patience:
@@ -148,7 +149,7 @@ def greedy_soup_on_validation(
     Returns:
         The soup, see :func:`lightning_merge.methods.soup.greedy_soup`.
     """
-    validation = Validation(trainer, model, datamodule, experts)
+    validation = Validation(trainer, model, datamodule, base, experts)
     return greedy_soup(base, experts, validation.score, **options)
 
 
@@ -195,6 +196,7 @@ class Validation:
         trainer: Its settings are used for the evaluations.
         model: Maps images to logits; its own weights are not used.
         datamodule: Holds the experts' domains.
+        base: What the experts started from.
         experts: The experts by the name of their domain.
 
     Raises:
@@ -206,12 +208,13 @@ class Validation:
         trainer: MergeTrainer,
         model: LightningModule,
         datamodule: DomainDataModule,
+        base: Source,
         experts: Mapping[str, Source],
     ) -> None:
         _check_domains(datamodule, experts)
         self._trainer, self._model, self._datamodule = trainer, model, datamodule
         self.domains = list(experts)
-        self._experts = open_experts(experts)
+        self._experts = open_experts(experts, open_weights(base, name="base"))
 
     @cached_property
     def own_records(self) -> list[Record]:

@@ -12,7 +12,8 @@ from lightning_merge.checkpoints import Source, open_weights
 from lightning_merge.methods.base import MergeMethod, Paper
 
 if TYPE_CHECKING:
-    from lightning_merge.merging import Experts, Merged
+    from lightning_merge.merged import Merged
+    from lightning_merge.merging import Experts
 
 
 @dataclass(frozen=True)

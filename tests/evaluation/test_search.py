@@ -188,7 +188,7 @@ def test_two_processes_find_what_one_finds():
         ({"experts": [EXPERT]}, "needs the experts by the name of their domain"),
         ({"experts": {"z": EXPERT}}, "The expert 'z' has no domain to validate on; .* a, b, c"),
         ({"data": Shifted(held_out="a")}, "'a' is held out"),
-        ({"experts": {"a": {"other": torch.ones(1)}}}, "lacks 'shift'"),
+        ({"experts": {"a": {"other": torch.ones(1)}}}, "no fine-tuned form of the base"),
     ],
 )
 def test_what_cannot_work_is_said_before_any_evaluation(passes, arguments, message):
