@@ -51,7 +51,8 @@ class MaTS(MergeMethod):
     the layers that are to be merged so; parameters without them are averaged, as in the official code.
 
     Args:
-        iterations: The most steps of conjugate gradients, at least 1; the paper takes 10 to 100.
+        iterations: The most steps of conjugate gradients, at least 1; the paper takes 10 to 100, chosen on validation
+            data. Stopping early is what keeps directions small that the data hardly determine.
         backward: Use the gradients at the outputs; without them the solution is RegMean's.
         initialization: Where the iteration starts: ``task_arithmetic`` (with coefficient 0.3), the ``average`` of the
             experts, or the ``pretrained`` base. (The official code gives the base untransposed; here it is as meant.)
@@ -63,7 +64,7 @@ class MaTS(MergeMethod):
     paper: ClassVar[Paper] = Paper("Tam et al.", "TMLR", 2024, "2312.04339")
     dtype: ClassVar[torch.dtype] = torch.float64
 
-    iterations: int = 100
+    iterations: int = 10
     backward: bool = True
     initialization: Initialization = "task_arithmetic"
     reduce_off_diagonal: float = 1.0
