@@ -53,6 +53,8 @@ def _needs(method: MergeMethod) -> Iterator[str]:
         yield "random numbers"
     if method.per_task:
         yield "a model per task"
+    if method.min_experts > 1:
+        yield f"at least {method.min_experts} experts"
     if method.max_experts is not None:
         yield f"at most {method.max_experts} experts"
 

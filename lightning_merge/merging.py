@@ -152,6 +152,11 @@ def _check_arguments(
         raise MergeError(
             f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(experts)} are given."
         )
+    if len(experts) < method.min_experts:
+        raise MergeError(
+            f"{method!r} needs at least {method.min_experts} experts, and {len(experts)} are given; give more, or "
+            "change what asks for so many."
+        )
     if output is not None and is_folder(output):
         check_folder(output, base.path)
     elif output is not None:

@@ -32,7 +32,7 @@ def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
     Small models are made up and merged. Checked are:
 
     * the arguments are frozen and survive a config;
-    * one expert can be merged;
+    * one expert can be merged (or as few as the method says it needs);
     * the update has the shape, dtype and device of the parameter, and the model those of the base, be it in float32,
       bfloat16 or float16;
     * no input is changed;
@@ -131,7 +131,7 @@ def _check_rule(method: MergeMethod, tolerance: float) -> None:
 
 
 def _check_one_expert(method: MergeMethod, tolerance: float) -> None:
-    _require_finite(method, "one expert", *make_models(1))
+    _require_finite(method, "one expert", *make_models(_count(method, 1)))
 
 
 def _check_dtypes(method: MergeMethod, tolerance: float) -> None:
@@ -280,6 +280,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _count(method: MergeMethod, experts: int = 3) -> int:
+    experts = max(experts, method.min_experts)
     return experts if method.max_experts is None else min(experts, method.max_experts)
 
 

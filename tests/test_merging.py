@@ -14,6 +14,7 @@ from lightning_merge.methods import (
     SCORE,
     TIES,
     TSVM,
+    ConsensusTA,
     IsoC,
     IsoCTS,
     MergeMethod,
@@ -283,3 +284,9 @@ def test_summary_counts(base, experts):
     assert text == (
         "SCORE of 3 experts (a, b, c): 6 parameters merged, 2 running statistics averaged, 2 copied from the base"
     )
+
+
+def test_more_experts_are_asked_for_than_there_are(base, experts):
+    with pytest.raises(lm.MergeError, match=r"k=4.* needs at least 4 experts, and 3 are given"):
+        lm.merge(base, experts, ConsensusTA(k=4))
+    lm.merge(base, experts, ConsensusTA(k=3))

@@ -91,6 +91,8 @@ class MergeMethod(ABC):
     """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""
     order_matters: ClassVar[bool] = False
     """Whether the result may depend on the order of the experts (ties, or random draws, that go by position)."""
+    min_experts: ClassVar[int] = 1
+    """The fewest experts that the method can merge."""
     max_experts: ClassVar[int | None] = None
     """The most experts that the method can merge; None for any number."""
     needs: ClassVar[tuple[str, ...]] = ()

@@ -25,14 +25,13 @@ def consensus(deltas: Tensor, merged: Tensor, mask_threshold: float = 0.4, k: in
 class ConsensusTA(Wrapper):
     """The merged update without the entries that matter to no task (catastrophic ones) or to one alone (selfish ones).
 
-    With fewer than ``k`` experts nothing is left but the base, as in the official code.
-
     Args:
         method: The method that merges. The masks compare its update before scaling. Consensus TIES is
             ``method=TIES(merge="sum")``.
         mask_threshold: The masks' λ, must not be negative. The official code chooses it for each task among 0.2, 0.3,
             0.4, 0.5, 0.6 on validation data; here it is one for all.
-        k: The number of tasks that an entry must matter to; 0 keeps everything, 1 drops the catastrophic entries only.
+        k: The number of tasks that an entry must matter to, at most the number of experts; 0 keeps everything, 1 drops
+            the catastrophic entries only.
         scale: Scaling coefficient; by default that of the method. The official code chooses it on validation data.
     """
 
@@ -46,6 +45,11 @@ class ConsensusTA(Wrapper):
         super().__post_init__()
         check_range(self, "mask_threshold", 0, float("inf"), open_high=True)
         check_range(self, "k", 0, float("inf"), open_high=True)
+
+    @property
+    def min_experts(self) -> int:  # type: ignore[override]
+        """At least k, or nothing would be left."""
+        return max(self.k, self.method.min_experts)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``, see :func:`consensus`."""

@@ -60,6 +60,11 @@ class Wrapper(MergeMethod):
         return self.method.order_matters
 
     @property
+    def min_experts(self) -> int:  # type: ignore[override]
+        """The fewest experts that the method inside can merge."""
+        return self.method.min_experts
+
+    @property
     def max_experts(self) -> int | None:  # type: ignore[override]
         """The most experts that the method inside can merge."""
         return self.method.max_experts

@@ -21,7 +21,7 @@ from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM, tsv_m
 from lightning_merge.methods.wrapper import Wrapper
 from lightning_merge.task_vectors import TaskVectors
-from tests.methods.test_golden_b import load
+from tests.methods.test_golden_spectral import load
 
 
 def write_adapters(folder, groups, scaling=1.0):

@@ -72,7 +72,7 @@ def updates(method, base, experts, expert=None):
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("num_experts", [1, 3, 9], ids=["one expert", "three", "more than the rank"])
 def test_updates_are_finite_and_inputs_untouched(method, num_experts):
-    base, experts = models(num_experts)
+    base, experts = models(max(num_experts, method.min_experts))
     before = [{name: w.clone() for name, w in model.items()} for model in (base, *experts)]
     merged = merge(base, {str(i): expert for i, expert in enumerate(experts)}, method)
     for weights in (merged.weights, merged.for_task("0")):

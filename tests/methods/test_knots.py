@@ -15,7 +15,7 @@ from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.wrapper import Wrapper
 from lightning_merge.task_vectors import TaskVectors
-from tests.methods.test_golden_b import GOLDEN, load, open_task_vectors, worst
+from tests.methods.test_golden_spectral import GOLDEN, load, open_task_vectors, worst
 
 CASES = [
     (KnOTS(TIES(scale=0.6)), "merged_tv", "scaled", 1e-7),
