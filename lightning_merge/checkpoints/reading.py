@@ -1,7 +1,6 @@
-"""Read and write weights: whatever the file, one mapping from parameter name to tensor.
+"""Read weights: whatever the file, one mapping from parameter name to tensor.
 
 Nothing here runs code from a file: pickles are loaded with ``weights_only=True`` and there is no way around it.
-Files are written beside their final name and renamed once complete, so that a crash leaves no half of a file.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ import hashlib
 import json
 import os
 import pickle
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union
 
@@ -26,8 +23,8 @@ Source = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 
 STATISTICS = ".statistics.safetensors"
 """What replaces the ending of a weight file in the name of the statistics beside it."""
-_TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-_TIED = "tied:"  # in a safetensors header: "tied:<alias>" -> the name under which the shared tensor is stored
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+TIED = "tied:"  # in a safetensors header: "tied:<alias>" -> the name under which the shared tensor is stored
 
 
 class Weights(Mapping[str, Tensor]):
@@ -114,16 +111,16 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
     if isinstance(source, Weights):
         return source
     if isinstance(source, Mapping):
-        return _from_memory(name or "the state dict", source)
+        return from_memory(name or "the state dict", source)
     path = _find_file(Path(source).expanduser())
     name = name or str(source)
     if path.name.endswith(".index.json"):
         return _from_shards(name, path)
     if path.suffix == ".safetensors":
         return _from_safetensors(name, path)
-    if path.suffix in _TORCH_SUFFIXES:
+    if path.suffix in TORCH_SUFFIXES:
         return _from_torch(name, path)
-    known = ", ".join([".safetensors", *_TORCH_SUFFIXES])
+    known = ", ".join([".safetensors", *TORCH_SUFFIXES])
     raise MergeError(f"{path} is no weight file that is known here; give one that ends in {known}, or a folder.")
 
 
@@ -155,9 +152,10 @@ def _find_file(path: Path) -> Path:
     raise MergeError(f"The folder {path} holds no weight file (.safetensors, .ckpt, .bin or .pt).")
 
 
-def _from_memory(
+def from_memory(
     name: str, state: Mapping[str, Any], path: Path | None = None, header: Mapping[str, Any] | None = None
 ) -> Weights:
+    """See a state dict as weights; entries that are no tensors are left out, names that share a tensor are noted."""
     tensors = {_plain(key): value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise MergeError(f"{name} holds no tensors.")
@@ -189,20 +187,21 @@ def _from_torch(name: str, path: Path) -> Weights:
     except pickle.UnpicklingError as error:
         raise MergeError(
             f"{path} cannot be loaded without running code that is stored in it, so it was refused; "
-            f"save its state_dict alone and give that file. ({_first_line(error)})"
+            f"save its state_dict alone and give that file. ({first_line(error)})"
         ) from error
     except Exception as error:  # a damaged pickle can raise anything
-        raise MergeError(f"{path} is damaged or no PyTorch file ({_first_line(error)}).") from error
+        raise MergeError(f"{path} is damaged or no PyTorch file ({first_line(error)}).") from error
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not a state dict.")
     header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise MergeError(f"{path} holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}.")
-    return _from_memory(name, state, path, header)
+    return from_memory(name, state, path, header)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where that says nothing."""
     line = (str(error).splitlines() or [""])[0]
     return line if " " in line else f"{type(error).__name__} {line}".strip()
 
@@ -225,7 +224,7 @@ def _from_safetensors(name: str, path: Path) -> Weights:
         raise MergeError(f"{path} is damaged or no safetensors file: {error}") from error
     metadata = dict(file.metadata() or {})
     stored = {_plain(key): key for key in file.keys()}  # noqa: SIM118, a safetensors file is no dictionary
-    tied = {key.removeprefix(_TIED): owner for key, owner in metadata.items() if key.startswith(_TIED)}
+    tied = {key.removeprefix(TIED): owner for key, owner in metadata.items() if key.startswith(TIED)}
     for alias, owner in tied.items():
         if owner not in stored:
             raise MergeError(f"{path} is damaged: {alias!r} is said to be {owner!r}, which is not there.")
@@ -296,128 +295,3 @@ def _from_shards(name: str, index: Path) -> Weights:
         meta={key: home.meta[key] for key, home in homes.items()},
         path=index,
     )
-
-
-def save_weights(
-    path: str | os.PathLike[str],
-    weights: Mapping[str, Tensor],
-    *,
-    hyper_parameters: Mapping[str, Any] | None = None,
-    manifest: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write weights to one file, completely or not at all.
-
-    Args:
-        path: Ends in ``.ckpt`` (a checkpoint that ``LightningModule.load_from_checkpoint`` and
-            ``trainer.test(ckpt_path=…)`` take), ``.safetensors``, or ``.pt`` / ``.pth`` / ``.bin`` (a state dict).
-        weights: The parameters and buffers by name; tied ones share their storage.
-        hyper_parameters: The arguments of the LightningModule, for a ``.ckpt``.
-        manifest: How these weights came to be; kept in a ``.ckpt`` and in the header of a ``.safetensors``.
-
-    Returns:
-        The path that was written.
-
-    Raises:
-        MergeError: If the file type is not known, or if the file cannot be written.
-    """
-    check_output(path)
-    path = Path(path).expanduser()
-    weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    if path.suffix == ".safetensors":
-        _save_safetensors(path, weights, manifest)
-    elif path.suffix == ".ckpt":
-        import lightning
-
-        content = {
-            "state_dict": weights,
-            "pytorch-lightning_version": lightning.__version__,
-            "epoch": 0,
-            "global_step": 0,
-            "hyper_parameters": dict(hyper_parameters or {}),
-            "merge": dict(manifest or {}),
-        }
-        _write(path, lambda file: torch.save(content, file))
-    else:
-        _write(path, lambda file: torch.save(weights, file))
-    return path
-
-
-def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -> None:
-    """Raise a :class:`MergeError` if weights cannot be written to ``path``: to be called before any work.
-
-    Args:
-        path: Where the weights are to be written.
-        inputs: What must not be replaced.
-    """
-    path = Path(path).expanduser()
-    for weights in inputs:
-        if weights.path is not None and weights.path.resolve() == path.resolve():
-            raise MergeError(f"{path} is one of the models to merge; give the merged model another name.")
-    check_suffix(path)
-    if path.is_dir():
-        raise MergeError(f"Cannot write {path}: it is a folder; give the name of a file.")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a library write a file whose place ``path`` then takes."""
-    with replacing(path) as file:
-        try:
-            write(file)
-        except Exception as error:  # a full disk is a RuntimeError of torch and a SafetensorError of safetensors
-            raise OSError(_first_line(error)) from error
-
-
-def check_suffix(path: str | os.PathLike[str]) -> None:
-    """Raise a :class:`MergeError` if the name does not say what kind of weight file to write."""
-    if Path(path).suffix not in (".safetensors", *_TORCH_SUFFIXES):
-        raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
-
-
-def _save_safetensors(path: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
-    from safetensors.torch import save_file
-
-    tied = _from_memory("the merged model", weights).tied
-    metadata = {"format": "pt", "merge": json.dumps(dict(manifest or {}))}
-    metadata |= {_TIED + alias: owner for alias, owner in tied.items()}
-    stored = {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}
-    _write(path, lambda file: save_file(stored, file, metadata))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of ``path``; when the block ends well, that file becomes ``path``.
-
-    Raises:
-        MergeError: If the file cannot be written (no such right, disk full); what stood at ``path`` is still there.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(temporary_name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MergeError(f"Could not write {path}: {error.strerror or error}; nothing was changed there.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, completely or not at all."""
-    with replacing(path) as file:
-        file.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
