@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
+from lightning_merge.layer_inputs import watch_inputs, watchable
 from lightning_merge.task_vectors import wide
 
 Kind = Literal["fisher", "gram", "gram_out"]
@@ -159,13 +160,12 @@ class StatisticsCollector:
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # examples, batches
         zeros = {name: torch.zeros_like(wide(tensor)) for name, tensor in self._parameters.items()}
         self._fisher = zeros if "fisher" in recipe.kinds else {}
-        self._layers = _linear_layers(module, self._parameters) if {"gram", "gram_out"} & {*recipe.kinds} else {}
-        self._tokens = {name: torch.zeros((), dtype=torch.int64, device=device) for name in self._layers}
-        self._inputs, self._outputs = {}, {}
-        for name in self._layers:
-            weight = wide(self._parameters[name])
-            self._inputs[name] = weight.new_zeros(weight.shape[1], weight.shape[1])
-            self._outputs[name] = weight.new_zeros(weight.shape[0], weight.shape[0])
+        grams = {"gram", "gram_out"} & {*recipe.kinds}
+        matrices = {name: wide(self._parameters[name]) for name in _matrices(module, self._parameters) if grams}
+        self._layers = _linear_layers(module, matrices) if "gram_out" in recipe.kinds else {}
+        self._tokens = {name: torch.zeros((), dtype=torch.int64, device=device) for name in matrices}
+        self._inputs = {name: weight.new_zeros(2 * weight.shape[1:]) for name, weight in matrices.items()}
+        self._outputs = {name: matrices[name].new_zeros(2 * matrices[name].shape[:1]) for name in self._layers}
 
     def _logits(self, parameters: State, inputs: Tensor) -> Tensor:
         state = parameters | self._buffers
@@ -175,7 +175,7 @@ class StatisticsCollector:
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Add one batch of inputs ``(N, …)`` and labels ``(N,)`` (of this process, if there are several)."""
         with _evaluating(self._module), torch.autocast(inputs.device.type, enabled=False), torch.enable_grad():
-            if self._layers:
+            if self._inputs:
                 self._add_grams(inputs, targets)
             if self._fisher:
                 with torch.no_grad():
@@ -200,29 +200,25 @@ class StatisticsCollector:
                 self._fisher[name] += (self._reduce(wide(gradients)) / count).square()
 
     def _add_grams(self, inputs: Tensor, targets: Tensor) -> None:
-        backward = "gram_out" in self.recipe.kinds
+        def add_input(name: str, rows: Tensor) -> None:
+            self._inputs[name] += gram(rows)
+            self._tokens[name] += len(rows)
 
-        def add(sums: State, name: str, rows: Tensor) -> None:
-            sums[name] += gram(rows)
+        def add_output(name: str, gradients: Tensor) -> None:
+            self._outputs[name] += gram(gradients)
 
-        def hook(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor, name: str) -> None:
-            rows = args[0] if args else kwargs["input"]
-            add(self._inputs, name, rows)
-            self._tokens[name] += rows.numel() // rows.shape[-1]
-            if backward:
-                output.register_hook(partial(add, self._outputs, name))
+        def hook(layer: nn.Module, args: tuple, output: Tensor, name: str) -> None:
+            output.register_hook(partial(add_output, name))
 
-        hooks = [
-            layer.register_forward_hook(partial(hook, name=name), with_kwargs=True)
-            for name, layer in self._layers.items()
-        ]
-        leaves = {name: tensor.detach().requires_grad_(backward) for name, tensor in self._parameters.items()}
+        hooks = [layer.register_forward_hook(partial(hook, name=name)) for name, layer in self._layers.items()]
+        leaves = {name: tensor.detach().requires_grad_(bool(hooks)) for name, tensor in self._parameters.items()}
         try:
-            logits = self._logits(leaves, inputs)
+            with watch_inputs(self._module, self._inputs.keys(), add_input):
+                logits = self._logits(leaves, inputs)
         finally:
             for handle in hooks:
                 handle.remove()
-        if not backward:
+        if not hooks:
             return
         layers = [leaves[name] for name in self._layers]
         for labels, weights in label(_check(logits).detach(), targets, self.recipe.labels):
@@ -252,10 +248,10 @@ class StatisticsCollector:
                 found[f"fisher.{name}"] = self._reduce(total.clone()) / examples
             else:
                 found[f"fisher.{name}"] = total / int(self._counts[1])  # the same on every process
-        for name in self._layers:
+        for name in self._inputs:
             tokens = self._reduce(self._tokens[name].clone())
             for kind, sums in (("gram", self._inputs), ("gram_out", self._outputs)):
-                if kind in self.recipe.kinds and tokens > 0:
+                if kind in self.recipe.kinds and name in sums and tokens > 0:
                     found[f"{kind}.{name}"] = self._reduce(sums[name].clone()) / tokens
         return found
 
@@ -286,6 +282,11 @@ def _distinct_names(module: nn.Module) -> Iterator[str]:
     """
     for prefix, part in module.named_modules():
         yield from (f"{prefix}.{name}".lstrip(".") for name in (*part._parameters, *part._buffers))
+
+
+def _matrices(module: nn.Module, parameters: State) -> list[str]:
+    """The weights of linear layers and of attention, whose inputs can be seen. Kernels of convolutions are left out."""
+    return [name for name in watchable(module) if name in parameters and parameters[name].ndim == 2]
 
 
 def _linear_layers(module: nn.Module, parameters: State) -> dict[str, nn.Linear]:

@@ -45,6 +45,11 @@ def watch_inputs(module: nn.Module, names: Collection[str], see: Callable[[str, 
             handle.remove()
 
 
+def watchable(module: nn.Module) -> list[str]:
+    """The names of all weights whose inputs :func:`watch_inputs` can show."""
+    return [f"{path}.{weight}".lstrip(".") for path, part in module.named_modules() for weight in _weights(part)]
+
+
 def _weights(part: nn.Module) -> tuple[str, ...]:
     if isinstance(part, nn.MultiheadAttention):
         return ("in_proj_weight", "out_proj.weight")

@@ -188,7 +188,7 @@ def _wanted(kind: str, needs: Sequence[str], opened: Mapping[str, Weights], name
     """The parameters for which every expert must have a statistic."""
     if kind == "fisher":
         return list(names)
-    grams = [other for other in needs if other != "fisher"]
+    grams = [kind] if kind == "gram_out" else [other for other in needs if other != "fisher"]
     return [n for n in names if any(f"{gram}.{n}" in source for gram in grams for source in opened.values())]
 
 

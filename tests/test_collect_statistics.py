@@ -225,3 +225,27 @@ def test_modules_and_data_that_cannot_work(batches):
     collect_statistics(nn.Linear(3, 2), batches, Recipe(("gram",)))  # needs no logits
     with pytest.raises(lm.MergeError, match="no batches"):
         collect_statistics(nn.Linear(3, 2), [])
+
+
+def test_attention_as_open_clip_has_it_gets_gram_matrices_of_its_inputs():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn, self.head = attention, nn.Linear(8, 3)
+
+        def forward(self, tokens):
+            return self.head(self.attn(tokens, tokens, tokens, need_weights=False)[0].mean(dim=1))
+
+    tokens, labels = torch.randn(6, 5, 8), torch.randint(0, 3, (6,))
+    found = collect_statistics(Tower(), [(tokens, labels)], Recipe(("gram", "gram_out")))
+    rows = tokens.flatten(0, 1)
+    torch.testing.assert_close(found["gram.attn.in_proj_weight"], rows.mT @ rows / len(rows))
+    query, key, value = (rows @ attention.in_proj_weight.mT + attention.in_proj_bias).view(6, 5, 3, 2, 4).unbind(dim=2)
+    scores = torch.einsum("nqhd,nkhd->nhqk", query, key) / 2
+    context = torch.einsum("nhqk,nkhd->nqhd", scores.softmax(dim=-1), value).reshape(-1, 8).detach()
+    torch.testing.assert_close(found["gram.attn.out_proj.weight"], context.mT @ context / len(context))
+    assert "gram_out.head.weight" in found
+    assert "gram_out.attn.in_proj_weight" not in found

@@ -140,11 +140,22 @@ def test_no_gram_matrix_at_all(models):
     refused(models, RegMean(), r"holds no gram\.<parameter> for any merged parameter; it must hold the mean of x xᵀ")
 
 
-def test_gradients_are_needed_where_inputs_are_there(models):
-    for name, state in models[2].items():
-        models[2][name] = {k: v for k, v in state.items() if not k.startswith("gram_out.")}
+def test_gradients_are_needed_of_some_layer_and_then_of_every_expert(models):
     base, experts, statistics = models
-    refused(models, MaTS(), r"lacks 'gram_out\.visual\.conv1\.weight'")
+    key = f"gram_out.{PROJ}"
+    first, *others = statistics
+    for name in others:
+        del statistics[name][key]
+    refused(models, MaTS(), rf"lacks 'gram_out\.{PROJ}'")
+    del statistics[first][key]  # in no expert: this layer is merged without
+    weights = merge(base, experts, MaTS(), statistics=statistics).weights
+    alone = merge(base, experts, MaTS(backward=False), statistics=statistics).weights
+    assert torch.equal(weights[PROJ], alone[PROJ])
+    assert any(not torch.equal(weights[name], alone[name]) for name in weights)
+    for state in statistics.values():
+        for name in [name for name in state if name.startswith("gram_out.")]:
+            del state[name]
+    refused(models, MaTS(), r"holds no gram_out\.<parameter> for any merged parameter")
     merge(base, experts, MaTS(backward=False, iterations=2), statistics=statistics)
 
 

@@ -48,7 +48,8 @@ class MaTS(MergeMethod):
 
     With the Gram matrices G of a layer's inputs and H of the gradients at its outputs, ``Σ H_i W G_i = Σ H_i W_i G_i``
     is solved for W by conjugate gradients. Needs ``gram.<parameter>`` and ``gram_out.<parameter>`` of every expert, for
-    the layers that are to be merged so; parameters without them are averaged, as in the official code.
+    the layers that are to be merged so; layers with the first alone (attention as open_clip has it) are merged without
+    the second, and parameters with neither are averaged, as in the official code.
 
     Args:
         iterations: The most steps of conjugate gradients, at least 1; the paper takes 10 to 100, chosen on validation
@@ -85,7 +86,8 @@ class MaTS(MergeMethod):
         """``(T, …) -> (…)``: solve for the difference to the base, to the tolerance for the weights themselves."""
         if not deltas.any() or "gram" not in context.statistics:
             return self.tensor(deltas, context)
-        grams, *outer = (reduce_off_diagonal(context.statistics[kind], self.reduce_off_diagonal) for kind in self.needs)
+        known = [context.statistics[kind] for kind in self.needs if kind in context.statistics]
+        grams, *outer = (reduce_off_diagonal(statistic, self.reduce_off_diagonal) for statistic in known)
 
         def images(matrices: Tensor) -> Tensor:  # (T, m, n) or (m, n) -> (m, n)
             forward = matrices @ grams
