@@ -207,8 +207,9 @@ class StatisticsCollector:
         def add_output(name: str, gradients: Tensor) -> None:
             self._outputs[name] += gram(gradients)
 
-        def hook(layer: nn.Module, args: tuple, output: Tensor, name: str) -> None:
+        def hook(layer: nn.Module, args: tuple, output: Tensor, name: str) -> Tensor:
             output.register_hook(partial(add_output, name))
+            return output.clone()  # what follows may work in place
 
         hooks = [layer.register_forward_hook(partial(hook, name=name)) for name, layer in self._layers.items()]
         leaves = {name: tensor.detach().requires_grad_(bool(hooks)) for name, tensor in self._parameters.items()}

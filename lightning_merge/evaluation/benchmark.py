@@ -268,7 +268,13 @@ class Benchmark:
         check_names(self.methods)
         if not self.methods:
             raise MergeError("There are no methods to compare; give at least one.")
+        merged = len(self.domains) - 1
         for name, method in self.methods.items():
+            if not method.min_experts <= merged <= (method.max_experts or merged):
+                raise MergeError(
+                    f"With {len(self.domains)} domains {merged} experts are merged at a time, which is not for "
+                    f"{name!r}: it merges {method.min_experts} to {method.max_experts or 'any number'}; leave it out."
+                )
             try:
                 json.dumps(method.describe())
             except TypeError as error:

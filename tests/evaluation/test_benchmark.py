@@ -14,7 +14,7 @@ import lightning_merge as lm
 from lightning_merge.collect_statistics import Recipe
 from lightning_merge.evaluation import evaluate_candidates, search_coefficients
 from lightning_merge.evaluation.benchmark import Pretrain
-from lightning_merge.methods import SCORE, Fisher, MaTS, RegMean, TaskArithmetic, WeightAverage
+from lightning_merge.methods import SCORE, ConsensusTA, Fisher, MaTS, RegMean, TaskArithmetic, WeightAverage
 from tests.toys import quiet_trainer, tiny_expert
 
 DOMAINS = ["rotated", "noisy", "thick"]
@@ -206,6 +206,7 @@ def test_a_held_out_domain_as_a_whole():
         ({"domains": ["noisy", "upright"]}, "fitted on 'upright', which is held out"),
         ({"methods": {}}, "no methods to compare"),
         ({"methods": {"base": SCORE()}}, "'base' is there anyway"),
+        ({"methods": {"three": ConsensusTA(k=3)}}, "2 experts are merged at a time, which is not for 'three'"),
         ({"search": {"SCOR": {}}}, "no method 'SCOR' to search; the methods are average, SCORE"),
         ({"search": {"SCORE": {"z": [-1.0]}}}, "z must lie in"),
         ({"pretrain": Pretrain(["upright"], hparams={"lr": 1})}, "no hyper-parameter 'lr'"),
