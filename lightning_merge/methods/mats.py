@@ -53,7 +53,7 @@ class MaTS(MergeMethod):
 
     Args:
         iterations: The most steps of conjugate gradients, at least 1; the paper takes 10 to 100, chosen on validation
-            data. Stopping early is what keeps directions small that the data hardly determine.
+            data. Stopping early is what keeps directions small that the data hardly determine: 100 ruined the digits.
         backward: Use the gradients at the outputs; without them the solution is RegMean's.
         initialization: Where the iteration starts: ``task_arithmetic`` (with coefficient 0.3), the ``average`` of the
             experts, or the ``pretrained`` base. (The official code gives the base untransposed; here it is as meant.)

@@ -15,7 +15,7 @@ from lightning_merge.collect_statistics import Recipe
 from lightning_merge.evaluation import evaluate_candidates, search_coefficients
 from lightning_merge.evaluation.benchmark import Pretrain
 from lightning_merge.methods import SCORE, ConsensusTA, Fisher, MaTS, RegMean, TaskArithmetic, WeightAverage
-from tests.toys import quiet_trainer, tiny_expert
+from tests.toys import image_folders, quiet_trainer, tiny_expert
 
 DOMAINS = ["rotated", "noisy", "thick"]
 METHODS = {"average": WeightAverage(), "SCORE": SCORE()}
@@ -243,3 +243,15 @@ def test_methods_that_need_statistics_are_rows_like_any_other():
     assert again.values("RegMean") == table.values("RegMean")
     run({"MaTS": MaTS(iterations=2)}, statistics=Recipe(fisher="batch", labels="true", batches=3))
     assert lm.open_weights(files["noisy"]).header["statistics"]["kinds"] == ["gram", "gram_out"]
+
+
+def test_an_unreadable_image_is_found_before_anything_is_fitted(tmp_path):
+    root = image_folders(tmp_path / "data")
+    broken = root / "sketch" / "dog" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    shape = {"size": (8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(lm.MergeError, match=r"03\.jpg cannot be read"):
+        quiet_trainer(max_epochs=1).benchmark(
+            tiny_expert(num_classes=2), lm.DomainFolders(str(root), **shape), methods=METHODS, output="out"
+        )
+    assert not Path("out").exists()
