@@ -121,7 +121,7 @@ class Benchmark:
             try:
                 with quiet_lightning():
                     job()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
                 rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
                 raise
             rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_merge as lm
@@ -255,3 +257,22 @@ def test_an_unreadable_image_is_found_before_anything_is_fitted(tmp_path):
             tiny_expert(num_classes=2), lm.DomainFolders(str(root), **shape), methods=METHODS, output="out"
         )
     assert not Path("out").exists()
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the second batch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_leaves_no_expert_and_says_how_to_go_on(caplog):
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with caplog.at_level("INFO"), pytest.raises((KeyboardInterrupt, SystemExit)):
+            run(trainer={"callbacks": [Interrupt()]})
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning lets it be ignored
+    assert "interrupted in base; the same command goes on there" in caplog.text
+    assert not [path for path in Path("out").rglob("*") if path.name == "done" or path.suffix == ".ckpt"]
