@@ -48,12 +48,22 @@ def check_folder(path: str | os.PathLike[str], base: Path | None) -> None:
         )
     if path.exists() and not path.is_dir():
         raise MergeError(f"{path} is a file, so that no folder can be written there; give another name.")
-    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
+    if path.is_dir() and any(path.iterdir()) and not is_ours(path):
         raise MergeError(f"The folder {path} holds something that was not merged here; give another name, or empty it.")
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
     return (folder / _WEIGHTS).is_file() and "merge" in open_weights(folder / _WEIGHTS).header
+
+
+def weights_name(base: Path | None) -> str:
+    return _WEIGHTS
+
+
+def carry_over(old: Path, new: Path) -> None:
+    for file in sorted({file for pattern in _CARRIED for file in old.glob(pattern)}):
+        if file.is_file():
+            shutil.copyfile(file, new / file.name)
 
 
 def save_folder(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,66 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights, save_weights
+from lightning_merge.computation import Computation
 from lightning_merge.errors import MergeError
 from lightning_merge.folders import is_folder, save_folder
-from lightning_merge.methods import Context, MergeMethod
-from lightning_merge.task_vectors import Inventory, TaskVectors
-
-
-@dataclass(frozen=True)
-class Computation:
-    """A method applied to task vectors, parameter by parameter.
-
-    Args:
-        method: The method.
-        base: The base.
-        task_vectors: The task vectors of every merged parameter.
-        survey: What the method found in its look at the whole model.
-        inventory: What happens to every parameter.
-        workers: Parameters that are computed at the same time.
-        updates: Where the updates are kept once they are computed; None to forget them.
-    """
-
-    method: MergeMethod
-    base: Weights
-    task_vectors: TaskVectors
-    survey: Any
-    inventory: Inventory
-    workers: int = 1
-    updates: dict[str, Tensor] | None = None
-
-    def merged(self) -> dict[str, Tensor]:
-        """The merged parameters: ``base + scale * update``."""
-        return self._parameters(self._update)
-
-    def for_task(self, expert: int) -> dict[str, Tensor]:
-        """The merged parameters as the method makes them for one expert's task; none if it makes no difference."""
-        if not self.method.per_task:
-            return {}
-        return self._parameters(lambda deltas, context: self.method.task_update(deltas(), expert, context))
-
-    def rescaled(self, scale: float) -> Computation:
-        """The same computation with another scaling coefficient."""
-        return replace(self, method=replace(self.method, scale=scale))
-
-    def _update(self, deltas: Callable[[], Tensor], context: Context) -> Tensor:
-        if self.updates is None:
-            return self.method.update(deltas(), context)
-        if context.name not in self.updates:
-            self.updates[context.name] = self.method.update(deltas(), context)
-        return self.updates[context.name]
-
-    def _parameters(self, update: Callable[[Callable[[], Tensor], Context], Tensor]) -> dict[str, Tensor]:
-        def parameter(name: str) -> Tensor:
-            context = self.task_vectors.context(name, self.survey)
-            change = update(lambda: self.task_vectors[name], context)
-            return (context.base + self.method.scale * change).to(self.base[name])
-
-        names = self.inventory.merged
-        with ThreadPoolExecutor(self.workers) as pool:
-            runs = [copy_context().run for _ in names]  # threads see what the caller has set
-            found = dict(zip(names, pool.map(lambda run, name: run(parameter, name), runs, names), strict=True))
-        return found | {alias: found[owner] for alias, owner in self.inventory.tied.items() if owner in found}
+from lightning_merge.task_vectors import Inventory
 
 
 @dataclass(frozen=True)
@@ -80,7 +22,8 @@ class Merged:
     """One model made of several.
 
     Args:
-        weights: The merged parameters and buffers, in the dtype and on the device of the base.
+        weights: The merged parameters and buffers, in the dtype and on the device of the base; where the model was
+            written while it was computed, they are read from the file when they are asked for.
         base: What the experts were merged onto.
         inventory: What happened to every parameter.
         manifest: Method, arguments, versions, and the sha256 of every file that went in.
@@ -89,7 +32,7 @@ class Merged:
         computation: What gives the models of the tasks, and other scales, where they are not these weights.
     """
 
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     base: Weights
     inventory: Inventory
     manifest: dict[str, Any]
@@ -110,7 +53,8 @@ class Merged:
             raise MergeError(f"There is no expert {expert!r}; the experts are {', '.join(self.experts)}.")
         source = self.experts[expert]
         own = self.computation.for_task(list(self.experts).index(expert)) if self.computation else {}
-        return self.weights | own | {name: source[name].clone() for name in self.inventory.private[source.name]}
+        private = {name: source[name].clone() for name in self.inventory.private[source.name]}
+        return {**self.weights, **own, **private}
 
     def rescaled(self, scale: float) -> Merged:
         """Return the same merge with another scaling coefficient, bit for bit, without merging again.
@@ -123,7 +67,7 @@ class Merged:
         computation = self.computation.rescaled(scale)
         return replace(
             self,
-            weights=self.weights | computation.merged(),
+            weights={**self.weights, **computation.all_merged()},
             manifest=self.manifest | {"method": computation.method.describe()},
             computation=computation,
         )

@@ -1,16 +1,29 @@
 """Read and write weights: whatever the file, one mapping from parameter name to tensor."""
 
+from lightning_merge.checkpoints.atomic import exchange, replacing, sync_folder, write_text
+from lightning_merge.checkpoints.part_file import PartFile
 from lightning_merge.checkpoints.reading import STATISTICS, Source, Weights, open_weights
-from lightning_merge.checkpoints.writing import check_output, check_suffix, replacing, save_weights, write_text
+from lightning_merge.checkpoints.writing import (
+    check_output,
+    check_suffix,
+    header_metadata,
+    save_torch,
+    save_weights,
+)
 
 __all__ = [
     "STATISTICS",
+    "PartFile",
     "Source",
     "Weights",
     "check_output",
     "check_suffix",
+    "exchange",
+    "header_metadata",
     "open_weights",
     "replacing",
+    "save_torch",
     "save_weights",
+    "sync_folder",
     "write_text",
 ]

@@ -1,21 +1,17 @@
-"""Write weights, completely or not at all.
-
-A file is written beside its final name and renamed once complete, so that a crash leaves no half of a file.
-"""
+"""Write weights that are in memory to one file, completely or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_merge.checkpoints.atomic import replacing
 from lightning_merge.checkpoints.reading import TIED, TORCH_SUFFIXES, Weights, first_line, from_memory
 from lightning_merge.errors import MergeError
 
@@ -45,22 +41,11 @@ def save_weights(
     check_output(path)
     path = Path(path).expanduser()
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    if path.suffix == ".safetensors":
-        _save_safetensors(path, weights, manifest)
-    elif path.suffix == ".ckpt":
-        import lightning
-
-        content = {
-            "state_dict": weights,
-            "pytorch-lightning_version": lightning.__version__,
-            "epoch": 0,
-            "global_step": 0,
-            "hyper_parameters": dict(hyper_parameters or {}),
-            "merge": dict(manifest or {}),
-        }
-        _write(path, lambda file: torch.save(content, file))
-    else:
-        _write(path, lambda file: torch.save(weights, file))
+    with replacing(path) as file:
+        if path.suffix == ".safetensors":
+            _save_safetensors(file, weights, manifest)
+        else:
+            save_torch(file, path.suffix, weights, hyper_parameters, manifest)
     return path
 
 
@@ -83,63 +68,55 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -
         raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a library write a file whose place ``path`` then takes."""
-    with replacing(path) as file:
-        try:
-            write(file)
-        except Exception as error:  # a full disk is a RuntimeError of torch and a SafetensorError of safetensors
-            raise OSError(first_line(error)) from error
-
-
 def check_suffix(path: str | os.PathLike[str]) -> None:
     """Raise a :class:`MergeError` if the name does not say what kind of weight file to write."""
     if Path(path).suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise MergeError(f"Cannot tell how to write {path}; end its name in .ckpt, .safetensors or .pt.")
 
 
-def _save_safetensors(path: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
+def header_metadata(tied: Mapping[str, str], manifest: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the header of a safetensors file says beside names and shapes."""
+    return {"format": "pt", "merge": json.dumps(dict(manifest or {}))} | {TIED + a: owner for a, owner in tied.items()}
+
+
+def save_torch(
+    file: Path,
+    suffix: str,
+    weights: Mapping[str, Tensor],
+    hyper_parameters: Mapping[str, Any] | None,
+    manifest: Mapping[str, Any] | None,
+) -> None:
+    """Let torch write a file: a checkpoint of Lightning if the suffix says so, else a plain state dict.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    content: dict[str, Any] = dict(weights)
+    if suffix == ".ckpt":
+        from importlib.metadata import version
+
+        content = {
+            "state_dict": content,
+            "pytorch-lightning_version": version("lightning"),
+            "epoch": 0,
+            "global_step": 0,
+            "hyper_parameters": dict(hyper_parameters or {}),
+            "merge": dict(manifest or {}),
+        }
+    _or_os_error(lambda: torch.save(content, file))
+
+
+def _save_safetensors(file: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
     from safetensors.torch import save_file
 
     tied = from_memory("the merged model", weights).tied
-    metadata = {"format": "pt", "merge": json.dumps(dict(manifest or {}))}
-    metadata |= {TIED + alias: owner for alias, owner in tied.items()}
     stored = {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}
-    _write(path, lambda file: save_file(stored, file, metadata))
+    _or_os_error(lambda: save_file(stored, file, header_metadata(tied, manifest)))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of ``path``; when the block ends well, that file becomes ``path``.
-
-    Raises:
-        MergeError: If the file cannot be written (no such right, disk full); what stood at ``path`` is still there.
-    """
-    temporary = None
+def _or_os_error(write: Callable[[], None]) -> None:
+    """Write, and let every failure be an OSError: a full disk is a RuntimeError of torch, a SafetensorError."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(temporary_name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise MergeError(f"Could not write {path}: {error.strerror or error}; nothing was changed there.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, completely or not at all."""
-    with replacing(path) as file:
-        file.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        write()
+    except Exception as error:
+        raise OSError(first_line(error)) from error

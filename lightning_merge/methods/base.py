@@ -86,7 +86,7 @@ class MergeMethod(ABC):
     factorizes: ClassVar[bool] = False
     """Whether the method decomposes matrices, which is what costs most in a large model."""
     dtype: ClassVar[torch.dtype] = torch.float32
-    """The precision in which the rules are computed; methods that factorize ask for float64."""
+    """The precision in which task vectors reach the rules; :mod:`lightning_merge.linalg` factorizes in float64."""
     per_task: ClassVar[bool] = False
     """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""
     order_matters: ClassVar[bool] = False

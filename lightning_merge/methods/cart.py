@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
@@ -35,7 +34,6 @@ class CART(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Choi et al.", "arXiv", 2024, "2412.12153")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     rank_ratio: float = 0.16
     coefficient: float = 1.0

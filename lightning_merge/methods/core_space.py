@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import isotropic, svd
+from lightning_merge.linalg import isotropize, svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.wrapper import Wrapper
@@ -154,6 +154,5 @@ class CoreSpace(Wrapper):
         inner = survey.inner[name] if self.per_layer else survey.inner
         merged = rule(survey.blocks[name], survey.blocks.context(name, inner))
         if self.isotropize:
-            factor, s = isotropic(merged)
-            merged = s.mean() * factor
+            merged = isotropize(merged)
         return (U @ merged @ Vt).reshape(deltas.shape[1:])

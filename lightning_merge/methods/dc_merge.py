@@ -52,7 +52,6 @@ class DCMerge(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Zhang et al.", "CVPR", 2026, "2603.06242")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     keep_fraction: float = 1e-3
 

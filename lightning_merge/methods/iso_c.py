@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_merge.linalg import isotropic
+from lightning_merge.linalg import isotropize
 from lightning_merge.methods.base import Context, MergeMethod, Paper
 
 
@@ -18,8 +17,7 @@ def iso_c(deltas: Tensor) -> Tensor:
     The mean is over all ``min(m, n)`` singular values. Where the sum has no full rank, as that of a few LoRA experts,
     nothing happens in its null space: it stays zero, and the result does not depend on which vectors LAPACK puts there.
     """
-    factor, s = isotropic(deltas.sum(dim=0))
-    return s.mean() * factor
+    return isotropize(deltas.sum(dim=0))
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,6 @@ class IsoC(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, m, n) -> (m, n)``, see :func:`iso_c`."""

@@ -60,7 +60,6 @@ class IsoCTS(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     common_fraction: float = 0.8
 

@@ -91,7 +91,6 @@ class SCORE(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Chaves et al.", "CVPR", 2026, "2603.05768")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     mode: Mode = "trimmed"
     z: float = 1.96

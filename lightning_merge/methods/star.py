@@ -43,7 +43,6 @@ class STAR(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Lee et al.", "NAACL", 2025, "2502.10339")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     eta: float = 40.0
 

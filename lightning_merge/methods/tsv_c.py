@@ -34,7 +34,6 @@ class TSVC(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
     per_task: ClassVar[bool] = True
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:

@@ -83,9 +83,13 @@ class TSVM(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
     factorizes: ClassVar[bool] = True
-    dtype: ClassVar[torch.dtype] = torch.float64
 
     variant: Variant = "svd"
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Float64 for ``eig``, which is unstable."""
+        return torch.float64 if self.variant == "eig" else torch.float32
 
     def __post_init__(self) -> None:
         check_choice(self, "variant", ("svd", "eig", "lossless", "low_rank"))

@@ -43,9 +43,9 @@ def open_task_vectors(groups, names=None, dtype=torch.float64, matrices=Matrices
     return TaskVectors(base, experts, list(names or groups["pretrained"]), dtype, matrices=matrices)
 
 
-def worst(groups, group, method, matrices=Matrices(), expert=None, form="update"):  # noqa: B008
+def worst(groups, group, method, matrices=Matrices(), expert=None, form="update", dtype=None):  # noqa: B008
     """The largest deviation of a method's update (or model, or scaled update) from a group, over all its keys."""
-    task_vectors = open_task_vectors(groups, dtype=method.dtype, matrices=matrices)
+    task_vectors = open_task_vectors(groups, dtype=dtype or method.dtype, matrices=matrices)
     survey = method.survey(task_vectors)
     deviation = 0.0
     for name, expected in groups[group].items():
@@ -62,13 +62,13 @@ def worst(groups, group, method, matrices=Matrices(), expert=None, form="update"
 
 def tsvm_cases(name, num_experts):
     yield from [
-        (name, TSVM(), "tsvm64", 1e-9, {}),
+        (name, TSVM(), "tsvm64", 1e-9, {"dtype": torch.float64}),
         (name, TSVM(), "tsvm", 3e-6, {}),
         (name, TSVM(), "merged_tv", 3e-6, {}),
         (name, TSVM(), "merged", 3e-6, {"form": "model"}),
         (name, TSVM(variant="eig"), "tsvm_eig64", 1e-9, {}),
         (name, TSVM(variant="lossless"), "tsvm_lossless", 1e-7, {}),
-        (name, TSVM(variant="low_rank"), "lowrank_sum64", 1e-9, {}),
+        (name, TSVM(variant="low_rank"), "lowrank_sum64", 1e-9, {"dtype": torch.float64}),
         (name, TSVM(variant="low_rank"), "lowrank_sum", 1e-7, {}),
     ]
     for t in range(num_experts):

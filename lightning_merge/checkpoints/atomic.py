@@ -1,0 +1,102 @@
+"""Put files and folders in their place at once, so that nobody ever sees half of one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning_merge.errors import MergeError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name in the folder of ``path``; when the block ends well, that file becomes ``path``.
+
+    Raises:
+        MergeError: If the file cannot be written (no such right, disk full); what stood at ``path`` is still there.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(temporary_name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise MergeError(f"Could not write {path}: {error.strerror or error}; nothing was changed there.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, completely or not at all."""
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def sync_folder(folder: Path) -> None:
+    """See that the names in a folder are on the disk, where the system can do that."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def exchange(new: Path, path: Path) -> None:
+    """Put a new folder in the place of another one, which is removed; or of none.
+
+    Linux exchanges two names in one step. Elsewhere the old folder is moved away first, and back if that fails.
+
+    Raises:
+        OSError: If it cannot be done; the old folder is still there.
+    """
+    import shutil
+
+    if not path.exists():
+        new.rename(path)
+    elif _exchange_names(new, path):
+        shutil.rmtree(new)
+    else:
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old)
+    sync_folder(path.parent)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _exchange_names(one: Path, other: Path) -> bool:
+    """Let two paths change their names in one step; False where the system or its file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,261 @@
+"""A safetensors file in the making, written tensor by tensor, in any order, by several threads and processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_merge.errors import MergeError
+
+try:
+    import fcntl
+except ImportError:  # on Windows two merges into one file are not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor stands in the file: bytes ``[begin, end)``, and what they are."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def lay_out(meta: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Place]]:
+    """Give every tensor its place in a safetensors file, those of wide types first, so that all are aligned.
+
+    Args:
+        meta: A tensor for every name, of which only shape and dtype count.
+        metadata: Text for the header.
+
+    Returns:
+        The beginning of the file (length and header), and the place of every tensor.
+
+    Raises:
+        MergeError: If a dtype cannot be stored.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    places, position = {}, 0
+    for name, tensor in sorted(meta.items(), key=lambda item: -item[1].element_size()):
+        if tensor.dtype not in _NAMES:
+            raise MergeError(f"{name!r} is of type {tensor.dtype}, which a safetensors file cannot hold; leave it out.")
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        places[name] = Place(position, end, tensor.dtype, tensor.shape)
+        position = end
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    start = 8 + len(header)
+    moved = {name: place._replace(begin=start + place.begin, end=start + place.end) for name, place in places.items()}
+    return len(header).to_bytes(8, "little") + header, moved
+
+
+class PartFile:
+    """A safetensors file that is complete once every tensor was written to its place.
+
+    One process creates it, further ones join. What is finished is noted in journals beside it where it is to be
+    resumable; a note is believed only if the bytes still have its checksum.
+
+    Args:
+        path: The file, under the name that it has until it is complete.
+        meta: A tensor for every name, of which only shape and dtype count.
+        metadata: Text for the header; the same merge has the same.
+        resumable: Whether to keep journals.
+    """
+
+    def __init__(
+        self, path: Path, meta: Mapping[str, Tensor], metadata: Mapping[str, str], resumable: bool = False
+    ) -> None:
+        self.path = path
+        self.header, self.places = lay_out(meta, metadata)
+        self.size = max((place.end for place in self.places.values()), default=len(self.header))
+        self.done: set[str] = set()
+        self._resumable = resumable
+        self._file: BinaryIO | None = None
+        self._journal: BinaryIO | None = None
+
+    def create(self) -> None:
+        """Reserve the space for the whole file, or go on with the one that an earlier run of this merge has left.
+
+        Raises:
+            MergeError: If another process is writing this file.
+            OSError: If the disk is full or the folder cannot be written to.
+        """
+        self._file = _open_alone(self.path)
+        if self._resumable and self._is_this():
+            self.done = self._believed()
+        else:
+            self.done = set()
+            self._file.truncate(0)
+            self._put(self.header, 0)
+        for journal in self._journals():
+            journal.unlink()
+        _reserve(self._file, self.size)
+        self._open_journal(0)
+        for name in sorted(self.done):
+            self._note(name, self._checksum(self.places[name]))
+
+    def join(self, rank: int, done: set[str]) -> None:
+        """Take part in writing a file that another process has created."""
+        self._file = self.path.open("r+b", buffering=0)
+        self.done = set(done)
+        self._open_journal(rank)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in its place. Any number of threads may write at once.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        place = self.places[name]
+        if tensor.dtype != place.dtype or tensor.shape != place.shape:
+            raise MergeError(
+                f"{name!r} came out as {tensor.dtype} {tuple(tensor.shape)}; {place.dtype} {tuple(place.shape)} was "
+                "announced. A merging method must keep the shape."
+            )
+        content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._put(content, place.begin)
+        if self._journal is not None:
+            self._note(name, zlib.crc32(content))
+
+    def sync(self) -> None:
+        """See that what was written is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        for file in (self._file, self._journal):
+            if file is not None:
+                file.close()
+        self._file = self._journal = None
+
+    def forget(self) -> None:
+        """Remove the journals."""
+        for journal in self._journals():
+            journal.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Remove the file and its journals."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        self.forget()
+
+    def mapped(self) -> dict[str, Tensor]:
+        """The tensors of the complete file, in whose pages they stay until they are read."""
+        if self.size == len(self.header):
+            return {name: torch.empty(place.shape, dtype=place.dtype) for name, place in self.places.items()}
+        content = np.memmap(self.path, np.uint8, mode="c")
+        return {
+            name: torch.from_numpy(content[place.begin : place.end]).view(place.dtype).reshape(place.shape)
+            for name, place in self.places.items()
+        }
+
+    def _put(self, content: bytes | memoryview, position: int) -> None:
+        content = memoryview(content)
+        while content:
+            written = os.pwrite(self._file.fileno(), content, position)
+            content, position = content[written:], position + written
+
+    def _get(self, begin: int, end: int) -> bytes:
+        content = bytearray()
+        while begin + len(content) < end:
+            found = os.pread(self._file.fileno(), end - begin - len(content), begin + len(content))
+            if not found:
+                break
+            content += found
+        return bytes(content)
+
+    def _is_this(self) -> bool:
+        """Whether the file that is there was begun by the same merge."""
+        return self._get(0, len(self.header)) == self.header
+
+    def _journals(self) -> list[Path]:
+        return sorted(file for file in self.path.parent.iterdir() if file.name.startswith(f"{self.path.name}.done"))
+
+    def _open_journal(self, rank: int) -> None:
+        if self._resumable:
+            self._journal = self.path.with_name(f"{self.path.name}.done{rank}").open("ab", buffering=0)
+
+    def _note(self, name: str, checksum: int) -> None:
+        if self._journal is not None:
+            self._journal.write(json.dumps([name, checksum]).encode() + b"\n")
+
+    def _believed(self) -> set[str]:
+        """The tensors that are noted as finished and have the bytes that were noted."""
+        noted = {}
+        for journal in self._journals():
+            for line in journal.read_bytes().splitlines():
+                try:
+                    name, checksum = json.loads(line)
+                except (ValueError, TypeError):
+                    continue  # cut short by the end of the process
+                noted[name] = checksum
+        return {
+            name
+            for name, checksum in noted.items()
+            if name in self.places and self._intact(self.places[name], checksum)
+        }
+
+    def _intact(self, place: Place, checksum: int) -> bool:
+        return self._checksum(place) == checksum
+
+    def _checksum(self, place: Place) -> int:
+        return zlib.crc32(self._get(place.begin, place.end))
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """Open a file for writing and keep other processes from doing so, for as long as it is open."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise MergeError(
+                f"Another merge is writing {path}; wait until it is done, or give this one another output."
+            ) from error
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its writer has just completed and renamed it
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Make the file so long, so that a full disk is noticed before any work and not after it."""
+    file.truncate(size)
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise

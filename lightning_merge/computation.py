@@ -1,0 +1,159 @@
+"""A merging method applied to models, parameter by parameter, by several workers at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_merge.checkpoints import Weights
+from lightning_merge.methods import MergeMethod
+from lightning_merge.task_vectors import Inventory, TaskVectors, wide
+
+_MOST_WORKERS = 8
+"""Each worker holds a parameter of every expert in memory."""
+
+
+@dataclass(frozen=True)
+class Computation:
+    """A method applied to task vectors, parameter by parameter.
+
+    Args:
+        method: The method.
+        base: The base.
+        experts: The experts by name.
+        task_vectors: The task vectors of every merged parameter.
+        survey: What the method found in its look at the whole model.
+        inventory: What happens to every parameter.
+        workers: Parameters that are computed at the same time.
+        updates: Where the updates are kept once they are computed; None to forget them.
+    """
+
+    method: MergeMethod
+    base: Weights
+    experts: Mapping[str, Weights]
+    task_vectors: TaskVectors
+    survey: Any
+    inventory: Inventory
+    workers: int = 1
+    updates: dict[str, Tensor] | None = None
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter or buffer of the merged model: ``base + scale * update``, a mean, or the base's own."""
+        if name in self.inventory.averaged:
+            return mean_of(name, self.base, self.experts)
+        if name in self.inventory.copied:
+            return self.base[name].clone()
+        return self._merged(name, self._update)
+
+    def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Several of them, held in memory."""
+        found: dict[str, Tensor] = {}
+        self.each(names, found.__setitem__)
+        return {name: found[name] for name in names}
+
+    def each(self, names: Sequence[str], use: Callable[[str, Tensor], None]) -> None:
+        """Compute parameters and hand each to ``use(name, parameter)``, in no particular order; none is kept."""
+
+        def one(name: str) -> None:
+            use(name, self.parameter(name))
+
+        run_each(one, names, self.workers)
+
+    def all_merged(self) -> dict[str, Tensor]:
+        """The parameters that the method merges."""
+        return self._with_aliases(self.parameters(self.inventory.merged))
+
+    def for_task(self, expert: int) -> dict[str, Tensor]:
+        """The merged parameters as the method makes them for one expert's task; none if it makes no difference."""
+        if not self.method.per_task:
+            return {}
+        found: dict[str, Tensor] = {}
+
+        def one(name: str) -> None:
+            found[name] = self._merged(name, lambda deltas, context: self.method.task_update(deltas(), expert, context))
+
+        run_each(one, self.inventory.merged, self.workers)
+        return self._with_aliases(found)
+
+    def _with_aliases(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        return found | {alias: found[owner] for alias, owner in self.inventory.tied.items() if owner in found}
+
+    def rescaled(self, scale: float) -> Computation:
+        """The same computation with another scaling coefficient."""
+        return replace(self, method=replace(self.method, scale=scale))
+
+    def cost(self, name: str) -> float:
+        """What a parameter costs, in relation to the others: ``m n min(m, n)`` for a matrix that is factorized."""
+        shape = self.base.meta[name].shape
+        view = self.task_vectors.matrices.view(name, shape) if self.method.factorizes else None
+        if view is None or name not in self.inventory.merged:
+            return float(shape.numel())
+        blocks, m, n = view
+        return float(blocks * m * n * (min(m, n) + 1))
+
+    def _update(self, deltas: Callable[[], Tensor], context: Any) -> Tensor:
+        if self.updates is None:
+            return self.method.update(deltas(), context)
+        if context.name not in self.updates:
+            self.updates[context.name] = self.method.update(deltas(), context)
+        return self.updates[context.name]
+
+    def _merged(self, name: str, update: Callable[[Callable[[], Tensor], Any], Tensor]) -> Tensor:
+        context = self.task_vectors.context(name, self.survey)
+        change = update(lambda: self.task_vectors[name], context)
+        return (context.base + self.method.scale * change).to(self.base[name])
+
+
+def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:
+    """The mean of the experts' running statistics, in the dtype and on the device of the base."""
+    own = base[name]
+    copies = [wide(expert[name]).to(own.device) for expert in experts.values()]
+    return torch.stack(copies).mean(dim=0).to(own)
+
+
+def count_workers(workers: int | None, device: torch.device) -> int:
+    """As many workers as asked for; by default one for every core that this process may use, and one for a GPU."""
+    if workers is not None:
+        return workers
+    if device.type != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
+
+
+def run_each(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
+    """Do some work for every name, in several threads, each with one thread of its own for the arithmetic.
+
+    Linear algebra on many threads costs more than it gives on matrices of a few thousand rows, and its last digits
+    depend on their number: so it always has one, and the result is the same for any number of workers.
+    """
+    with _one_thread():
+        if workers == 1:
+            for name in names:
+                work(name)
+            return
+        pool = ThreadPoolExecutor(workers)
+        try:
+            runs = [copy_context().run for _ in names]  # threads see what the caller has set
+            for _ in pool.map(lambda run, name: run(work, name), runs, names):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,72 @@
+"""Look at every value and every byte of the inputs before a merge: what is not finite, and what the files' hashes are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_merge.checkpoints import Weights
+from lightning_merge.computation import run_each
+from lightning_merge.errors import raise_all
+from lightning_merge.sharing import Processes
+
+
+def fingerprint_all(models: Sequence[Weights], processes: Processes, workers: int) -> None:
+    """Hash the files of every model; each process hashes some of them and is told the others' hashes."""
+    named = {str(i): model for i, model in enumerate(models)}
+    shares = processes.share(list(named), lambda i: float(_size(named[i])))
+    run_each(lambda i: named[i].fingerprint(), shares[processes.rank], workers)
+    known = processes.gather({i: named[i].fingerprint() for i in shares[processes.rank]})
+    for i, fingerprint in ((i, fingerprint) for part in known for i, fingerprint in part.items()):
+        named[i].note_fingerprint(fingerprint)
+
+
+def check_finite(
+    models: Mapping[str, Weights], names: Mapping[str, Sequence[str]], processes: Processes, workers: int
+) -> None:
+    """Raise one error that lists every parameter that holds NaN or infinity; reads every tensor once.
+
+    Args:
+        models: The models, by what to call them in the sentence: ``the base``, ``the expert photo``.
+        names: The parameters to look at, by model.
+        processes: Who shares the work.
+        workers: Tensors that are read at the same time.
+
+    Raises:
+        MergeError: If there is any.
+    """
+    jobs = {
+        f"{i}/{name}": (what, name) for i, what in enumerate(models) for name in names[what] if name in models[what]
+    }
+    problems: dict[str, str] = {}
+
+    def look(job: str) -> None:
+        what, name = jobs[job]
+        tensor = models[what][name]
+        if not is_finite(tensor):
+            problems[job] = (
+                f"{name!r} of {what} holds values that are not finite ({int((~torch.isfinite(tensor)).sum())} of "
+                f"{tensor.numel()}); was its training diverging? Give another checkpoint, or merge all the same with "
+                "allow_non_finite: true."
+            )
+
+    shares = processes.share(list(jobs), lambda job: float(models[jobs[job][0]].meta[jobs[job][1]].numel()))
+    run_each(look, shares[processes.rank], workers)
+    found = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
+    raise_all([found[job] for job in jobs if job in found])
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; needs no memory beside the tensor."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:
+        return bool(torch.isfinite(tensor.float()).all())
+    low, high = tensor.aminmax()  # NaN wins in both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _size(model: Weights) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.meta.values())
