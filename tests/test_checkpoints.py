@@ -87,7 +87,7 @@ class TestFolders:
             ({"weight_map": {"w": "../evil.safetensors"}}, "outside its own folder"),
             ({"weight_map": {"w": "/etc/passwd"}}, "outside its own folder"),
             ({"weight_map": {"absent": "model.safetensors"}}, "do not hold"),
-            ({"weight_map": {"w": "gone.safetensors"}}, "no file or folder"),
+            ({"weight_map": {"w": "gone.safetensors"}}, "no file gone.safetensors"),
             ({"map": {}}, "no index"),
         ],
     )
