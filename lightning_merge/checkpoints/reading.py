@@ -70,9 +70,9 @@ _FOLDER_PATTERNS = (
 
 def _find_file(path: Path) -> Path:
     """The weight file that ``path`` means: itself, or the only one in the folder."""
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
     for patterns in _FOLDER_PATTERNS:
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
@@ -91,7 +91,7 @@ def _from_shards(name: str, index: Path) -> Weights:
     weight_map = _read_index(index)
     shards = {}
     for shard in sorted(set(weight_map.values())):
-        if not (index.parent / shard).is_file():
+        if not os.path.isfile(index.parent / shard):
             raise MergeError(f"There is no file {index.parent / shard}, to which {index} points; copy all shards.")
         shards[shard] = _from_file(name, index.parent / shard)
     names = plain_names(str(index), weight_map)

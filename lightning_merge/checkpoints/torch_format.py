@@ -158,9 +158,10 @@ def _find_records(file: InputFile) -> dict[int, int] | None:
             infos = {info.filename.removeprefix(f"{folder}/"): info for info in listed}
             if len(infos) < len(listed):
                 raise MergeError(f"{file.path} is damaged: two of its records have the same name.")
-            for name in ("data.pkl", ".format_version", "byteorder"):
-                if name in infos and infos[name].CRC:  # it is left out on request
-                    archive.read(infos[name])  # compares it
+            for info in listed:
+                if not info.CRC:  # left out on request, see torch.serialization.set_crc32_options
+                    del info.CRC
+            archive.read(infos["data.pkl"])  # compares its checksum, which PyTorch does not
             byteorder = archive.read(infos["byteorder"]) if "byteorder" in infos else b"little"
         data = sorted(
             (info for name, info in infos.items() if name.startswith("data/")), key=lambda info: info.header_offset
