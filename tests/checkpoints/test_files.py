@@ -30,7 +30,7 @@ def sha256(path: str) -> str:
 
 def shards(count: int) -> dict[str, str]:
     index = {}
-    for i, (name, tensor) in enumerate(base_weights().items()):
+    for i, name in enumerate(base_weights()):
         index[name] = f"model-{i % count}.safetensors"
     for shard in set(index.values()):
         save_file({name: base_weights()[name] for name in index if index[name] == shard}, shard)
@@ -214,7 +214,6 @@ def test_reading_a_file_takes_the_memory_of_its_tensors_and_not_of_the_file(name
     SAVE[name]({"w": torch.ones(1)}, f"small-{name}")
     SAVE[name]({f"w{i}": torch.full((1 << 20,), i, dtype=torch.float32) for i in range(50)}, name)  # 50 x 4 MiB
     command = [sys.executable, "-c", _READ, f"small-{name}", name]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(done.stdout) < 50 << 20

@@ -17,7 +17,7 @@ from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
 from tests.toys import base_weights
 
-CASES = 40  # for every kind of file and of damage
+CASES = 60  # for every kind of file and of damage
 INDEX = "model.safetensors.index.json"
 
 
@@ -57,7 +57,7 @@ def cut(content: bytes, draw: random.Random) -> bytes:
 
 
 def flip(content: bytes, draw: random.Random) -> bytes:
-    """Change some bits at the start, at the end, or anywhere: the header, the pickle, the directory of a zip archive."""
+    """Change some bits near the start (a header, a pickle), near the end (the directory of an archive), or anywhere."""
     damaged = bytearray(content)
     for _ in range(draw.choice([1, 1, 1, 4])):
         within = draw.choice([len(damaged), min(len(damaged), 1500)])
@@ -88,9 +88,10 @@ def outcome(path: Path, damaged: Path) -> dict[str, Tensor] | None:
     try:
         return dict(open_weights(path))
     except MergeError as error:
-        assert damaged.name in str(error)
-        assert "\n" not in str(error)
-        return None
+        message = str(error)
+    assert damaged.name in message
+    assert "\n" not in message
+    return None
 
 
 def has_checksum(file: Path) -> bool:
@@ -117,7 +118,7 @@ def test_damage(kind, damage):
         noticed += found is None
         if found is not None and layout(found) != whole:
             assert not has_checksum(damaged)
-            assert damage is flip or content == contents[damaged] or damage is rearrange
+            assert damage in (flip, rearrange)
             if damaged.suffix == ".safetensors":  # a name or a type has become another one: a valid file, then
                 reference = load_file(damaged)
                 assert layout(reference).items() <= layout(found).items()
