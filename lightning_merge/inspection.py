@@ -15,12 +15,12 @@ from lightning_merge.sharing import Processes
 
 def fingerprint_all(models: Sequence[Weights], processes: Processes, workers: int) -> None:
     """Hash the files of every model; each process hashes some of them and is told the others' hashes."""
-    named = {str(i): model for i, model in enumerate(models)}
-    shares = processes.share(list(named), lambda i: float(_size(named[i])))
-    run_each(lambda i: named[i].fingerprint(), shares[processes.rank], workers)
-    known = processes.gather({i: named[i].fingerprint() for i in shares[processes.rank]})
-    for i, fingerprint in ((i, fingerprint) for part in known for i, fingerprint in part.items()):
-        named[i].note_fingerprint(fingerprint)
+    files = {str(file.path.absolute()): file for model in models for file in model.inputs}
+    shares = processes.share(list(files), lambda path: float(files[path].size))
+    run_each(lambda path: files[path].fingerprint() and None, shares[processes.rank], workers)
+    for known in processes.gather({path: files[path].fingerprint() for path in shares[processes.rank]}):
+        for path, digest in known.items():
+            files[path].note_fingerprint(digest)
 
 
 def check_finite(
@@ -66,7 +66,3 @@ def is_finite(tensor: Tensor) -> bool:
         return bool(torch.isfinite(tensor.float()).all())
     low, high = tensor.aminmax()  # NaN wins in both
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _size(model: Weights) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.meta.values())

@@ -2,7 +2,8 @@
 
 from lightning_merge.checkpoints.atomic import exchange, replacing, sync_folder, write_text
 from lightning_merge.checkpoints.part_file import PartFile
-from lightning_merge.checkpoints.reading import STATISTICS, Source, Weights, open_weights
+from lightning_merge.checkpoints.reading import STATISTICS, Source, open_weights
+from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.checkpoints.writing import (
     check_output,
     check_suffix,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge.checkpoints.safetensors_format import LENGTH, SAFETENSORS_DTYPES
 from lightning_merge.errors import MergeError
 
 try:
@@ -21,20 +22,7 @@ try:
 except ImportError:  # on Windows two merges into one file are not kept apart
     fcntl = None  # type: ignore[assignment]
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class Place(NamedTuple):
@@ -74,9 +62,9 @@ def lay_out(meta: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[by
         position = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    start = 8 + len(header)
+    start = LENGTH + len(header)
     moved = {name: place._replace(begin=start + place.begin, end=start + place.end) for name, place in places.items()}
-    return len(header).to_bytes(8, "little") + header, moved
+    return len(header).to_bytes(LENGTH, "little") + header, moved
 
 
 class PartFile:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints.atomic import replacing
-from lightning_merge.checkpoints.reading import TIED, TORCH_SUFFIXES, Weights, first_line, from_memory
+from lightning_merge.checkpoints.files import first_line
+from lightning_merge.checkpoints.reading import TORCH_SUFFIXES, Weights
+from lightning_merge.checkpoints.safetensors_format import TIED
+from lightning_merge.checkpoints.weights import from_memory
 from lightning_merge.errors import MergeError
 
 

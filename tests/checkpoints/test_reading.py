@@ -1,18 +1,18 @@
-"""Reading and writing weights."""
+"""Reading weights: one mapping, whatever the file."""
 
 from __future__ import annotations
 
 import json
 import os
 import pickle
-import stat
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_merge.checkpoints import open_weights, replacing, save_weights
+from lightning_merge.checkpoints import open_weights, save_weights
 from lightning_merge.errors import MergeError
 from tests.toys import base_weights
 
@@ -52,6 +52,14 @@ def test_names_lose_what_torch_compile_adds():
     assert list(open_weights({"model._orig_mod.w": torch.ones(1)})) == ["model.w"]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "memory"])
+def test_names_that_become_the_same_are_refused(name):
+    weights = {"_orig_mod.w": torch.ones(1), "w": torch.zeros(1)}
+    {"a.safetensors": save_file, "a.pt": torch.save, "memory": lambda *_: None}[name](weights, name)
+    with pytest.raises(MergeError, match=r"'_orig_mod\.w' and 'w', which are the same parameter"):
+        open_weights(weights if name == "memory" else name)
+
+
 def test_lightning_checkpoint_keeps_hyper_parameters_and_manifest():
     save_weights("a.ckpt", base_weights(), hyper_parameters={"lr": 0.1}, manifest={"seed": 1})
     assert open_weights("a.ckpt").header == {"hyper_parameters": {"lr": 0.1}, "merge": {"seed": 1}}
@@ -87,15 +95,81 @@ class TestFolders:
             ({"weight_map": {"w": "../evil.safetensors"}}, "outside its own folder"),
             ({"weight_map": {"w": "/etc/passwd"}}, "outside its own folder"),
             ({"weight_map": {"absent": "model.safetensors"}}, "do not hold"),
-            ({"weight_map": {"w": "gone.safetensors"}}, "no file or folder"),
+            ({"weight_map": {"w": "gone.safetensors"}}, "no file gone.safetensors"),
+            ({"weight_map": {"w": ".."}}, "outside its own folder"),
+            ({"weight_map": {"w": "sub"}}, "There is no file sub"),
+            ({"weight_map": {"w": "notes.txt"}}, "no weight file that is known"),
+            ({"weight_map": {"w": 3}}, "3 as the file of 'w'"),
+            ({"weight_map": ["w"]}, "lacks a `weight_map`"),
+            ({"weight_map": {}}, "lacks a `weight_map`"),
             ({"map": {}}, "no index"),
+            ([], "no index"),
         ],
     )
     def test_an_index_that_cannot_be_trusted(self, content, message):
         save_file({"w": torch.ones(1)}, "model.safetensors")
+        Path("sub").mkdir()
+        save_file({"w": torch.ones(1)}, "sub/model.safetensors")
+        Path("notes.txt").write_text("")
         Path("model.safetensors.index.json").write_text(json.dumps(content))
         with pytest.raises(MergeError, match=message):
             open_weights(".")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (b'{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "the key 'w' stands there twice"),
+            (b'{"weight_map": ' + b"[" * 100_000, "nested too deeply|no index"),
+            (b"\xff", "no index"),
+            (b"", "no index"),
+        ],
+    )
+    def test_an_index_that_cannot_be_read(self, text, message):
+        Path("model.safetensors.index.json").write_bytes(text)
+        with pytest.raises(MergeError, match=rf"model\.safetensors\.index\.json.*({message})"):
+            open_weights(".")
+
+    def test_a_key_in_two_shards(self):
+        save_file({"v": torch.ones(1), "w": torch.ones(1)}, "a.safetensors")
+        save_file({"w": torch.zeros(1)}, "b.safetensors")
+        index = {"v": "a.safetensors", "w": "b.safetensors"}
+        Path("model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        with pytest.raises(MergeError, match=r"'w' is in a\.safetensors and in b\.safetensors"):
+            open_weights(".")
+
+    def test_shards_of_a_cache_that_consists_of_links(self):
+        Path("blobs").mkdir()
+        Path("snapshots").mkdir()
+        save_file({"w": torch.ones(1)}, "blobs/123")
+        Path("blobs/456").write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+        Path("snapshots/model-1.safetensors").symlink_to("../blobs/123")
+        Path("snapshots/model.safetensors.index.json").symlink_to("../blobs/456")
+        assert torch.equal(open_weights("snapshots")["w"], torch.ones(1))
+
+    def test_shards_of_torch_files_know_what_is_tied(self):
+        w = torch.randn(3)
+        torch.save({"a": w, "b": w}, "model-1.bin")
+        torch.save({"c": w}, "model-2.bin")
+        index = {"a": "model-1.bin", "b": "model-1.bin", "c": "model-2.bin"}
+        Path("pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+        opened = open_weights(".")
+        assert same(dict(opened), {"a": w, "b": w, "c": w})
+        assert opened.tied == {"b": "a"}
+
+    def test_more_shards_than_files_may_be_open(self):
+        index = {}
+        for i in range(60):
+            save_file({f"w{i}": torch.full((2,), i)}, f"model-{i}.safetensors")
+            index[f"w{i}"] = f"model-{i}.safetensors"
+        Path("model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        try:
+            opened = open_weights(".")
+            values = [opened[f"w{i}"][0].item() for i in range(60)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert values == list(range(60))
 
 
 class _Evil:
@@ -131,43 +205,10 @@ def test_a_file_cut_short_is_named(name, keep):
         (lambda: Path("a.txt").write_text("x") and open_weights("a.txt"), "no weight file that is known"),
         (lambda: Path("empty").mkdir() or open_weights("empty"), "holds no weight file"),
         (lambda: open_weights({}), "holds no tensors"),
-        (lambda: save_weights("a.txt", {}), "Cannot tell how to write"),
+        (lambda: open_weights({0: torch.ones(1)}), "has the key 0"),
+        (lambda: open_weights({"w": torch.eye(2).to_sparse()}), "'w' in the state dict is sparse"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_sentence(make, message):
     with pytest.raises(MergeError, match=message):
         make()
-
-
-class TestReplacing:
-    def test_a_failure_leaves_the_old_file_and_no_other(self):
-        Path("a.pt").write_text("old")
-
-        def fail() -> None:
-            with replacing(Path("a.pt")) as file:
-                file.write_text("half")
-                raise RuntimeError("stop")
-
-        with pytest.raises(RuntimeError, match="stop"):
-            fail()
-        assert Path("a.pt").read_text() == "old"
-        assert os.listdir() == ["a.pt"]
-
-    def test_a_target_that_is_a_folder_is_said(self):
-        Path("a.safetensors").mkdir()
-        with pytest.raises(MergeError, match=r"Cannot write a\.safetensors: it is a folder"):
-            save_weights("a.safetensors", base_weights())
-        assert os.listdir() == ["a.safetensors"]
-
-    def test_a_target_below_a_file_is_said(self):
-        Path("file").write_text("")
-        with pytest.raises(MergeError, match=r"Cannot write file/a\.ckpt"):
-            save_weights("file/a.ckpt", base_weights())
-
-    def test_the_file_has_the_user_s_rights(self):
-        mask = os.umask(0o022)
-        try:
-            save_weights("a.safetensors", base_weights())
-        finally:
-            os.umask(mask)
-        assert stat.S_IMODE(os.stat("a.safetensors").st_mode) == 0o644

@@ -1,0 +1,157 @@
+"""The weights of one model as a mapping from parameter name to tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_merge.checkpoints.files import InputFile
+from lightning_merge.errors import MergeError
+
+
+class Weights(Mapping[str, Tensor]):
+    """The weights of one model, read parameter by parameter.
+
+    Args:
+        name: What to call this model in messages.
+        readers: For every parameter a function that returns its tensor.
+        meta: For every parameter a tensor on the ``meta`` device: its shape and dtype, known without reading it.
+        path: The file behind it, if there is one; the index, if there are several.
+        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest, what ``statistics`` are of.
+        tied: Names that share a tensor with another name: ``{alias: name}``.
+        inputs: All files behind it; by default ``path``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        readers: Mapping[str, Callable[[], Tensor]],
+        meta: Mapping[str, Tensor],
+        path: Path | None = None,
+        header: Mapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
+        inputs: Sequence[InputFile] | None = None,
+    ) -> None:
+        self.name = name
+        self.meta = meta
+        self.path = path
+        self.header = dict(header or {})
+        self.tied = dict(tied or {})
+        self._readers = readers
+        if inputs is None:
+            inputs = () if path is None else (InputFile(path),)
+        self.inputs = tuple(inputs)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._readers:
+            raise KeyError(f"{self.name} has no parameter {name!r}")
+        return self._readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __repr__(self) -> str:
+        return f"Weights({self.name!r}, {len(self)} parameters)"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file behind these weights; none where they live in memory."""
+        return tuple(file.path for file in self.inputs)
+
+    def check_unchanged(self) -> None:
+        """Raise a :class:`MergeError` if one of the files was changed since these weights were opened.
+
+        A file that is written to within the same tick of the file system's clock, and keeps its size, goes unnoticed.
+        """
+        for file in self.inputs:
+            file.check_unchanged()
+
+    def fingerprint(self) -> str | dict[str, str] | None:
+        """The sha256 of the file behind these weights, of several by file name; None where they live in memory.
+
+        Raises:
+            MergeError: If a file was changed since these weights were opened.
+        """
+        digests = {file.path.name: file.fingerprint() for file in self.inputs}
+        return digests if len(digests) > 1 else next(iter(digests.values()), None)
+
+    def digest(self) -> str:
+        """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory."""
+        digest = hashlib.sha256()
+        for name in sorted(name for name in self if name not in self.tied):
+            tensor = self[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+
+def from_memory(
+    name: str, state: Mapping[Any, Any], path: Path | None = None, header: Mapping[str, Any] | None = None
+) -> Weights:
+    """See a state dict as weights; entries that are no tensors are left out, names that share a tensor are noted."""
+    tensors = named_tensors(name, state)
+    places = {
+        key: (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        for key, tensor in tensors.items()
+        if tensor.numel() and tensor.device.type != "meta"
+    }
+    return Weights(
+        name,
+        readers={key: lambda tensor=tensor: tensor for key, tensor in tensors.items()},
+        meta={key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()},
+        path=path,
+        header=header,
+        tied=find_tied(places),
+    )
+
+
+def named_tensors(name: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict by their plain names.
+
+    Raises:
+        MergeError: If there are none, if a key is no name, or if one is not stored as a plain array of numbers.
+    """
+    found = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
+    if not found:
+        raise MergeError(f"{name} holds no tensors.")
+    for key, tensor in found.items():
+        if not isinstance(key, str):
+            raise MergeError(f"{name} is no state dict: a tensor in it has the key {key!r} instead of a name.")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            raise MergeError(
+                f"{key!r} in {name} is sparse, quantized or nested; make it a plain tensor, or leave it out."
+            )
+    return {plain: found[key] for plain, key in plain_names(name, found).items()}
+
+
+def find_tied(places: Mapping[str, Hashable]) -> dict[str, str]:
+    """Which names share a tensor, ``{alias: name}``, given where the values of each are and how they are laid out."""
+    first: dict[Hashable, str] = {}
+    owners = {key: first.setdefault(place, key) for key, place in places.items()}
+    return {key: owner for key, owner in owners.items() if key != owner}
+
+
+def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
+    """The keys of a model under the names of its parameters: without what ``torch.compile`` puts into them.
+
+    Raises:
+        MergeError: If two keys have the same name.
+    """
+    names: dict[str, str] = {}
+    for key in keys:
+        plain = key.replace("_orig_mod.", "")
+        if plain in names:
+            raise MergeError(f"{name} holds {names[plain]!r} and {key!r}, which are the same parameter; remove one.")
+        names[plain] = key
+    return names
