@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, check_output, open_weights
-from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Computation, Merged
 from lightning_merge.methods import MergeMethod
+from lightning_merge.prefixes import match_names
 from lightning_merge.statistics import open_statistics
 from lightning_merge.task_data import Data, TaskData, check_task_data
 from lightning_merge.task_vectors import Inventory, TaskVectors, find_non_finite, take_inventory, wide
@@ -86,7 +87,7 @@ def merge(
     matrices = matrices or Matrices()
     origin = open_weights(base, name="base")
     sources = open_experts(experts, origin)
-    _check_arguments(method, origin, sources, workers, dtype, output)
+    check_arguments(method, origin, sources, workers, dtype, output)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     if method.needs_data:
         check_task_data(type(method).__name__, module, data, origin, sources, inventory)
@@ -136,7 +137,7 @@ def merge(
     return merged
 
 
-def _check_arguments(
+def check_arguments(
     method: MergeMethod,
     base: Weights,
     experts: Mapping[str, Weights],
@@ -144,23 +145,22 @@ def _check_arguments(
     dtype: torch.dtype | None,
     output: str | os.PathLike[str] | None,
 ) -> None:
+    """See that a merge can be done and written as it is asked for, before any work.
+
+    Raises:
+        MergeError: If not; every problem is listed.
+    """
+    problems = []
     if workers < 1:
-        raise MergeError(f"workers must be at least 1, got {workers}.")
+        problems.append(f"workers must be at least 1, got {workers}.")
     if dtype not in (None, torch.float32, torch.float64):
-        raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
-    if method.max_experts is not None and len(experts) > method.max_experts:
-        raise MergeError(
-            f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(experts)} are given."
-        )
-    if len(experts) < method.min_experts:
-        raise MergeError(
-            f"{method!r} needs at least {method.min_experts} experts, and {len(experts)} are given; give more, or "
-            "change what asks for so many."
-        )
+        problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
+    problems += problems_of(method.check_count, len(experts))
     if output is not None and is_folder(output):
-        check_folder(output, base.path)
+        problems += problems_of(check_folder, output, base.path)
     elif output is not None:
-        check_output(output, inputs=[base, *experts.values()])
+        problems += problems_of(check_output, output, inputs=[base, *experts.values()])
+    raise_all(problems)
 
 
 def _check_finite(
@@ -196,20 +196,36 @@ def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) ->
 def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
     """Open every expert for reading, under its name, its path, or (a state dict in a list) its position.
 
-    Adapters, as peft writes them, are opened over the base.
+    Adapters, as peft writes them, are opened over the base. Experts whose names differ from the base's by a prefix are
+    seen under the base's names, see :mod:`lightning_merge.prefixes`.
+
+    Raises:
+        MergeError: If experts cannot be opened, or if there are none; every problem is listed.
     """
-    if isinstance(experts, Mapping):
-        named = {name: open_expert(source, base, name) for name, source in experts.items()}
-    else:
-        named = {}
-        for i, source in enumerate(experts):
-            weights = open_expert(source, base, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
-            if weights.name in named:
-                raise MergeError(f"The expert {weights.name} is given twice.")
-            named[weights.name] = weights
-    if not named:
-        raise MergeError("There are no experts to merge; give at least one.")
+    named, problems = open_each(experts, base)
+    raise_all(problems)
     return named
+
+
+def open_each(experts: Experts, base: Weights) -> tuple[dict[str, Weights], list[str]]:
+    """Open the experts that can be opened, and list what is wrong with the others, see :func:`open_experts`."""
+    named: dict[str, Weights] = {}
+    problems = []
+    unnamed = not isinstance(experts, Mapping)
+    for key, source in enumerate(experts) if unnamed else experts.items():
+        is_path = isinstance(source, (str, os.PathLike, Weights))
+        try:
+            weights = open_expert(source, base, None if unnamed and is_path else str(key))
+        except MergeError as error:
+            problems += error.problems
+            continue
+        name = weights.name if unnamed else key
+        if name in named:
+            problems.append(f"The expert {name} is given twice.")
+        named[name] = match_names(base, weights)
+    if not experts:
+        problems.append("There are no experts to merge; give at least one.")
+    return named, problems
 
 
 def make_manifest(
