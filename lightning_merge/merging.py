@@ -157,9 +157,9 @@ def check_arguments(
         problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
     problems += problems_of(method.check_count, len(experts))
     if output is not None and is_folder(output):
-        problems += problems_of(check_folder, output, base.path)
+        problems += problems_of(check_folder, output, base.path, [base, *experts.values()])
     elif output is not None:
-        problems += problems_of(check_output, output, inputs=[base, *experts.values()])
+        problems += problems_of(check_output, output, [base, *experts.values()])
     raise_all(problems)
 
 
