@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.errors import MergeError
+from lightning_merge.inventory import take_inventory
 from lightning_merge.merging import merge
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.task_vectors import take_inventory
 
 
 class MergeAfterFit(Callback):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
+from lightning_merge.inventory import Inventory
 from lightning_merge.methods import MergeMethod
-from lightning_merge.task_vectors import Inventory, TaskVectors, wide
+from lightning_merge.task_vectors import TaskVectors, wide
 
 _MOST_WORKERS = 8
 """Each worker holds a parameter of every expert in memory."""

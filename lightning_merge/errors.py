@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class MergeError(ValueError):
-    """Something about the inputs cannot work; the message says what, where, and what to do."""
+    """Something about the inputs cannot work; the message says what, where, and what to do.
+
+    Args:
+        message: One sentence, or a list of them.
+        problems: The sentences of a list, all of them; by default the message is the only one.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
 
 
 def raise_all(problems: Sequence[str], *, limit: int = 20) -> None:
@@ -16,4 +26,13 @@ def raise_all(problems: Sequence[str], *, limit: int = 20) -> None:
     shown = list(problems[:limit])
     if len(problems) > limit:
         shown.append(f"… and {len(problems) - limit} more of the same kind.")
-    raise MergeError(shown[0] if len(shown) == 1 else "\n  - ".join([f"{len(problems)} problems:", *shown]))
+    raise MergeError(shown[0] if len(shown) == 1 else "\n  - ".join([f"{len(problems)} problems:", *shown]), problems)
+
+
+def problems_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    """Call a check and list the problems that it raises instead of raising them."""
+    try:
+        check(*args, **kwargs)
+    except MergeError as error:
+        return list(error.problems)
+    return []

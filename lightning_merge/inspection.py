@@ -1,4 +1,4 @@
-"""Look at every value and every byte of the inputs before a merge: what is not finite, and what the files' hashes are."""
+"""Look at every byte of the inputs before a merge: what the files' hashes are, and what is not finite."""
 
 from __future__ import annotations
 

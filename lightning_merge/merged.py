@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_merge.checkpoints import Weights, save_weights
+from lightning_merge.checkpoints import Weights, check_output
 from lightning_merge.computation import Computation
 from lightning_merge.errors import MergeError
-from lightning_merge.folders import is_folder, save_folder
-from lightning_merge.task_vectors import Inventory
+from lightning_merge.folders import check_folder, is_folder
+from lightning_merge.inventory import Inventory
+from lightning_merge.sharing import Processes
+from lightning_merge.streaming import SHARD_SIZE, StreamedModel
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,44 @@ class Merged:
         count = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'}"
         return f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}"
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the merged model.
+    def save(self, path: str | os.PathLike[str], shard_size: int = SHARD_SIZE) -> Path:
+        """Write the merged model, completely or not at all.
 
         Args:
-            path: A file, see :func:`lightning_merge.checkpoints.save_weights`, or, without a suffix, a folder as
-                Hugging Face writes them, see :func:`lightning_merge.folders.save_folder`.
+            path: Ends in ``.ckpt`` (a checkpoint that ``LightningModule.load_from_checkpoint`` and
+                ``trainer.test(ckpt_path=…)`` take), ``.safetensors``, or ``.pt`` / ``.pth`` / ``.bin`` (a state dict).
+                Without a suffix it is a folder like the base's, which its library loads (Hugging Face, timm,
+                open_clip), with what lies beside the base's weights.
+            shard_size: The most bytes of one file in a folder.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            MergeError: If it cannot be written; what stood there before is still there.
         """
         if is_folder(path):
-            return save_folder(path, self.weights, self.base.path, self.manifest)
-        return save_weights(path, self.weights, hyper_parameters=self.hyper_parameters, manifest=self.manifest)
+            check_folder(path, self.base.path)
+        else:
+            check_output(path)
+        model = self.writer(path, shard_size=shard_size)
+        with model.open(Processes()):
+            for name in self.inventory.stored:
+                model.write(name, self.weights[name])
+        return model.path
+
+    def writer(
+        self, path: str | os.PathLike[str], *, resume: bool = False, shard_size: int = SHARD_SIZE
+    ) -> StreamedModel:
+        """What writes this model to a file or folder, see :class:`lightning_merge.streaming.StreamedModel`."""
+        stored = set(self.inventory.stored)
+        return StreamedModel(
+            Path(path),
+            {name: meta for name, meta in self.base.meta.items() if name in stored},
+            self.inventory.tied,
+            self.manifest,
+            self.hyper_parameters,
+            self.base.path,
+            resume,
+            shard_size,
+        )

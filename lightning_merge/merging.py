@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +14,20 @@ from torch import Tensor, nn
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Source, Weights, check_output, open_weights
 from lightning_merge.computation import Computation, count_workers, mean_of
-from lightning_merge.errors import MergeError
+from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inspection import check_finite, fingerprint_all
+from lightning_merge.inventory import Inventory, take_inventory
 from lightning_merge.lora import LoRAWeights, open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.methods import MergeMethod
+from lightning_merge.prefixes import match_names
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import open_statistics
-from lightning_merge.streaming import StreamedModel
+from lightning_merge.streaming import SHARD_SIZE
 from lightning_merge.task_data import Data, TaskData, check_task_data
-from lightning_merge.task_vectors import Inventory, TaskVectors, take_inventory
+from lightning_merge.task_vectors import TaskVectors
 
 Experts = Sequence[Source] | Mapping[str, Source]
 """The experts: a sequence of sources, or a mapping from the expert's name to its source."""
@@ -52,7 +53,7 @@ def merge(
     keep_update: bool = False,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    shard_size: int = 5_000_000_000,
+    shard_size: int = SHARD_SIZE,
     distributed: bool = False,
 ) -> Merged:
     """Merge experts that were fine-tuned from one base.
@@ -106,7 +107,7 @@ def merge(
     with processes.together():
         origin = open_weights(base, name="base")
         sources = open_experts(experts, origin)
-        _check_arguments(method, origin, sources, workers, dtype, output, resume, shard_size)
+        check_arguments(method, origin, sources, workers, dtype, output, resume, shard_size)
         inventory = take_inventory(origin, list(sources.values()), include, exclude)
         if method.needs_data:
             check_task_data(type(method).__name__, module, data, origin, sources, inventory)
@@ -155,7 +156,7 @@ def merge(
     )
     if output is None:
         return replace(merged, weights=_in_memory(computation, processes))
-    _to_disk(merged, computation, Path(output), resume, shard_size, processes)
+    _to_disk(merged, computation, output, resume, shard_size, processes)
     return replace(merged, weights=open_weights(output, "the merged model"))
 
 
@@ -186,7 +187,7 @@ def _inspect(
 def _in_memory(computation: Computation, processes: Processes) -> dict[str, Tensor]:
     """All parameters of the merged model; every process computes a part of them and gets the others."""
     inventory, base = computation.inventory, computation.base
-    shares = processes.share(stored_names(inventory), computation.cost)
+    shares = processes.share(inventory.stored, computation.cost)
     with processes.together():
         weights = computation.parameters(shares[processes.rank])
         _check_unchanged(computation)
@@ -196,30 +197,19 @@ def _in_memory(computation: Computation, processes: Processes) -> dict[str, Tens
 
 
 def _to_disk(
-    merged: Merged, computation: Computation, output: Path, resume: bool, shard_size: int, processes: Processes
+    merged: Merged,
+    computation: Computation,
+    output: str | os.PathLike[str],
+    resume: bool,
+    shard_size: int,
+    processes: Processes,
 ) -> None:
     """Write every parameter of the merged model as soon as it is computed; every process writes a part of them."""
-    inventory, base = computation.inventory, computation.base
-    names = stored_names(inventory)
-    model = StreamedModel(
-        output,
-        {name: base.meta[name] for name in sorted(names, key=list(base).index)},
-        inventory.tied,
-        merged.manifest,
-        merged.hyper_parameters,
-        base.path,
-        resume,
-        shard_size,
-    )
+    model = merged.writer(output, resume=resume, shard_size=shard_size)
     with model.open(processes):
-        left = [name for name in names if name not in model.done]
+        left = [name for name in merged.inventory.stored if name not in model.done]
         computation.each(processes.share(left, computation.cost)[processes.rank], model.write)
         _check_unchanged(computation)
-
-
-def stored_names(inventory: Inventory) -> list[str]:
-    """The parameters and buffers that a merged model consists of, each tensor once."""
-    return [*inventory.merged, *inventory.averaged, *inventory.copied]
 
 
 def _check_unchanged(computation: Computation) -> None:
@@ -228,46 +218,45 @@ def _check_unchanged(computation: Computation) -> None:
         weights.check_unchanged()
 
 
-def _check_arguments(
+def check_arguments(
     method: MergeMethod,
     base: Weights,
     experts: Mapping[str, Weights],
-    workers: int | None,
-    dtype: torch.dtype | None,
-    output: str | os.PathLike[str] | None,
-    resume: bool,
-    shard_size: int,
+    workers: int | None = None,
+    dtype: torch.dtype | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    shard_size: int = 1,
 ) -> None:
+    """See that a merge can be done and written as it is asked for, before any work.
+
+    Raises:
+        MergeError: If not; every problem is listed.
+    """
+    problems = []
     if workers is not None and workers < 1:
-        raise MergeError(f"workers must be at least 1, got {workers}.")
+        problems.append(f"workers must be at least 1, got {workers}.")
     if shard_size < 1:
-        raise MergeError(f"shard_size is a number of bytes and must be at least 1, got {shard_size}.")
+        problems.append(f"shard_size is a number of bytes and must be at least 1, got {shard_size}.")
     if resume and output is None:
-        raise MergeError("resume goes on with a half-finished output; give output, too.")
+        problems.append("resume goes on with a half-finished output; give output, too.")
     in_memory = [weights.name for weights in (base, *experts.values()) if weights.path is None]
     if resume and in_memory:
-        raise MergeError(
+        problems.append(
             f"A merge can only be resumed if all of its inputs are files, and {', '.join(in_memory)} is in memory."
         )
     if dtype not in (None, torch.float32, torch.float64):
-        raise MergeError(f"The arithmetic can be float32 or float64, not {dtype}.")
-    if method.max_experts is not None and len(experts) > method.max_experts:
-        raise MergeError(
-            f"{type(method).__name__} merges at most {method.max_experts} experts, and {len(experts)} are given."
-        )
-    if len(experts) < method.min_experts:
-        raise MergeError(
-            f"{method!r} needs at least {method.min_experts} experts, and {len(experts)} are given; give more, or "
-            "change what asks for so many."
-        )
+        problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
+    problems += problems_of(method.check_count, len(experts))
     if output is not None and is_folder(output):
-        check_folder(output, base.path)
+        problems += problems_of(check_folder, output, base.path, [base, *experts.values()])
     elif output is not None:
-        check_output(output, inputs=[base, *experts.values()])
+        problems += problems_of(check_output, output, [base, *experts.values()])
+    raise_all(problems)
 
 
 def _precision(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
-    """The precision of the task vectors: the method's own, but float64 where weights or differences have more digits."""
+    """The precision of the task vectors: the method's own, but float64 where weights or differences have as much."""
     exact = method.factorizes and any(isinstance(expert, LoRAWeights) for expert in experts)  # they keep their low rank
     return torch.promote_types(method.dtype, torch.float64 if exact else _widest(base))
 
@@ -287,20 +276,36 @@ def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) ->
 def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
     """Open every expert for reading, under its name, its path, or (a state dict in a list) its position.
 
-    Adapters, as peft writes them, are opened over the base.
+    Adapters, as peft writes them, are opened over the base. Experts whose names differ from the base's by a prefix are
+    seen under the base's names, see :mod:`lightning_merge.prefixes`.
+
+    Raises:
+        MergeError: If experts cannot be opened, or if there are none; every problem is listed.
     """
-    if isinstance(experts, Mapping):
-        named = {name: open_expert(source, base, name) for name, source in experts.items()}
-    else:
-        named = {}
-        for i, source in enumerate(experts):
-            weights = open_expert(source, base, None if isinstance(source, (str, os.PathLike, Weights)) else str(i))
-            if weights.name in named:
-                raise MergeError(f"The expert {weights.name} is given twice.")
-            named[weights.name] = weights
-    if not named:
-        raise MergeError("There are no experts to merge; give at least one.")
+    named, problems = open_each(experts, base)
+    raise_all(problems)
     return named
+
+
+def open_each(experts: Experts, base: Weights) -> tuple[dict[str, Weights], list[str]]:
+    """Open the experts that can be opened, and list what is wrong with the others, see :func:`open_experts`."""
+    named: dict[str, Weights] = {}
+    problems = []
+    unnamed = not isinstance(experts, Mapping)
+    for key, source in enumerate(experts) if unnamed else experts.items():
+        is_path = isinstance(source, (str, os.PathLike, Weights))
+        try:
+            weights = open_expert(source, base, None if unnamed and is_path else str(key))
+        except MergeError as error:
+            problems += error.problems
+            continue
+        name = weights.name if unnamed else key
+        if name in named:
+            problems.append(f"The expert {name} is given twice.")
+        named[name] = match_names(base, weights)
+    if not experts:
+        problems.append("There are no experts to merge; give at least one.")
+    return named, problems
 
 
 def make_manifest(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints import STATISTICS, Source, Weights, open_weights, replacing
 from lightning_merge.errors import raise_all
+from lightning_merge.prefixes import rename_statistics
 
 HOW_TO_MAKE = {
     "fisher": "the mean over the expert's examples of the squared gradient of log p(y | x)",
@@ -98,6 +99,8 @@ def open_statistics(
     base: Weights,
     experts: Mapping[str, Weights],
     names: Sequence[str],
+    *,
+    read: bool = True,
 ) -> list[Weights]:
     """Open the statistics of every expert, in the order of the experts, and see that they are of these models.
 
@@ -108,6 +111,7 @@ def open_statistics(
         base: The base.
         experts: The experts by name.
         names: The merged parameters.
+        read: Whether to read every expert, to see that the statistics are of these very weights.
 
     Returns:
         One source for each expert; none where the method needs no statistics.
@@ -143,9 +147,10 @@ def open_statistics(
             f"{opened[name].name} holds the statistics of other weights than those of expert {name}; make them anew "
             f"with `{command(expert, needs)}`."
             for name, expert in experts.items()
-            if _is_foreign(opened[name], expert)
+            if read and _is_foreign(opened[name], expert)
         ]
     )
+    opened = {name: rename_statistics(source, experts[name]) for name, source in opened.items()}
     wanted = {kind: _wanted(kind, needs, opened, names) for kind in needs}
     raise_all(
         [

@@ -11,15 +11,27 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
-from lightning_merge.checkpoints import PartFile, exchange, header_metadata, replacing, save_torch, sync_folder
+from lightning_merge.checkpoints import (
+    PartFile,
+    exchange,
+    header_metadata,
+    open_alone,
+    put_in_place,
+    save_torch,
+    sync_folder,
+)
 from lightning_merge.errors import MergeError
-from lightning_merge.folders import carry_over, is_folder, is_ours, weights_name
+from lightning_merge.folders import carry_files, is_folder, is_ours, weights_name
 from lightning_merge.sharing import Processes
+
+SHARD_SIZE = 5_000_000_000
+"""The most bytes of one file of a folder, as Hugging Face divides models."""
+_LOCK = ".lock"
+"""A file in a folder that is being written, which keeps other merges out."""
 
 
 class StreamedModel:
@@ -52,6 +64,8 @@ class StreamedModel:
         self._is_folder = is_folder(path)
         self._resume = resume
         self._part = self.path.with_name(f".{self.path.name}.part")
+        self._converted = self.path.with_name(f".{self.path.name}.part.torch")
+        self._lock: BinaryIO | None = None
         groups = _split(meta, shard_size) if self._is_folder else [list(meta)]
         names = _file_names(weights_name(base), len(groups)) if self._is_folder else [""]
         self._home = {name: i for i, group in enumerate(groups) for name in group}
@@ -99,8 +113,9 @@ class StreamedModel:
                     self._remove()
                 raise
         finally:
-            for file in self._files:
-                file.close()
+            for file in (*self._files, self._lock):
+                if file is not None:
+                    file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place."""
@@ -108,10 +123,9 @@ class StreamedModel:
 
     def _create(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._is_folder and not self._resume and self._part.is_dir():
-            shutil.rmtree(self._part)
         if self._is_folder:
             self._part.mkdir(exist_ok=True)
+            self._lock = open_alone(self._part / _LOCK)
         try:
             for file in self._files:
                 file.create()
@@ -119,6 +133,19 @@ class StreamedModel:
             if not self._resume:
                 self._remove()
             raise
+        for stray in self._strays():
+            stray.unlink()
+
+    def _strays(self) -> list[Path]:
+        """What other merges into this output have left where they were killed."""
+        if not self._is_folder:
+            return [path for path in (self._converted,) if path.exists()]
+        known = (_LOCK, *self._names)
+        return [
+            path
+            for path in self._part.iterdir()
+            if path.name not in known and not (self._resume and path.name.startswith(tuple(self._names)))
+        ]
 
     def _complete(self) -> None:
         if self._is_folder:
@@ -126,19 +153,17 @@ class StreamedModel:
             return
         (file,) = self._files
         if self.path.suffix == ".safetensors":
-            self._part.replace(self.path)
-            sync_folder(self.path.parent)
+            put_in_place(self._part, self.path)
         else:
             stored = file.mapped()
             stored |= {alias: stored[owner] for alias, owner in self._tied.items()}
-            with replacing(self.path) as temporary:
-                save_torch(temporary, self.path.suffix, stored, self._hyper_parameters, self._manifest)
+            save_torch(self._converted, self.path.suffix, stored, self._hyper_parameters, self._manifest)
+            put_in_place(self._converted, self.path)
             self._part.unlink()
         file.forget()
 
     def _complete_folder(self) -> None:
-        if self._base is not None:
-            carry_over(self._base.parent, self._part)
+        carry_files(self._base, self._part)
         if len(self._files) > 1:
             total = sum(place.end - place.begin for file in self._files for place in file.places.values())
             index = {
@@ -155,12 +180,15 @@ class StreamedModel:
                 f"The folder {self.path} was filled by somebody else meanwhile; nothing was changed there."
             )
         exchange(self._part, self.path)
+        (self.path / _LOCK).unlink()
 
     def _remove(self) -> None:
         for file in self._files:
             file.remove()
         if self._is_folder:
             shutil.rmtree(self._part, ignore_errors=True)
+        else:
+            self._converted.unlink(missing_ok=True)
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -188,13 +216,8 @@ def _split(meta: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 
 def _file_names(whole: str, count: int) -> list[str]:
-    """The names of the files of a model: ``model.safetensors``, or ``model-00001-of-00003.safetensors``, …"""
+    """The names of a model's files: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on."""
     if count == 1:
         return [whole]
     stem, _, suffix = whole.rpartition(".")
     return [f"{stem}-{i + 1:05d}-of-{count:05d}.{suffix}" for i in range(count)]
-
-
-def as_meta(tensors: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """The shapes and dtypes of some parameters."""
-    return {name: torch.empty_like(tensors[name], device="meta") for name in names}

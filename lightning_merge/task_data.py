@@ -15,7 +15,7 @@ from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import MergeError, raise_all
 
 if TYPE_CHECKING:
-    from lightning_merge.task_vectors import Inventory
+    from lightning_merge.inventory import Inventory
 
 Data = Mapping[str, Iterable[Any]]
 """By expert, batches that can be read again and again: images, or ``(images, labels)``, whose labels are not read."""

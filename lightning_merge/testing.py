@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints import open_weights
+from lightning_merge.inventory import take_inventory
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
 from lightning_merge.statistics import open_statistics
 from lightning_merge.task_data import TaskData
-from lightning_merge.task_vectors import TaskVectors, take_inventory
+from lightning_merge.task_vectors import TaskVectors
 from lightning_merge.toy_models import State, ToyModule, make_data, make_models, make_statistics
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_merge import merge, open_weights
 from lightning_merge.errors import MergeError
+from lightning_merge.folders import weights_name
 from lightning_merge.methods import TIES, IsoC, TaskArithmetic, WeightAverage
-from tests.toys import base_weights, expert_weights
+from tests.toys import base_weights, expert_weights, register_tiny_clip
 
 
 def write_folder(folder: Path, state, **files: str) -> Path:
@@ -63,25 +64,9 @@ class TestFolder:
         with pytest.raises(MergeError, match=r"out names a folder.*a state dict.*no config.json.*\.safetensors"):
             merge(base_weights(), experts, TIES(), output="out")
         (base / "config.json").unlink()
-        with pytest.raises(MergeError, match=r"no config\.json beside it"):
+        with pytest.raises(MergeError, match=r"no config\.json or open_clip_config\.json beside it"):
             merge(base, experts, TIES(), output="out")
         assert not Path("out").exists()
-
-    def test_a_failed_write_leaves_the_old_folder(self, toy, monkeypatch):
-        base, experts = toy
-        old = merge(base, experts, WeightAverage(), output="out").weights
-        rename = Path.rename
-
-        def fail(path, target):
-            if path.name == "new":
-                raise OSError("disk is gone")
-            return rename(path, target)
-
-        monkeypatch.setattr(Path, "rename", fail)
-        with pytest.raises(MergeError, match=r"Could not write the folder .*out: disk is gone"):
-            merge(base, experts, TIES(), output="out")
-        assert torch.equal(open_weights("out")["mlp.weight"], old["mlp.weight"])
-        assert not [path for path in Path().iterdir() if path.name.startswith(".")]
 
     def test_tied_names_may_be_left_out_by_some_files(self, toy):
         """A pickle holds both names of a tied tensor; a safetensors file of Hugging Face one of them."""
@@ -200,3 +185,125 @@ def test_adapters_as_peft_writes_them():
     merged = merge("base", {"adapter": "adapter"}, TaskArithmetic(scale=1.0)).weights
     for name, weight in adapted.merge_and_unload().state_dict().items():
         torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-5)
+
+
+def moved(model, seed: int):
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+    return model
+
+
+def averaged(*states):
+    return {
+        name: sum(state[name].float() for state in states).div(len(states)).to(states[0][name]) for name in states[0]
+    }
+
+
+class TestTimm:
+    """A folder that ``timm.create_model("local-dir:…", pretrained=True)`` takes."""
+
+    @pytest.fixture
+    def models(self):
+        timm = pytest.importorskip("timm", minversion="1.0.16")  # the first that knows local-dir
+        hub = pytest.importorskip("timm.models")
+        arguments = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+        models = [timm.create_model("vit_tiny_patch16_224", **arguments) for _ in range(3)]
+        for i, (model, name) in enumerate(zip(models, ("base", "one", "two"), strict=True)):
+            model.load_state_dict(models[0].state_dict())
+            hub.save_for_hf(moved(model, i), name, model_args=arguments, safe_serialization=True)
+        return models
+
+    def check(self, folder: str, *experts):
+        timm = pytest.importorskip("timm")
+        loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        by_hand = experts[0].eval()
+        by_hand.load_state_dict(averaged(*(expert.state_dict() for expert in experts)))
+        images = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(loaded(images), by_hand(images))
+        return loaded
+
+    def test_folders(self, models):
+        merge("base", ["one", "two"], WeightAverage(), output="merged")
+        assert sorted(path.name for path in Path("merged").iterdir()) == ["config.json", "model.safetensors"]
+        assert self.check("merged", *models[1:]).pretrained_cfg["num_classes"] == 3
+
+    def test_lightning_checkpoints_that_hold_the_network(self, models):
+        for i, model in enumerate(models[1:]):
+            torch.save({"state_dict": {f"net.{name}": w for name, w in model.state_dict().items()}}, f"{i}.ckpt")
+        merge("base", ["0.ckpt", "1.ckpt"], WeightAverage(), output="merged")
+        self.check("merged", *models[1:])
+
+    def test_of_a_safetensors_file_and_a_pickle_the_first_is_read(self, models):
+        torch.save({name: w + 1 for name, w in models[0].state_dict().items()}, "base/pytorch_model.bin")
+        assert open_weights("base").path == Path("base/model.safetensors")
+        merge("base", ["one", "two"], WeightAverage(), output="merged")
+        self.check("merged", *models[1:])
+        assert not Path("merged/pytorch_model.bin").exists()
+
+    def test_a_pickle_becomes_a_safetensors_file(self, models):
+        torch.save(models[0].state_dict(), "base/pytorch_model.bin")
+        Path("base/model.safetensors").unlink()
+        merge("base", ["one", "two"], WeightAverage(), output="merged")
+        assert Path("merged/model.safetensors").is_file()
+        self.check("merged", *models[1:])
+
+    def test_an_input_is_not_replaced(self, models):
+        merge("base", ["one", "two"], WeightAverage(), output="merged")
+        before = Path("merged/model.safetensors").read_bytes()
+        for base, experts in (("merged", ["one"]), ("base", ["one", "merged"])):
+            with pytest.raises(MergeError, match="merged holds one of the models to merge; give the merged model anot"):
+                merge(base, experts, WeightAverage(), output="merged")
+        assert Path("merged/model.safetensors").read_bytes() == before
+
+
+class TestOpenClip:
+    """A folder that ``open_clip.create_model_and_transforms("local-dir:…")`` takes."""
+
+    @pytest.fixture(params=["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+    def models(self, request):
+        open_clip = pytest.importorskip("open_clip")
+        if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
+            pytest.skip("this open_clip does not know local-dir")
+        from open_clip.push_to_hf_hub import save_config_for_hf
+
+        name = register_tiny_clip(Path())
+        models = [open_clip.create_model(name) for _ in range(3)]
+        for i, (model, folder) in enumerate(zip(models, ("base", "one", "two"), strict=True)):
+            model.load_state_dict(models[0].state_dict())
+            Path(folder).mkdir()
+            save_config_for_hf(moved(model, i), Path(folder, "open_clip_config.json"), open_clip.get_model_config(name))
+            if request.param.endswith(".bin"):
+                torch.save(model.state_dict(), f"{folder}/{request.param}")
+            else:
+                save_file(model.state_dict(), f"{folder}/{request.param}")
+        Path("base/merges.txt").write_text("a b")
+        Path("base/tokenizer_config.json").write_text("{}")
+        return models
+
+    def test_folders(self, models):
+        open_clip = pytest.importorskip("open_clip")
+        merge("base", ["one", "two"], WeightAverage(), output="merged")
+        files = ["merges.txt", "open_clip_config.json", "open_clip_model.safetensors", "tokenizer_config.json"]
+        assert sorted(path.name for path in Path("merged").iterdir()) == files
+        loaded, _, preprocess = open_clip.create_model_and_transforms("local-dir:merged")
+        assert preprocess is not None
+        by_hand = models[1].eval()
+        by_hand.load_state_dict(averaged(*(model.state_dict() for model in models[1:])))
+        images, text = torch.randn(2, 3, 32, 32), torch.randint(0, 49408, (2, 77))
+        for found, expected in zip(loaded.eval()(images, text), by_hand(images, text), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "model.safetensors"),
+        ("open_clip_pytorch_model.bin", "open_clip_model.safetensors"),
+        ("model.fp16.safetensors", "model.fp16.safetensors"),
+    ],
+)
+def test_the_weights_are_called_what_the_library_looks_for(base, name):
+    assert weights_name(Path("folder") / base) == name

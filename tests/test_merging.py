@@ -166,11 +166,27 @@ class TestConflicts:
             lm.merge(base, [], SCORE())
 
     def test_an_expert_of_another_model_gets_one_sentence(self, base, experts):
-        experts[1] = {f"backbone.{name}": tensor for name, tensor in experts[1].items()}
+        experts[1] = {f"net.{name.upper()}": tensor for name, tensor in experts[1].items()}
         message = self.refusal(base, experts)
         assert "The expert art is no fine-tuned form of the base" in message
-        assert "'backbone.conv.weight' in the expert" in message
+        assert "'net.CONV.WEIGHT' in the expert" in message
         assert "problems" not in message
+
+    def test_what_is_wrong_with_the_others_is_said_beside_it(self, base, experts):
+        experts[1] = {f"net.{name.upper()}": tensor for name, tensor in experts[1].items()}
+        del experts[0]["mlp.weight"]
+        message = self.refusal(base, experts, exclude=["heads.*"])
+        assert message.startswith("3 problems")
+        assert all(text in message for text in ("art is no fine-tuned form", "photo lacks 'mlp.weight'", "'heads.*'"))
+
+    def test_all_files_that_cannot_be_opened_are_named(self, base, experts):
+        Path("text.pt").write_text("text")
+        with pytest.raises(lm.MergeError, match=r"(?s)2 problems.*missing\.pt.*text\.pt is damaged"):
+            lm.merge(base, ["missing.pt", experts[0], "text.pt"], SCORE())
+
+    def test_wrong_arguments_are_listed_together(self, base, experts):
+        with pytest.raises(lm.MergeError, match=r"(?s)3 problems.*workers.*bfloat16.*a\.onnx"):
+            lm.merge(base, experts, SCORE(), workers=0, dtype=torch.bfloat16, output="a.onnx")
 
     def test_complex_parameters(self, base, experts):
         for model in (base, *experts):

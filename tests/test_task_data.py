@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_merge as lm
+from lightning_merge.inventory import take_inventory
 from lightning_merge.methods import AdaMerging, KnOTS, RegMeanPlusPlus, Wrapper
 from lightning_merge.task_data import TaskData
-from lightning_merge.task_vectors import take_inventory
 from lightning_merge.toy_models import ToyModule, make_data, make_models
 
 METHODS = [AdaMerging(steps=3, lr=0.05), RegMeanPlusPlus()]

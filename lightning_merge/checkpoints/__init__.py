@@ -1,7 +1,7 @@
 """Read and write weights: whatever the file, one mapping from parameter name to tensor."""
 
-from lightning_merge.checkpoints.atomic import exchange, replacing, sync_folder, write_text
-from lightning_merge.checkpoints.part_file import PartFile
+from lightning_merge.checkpoints.atomic import exchange, put_in_place, replacing, sync_folder, write_text
+from lightning_merge.checkpoints.part_file import PartFile, open_alone
 from lightning_merge.checkpoints.reading import STATISTICS, Source, open_weights
 from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.checkpoints.writing import (
@@ -21,7 +21,9 @@ __all__ = [
     "check_suffix",
     "exchange",
     "header_metadata",
+    "open_alone",
     "open_weights",
+    "put_in_place",
     "replacing",
     "save_torch",
     "save_weights",

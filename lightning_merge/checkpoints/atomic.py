@@ -27,16 +27,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(temporary_name)
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        put_in_place(temporary, path)
     except OSError as error:
         raise MergeError(f"Could not write {path}: {error.strerror or error}; nothing was changed there.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give a complete file its name, once its content is on the disk; what had that name is gone."""
+    with new.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

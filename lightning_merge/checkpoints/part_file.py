@@ -98,7 +98,7 @@ class PartFile:
             MergeError: If another process is writing this file.
             OSError: If the disk is full or the folder cannot be written to.
         """
-        self._file = _open_alone(self.path)
+        self._file = open_alone(self.path)
         if self._resumable and self._is_this():
             self.done = self._believed()
         else:
@@ -220,7 +220,7 @@ class PartFile:
         return zlib.crc32(self._get(place.begin, place.end))
 
 
-def _open_alone(path: Path) -> BinaryIO:
+def open_alone(path: Path) -> BinaryIO:
     """Open a file for writing and keep other processes from doing so, for as long as it is open."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)

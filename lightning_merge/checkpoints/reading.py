@@ -96,6 +96,7 @@ def _from_shards(name: str, index: Path) -> Weights:
         shards[shard] = _from_file(name, index.parent / shard)
     names = plain_names(str(index), weight_map)
     homes = {plain: shards[weight_map[key]] for plain, key in names.items()}
+    homes |= {alias: shard for shard in shards.values() for alias in shard.tied if alias not in homes}
     missing = [f"{key!r} in {weight_map[key]}" for plain, key in names.items() if plain not in homes[plain]]
     if missing:
         raise MergeError(f"{index} promises parameters that its shards do not hold: {', '.join(missing[:5])}.")

@@ -103,6 +103,18 @@ class MergeMethod(ABC):
     _: KW_ONLY
     scale: float = 1.0
 
+    def check_count(self, num_experts: int) -> None:
+        """Raise a MergeError if the method cannot merge so many experts; asked before anything is read."""
+        if self.max_experts is not None and num_experts > self.max_experts:
+            raise MergeError(
+                f"{type(self).__name__} merges at most {self.max_experts} experts, and {num_experts} are given."
+            )
+        if num_experts < self.min_experts:
+            raise MergeError(
+                f"{self!r} needs at least {self.min_experts} experts, and {num_experts} are given; give more, or "
+                "change what asks for so many."
+            )
+
     def survey(self, task_vectors: TaskVectors) -> Any:
         """Look once at the whole model before merging, for a statistic such as a global threshold.
 

@@ -12,7 +12,7 @@ from lightning_merge.methods.base import Context, Paper, check_choice, check_wei
 from lightning_merge.methods.weight_space import WeightSpaceMethod
 
 if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+    pass
 
 
 def multi_slerp(vectors: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:
@@ -63,9 +63,10 @@ class MultiSLERP(WeightSpaceMethod):
         """Weights go by the position of the experts."""
         return self.weights is not None
 
-    def survey(self, task_vectors: TaskVectors) -> None:
+    def check_count(self, num_experts: int) -> None:
         """See that there is a weight for every expert."""
-        check_weight_count(self, task_vectors.num_experts)
+        super().check_count(num_experts)
+        check_weight_count(self, num_experts)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``: around zero or around the base."""

@@ -79,6 +79,11 @@ class Wrapper(MergeMethod):
         """Whether the method inside runs the model on data."""
         return self.method.needs_data
 
+    def check_count(self, num_experts: int) -> None:
+        """See that the method inside can merge so many experts."""
+        super().check_count(num_experts)
+        self.method.check_count(num_experts)
+
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
         """Change the task tensors of one parameter: ``(T, …) -> (T, …)``. Must depend on the parameter only."""
         return deltas

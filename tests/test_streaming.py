@@ -1,0 +1,263 @@
+"""A model that is written while it is computed: never half of it, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lightning_merge as lm
+from lightning_merge.checkpoints import PartFile, save_weights
+from lightning_merge.methods import SCORE, MergeMethod, TaskArithmetic, WeightAverage
+from tests.toys import base_weights, expert_weights
+
+OUTPUTS = ["merged.safetensors", "merged.ckpt", "merged.pt", "merged"]
+
+
+@pytest.fixture
+def files() -> tuple[str, list[str]]:
+    """A base and two experts as files; the base is a folder with a configuration."""
+    return make_files()
+
+
+def make_files() -> tuple[str, list[str]]:
+    base = base_weights()
+    base |= {f"blocks.{i}.weight": torch.randn(16, 16) for i in range(12)}
+    base["decoder.weight"] = base["head.weight"]
+    save_weights("base/model.safetensors", base)
+    Path("base/config.json").write_text("{}")
+    for i in range(2):
+        expert = expert_weights(base, i)
+        expert["decoder.weight"] = expert["head.weight"]
+        save_weights(f"{i}.safetensors", expert)
+    return "base", ["0.safetensors", "1.safetensors"]
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def left_behind() -> list[str]:
+    return [name for name in os.listdir() if name.startswith(".")]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_written_is_what_stays_in_memory(files, output, workers):
+    base, experts = files
+    memory = lm.merge(base, experts, SCORE()).weights
+    merged = lm.merge(base, experts, SCORE(), output=output, workers=workers, shard_size=3000)
+    assert same(dict(merged.weights), memory)
+    assert merged.weights.tied == {"decoder.weight": "head.weight"}
+    if output != "merged.pt":  # which has no place for it
+        assert merged.weights.header["merge"]["method"] == SCORE().describe()
+    assert left_behind() == []
+    again = lm.merge(base, experts, SCORE()).save("again" + output)
+    assert same(dict(lm.open_weights(again)), memory)
+
+
+def test_safetensors_reads_what_was_written(files):
+    merged = lm.merge(*files, SCORE(), output="merged.safetensors")
+    stored = load_file("merged.safetensors")
+    assert stored.keys() == merged.weights.keys() - {"decoder.weight"}
+    assert all(torch.equal(stored[name], merged.weights[name]) for name in stored)
+
+
+def test_a_folder_is_divided_into_shards_with_an_index(files):
+    merged = lm.merge(*files, SCORE(), output="merged", shard_size=3000)
+    index = json.loads(Path("merged/model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in Path("merged").glob("*.safetensors"))
+    assert len(shards) == 7
+    assert shards[0] == "model-00001-of-00007.safetensors"
+    assert index["weight_map"].keys() == merged.weights.keys() - {"decoder.weight"}
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for name, tensor in merged.weights.items() if name != "decoder.weight"
+    )
+    for shard in shards:
+        assert all(index["weight_map"][name] == shard for name in load_file(f"merged/{shard}"))
+    assert sorted(os.listdir("merged")) == sorted([*shards, "config.json", "model.safetensors.index.json"])
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+class TestFailures:
+    @pytest.fixture
+    def old(self, files, output):
+        return dict(lm.merge(*files, WeightAverage(), output=output).weights)
+
+    def test_a_full_disk(self, files, output, old, monkeypatch):
+        write = os.pwrite
+
+        def full(handle, content, position):
+            if position > 6000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(handle, content, position)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(lm.MergeError, match=r"Could not write .*merged.*: No space left on device; nothing was"):
+            lm.merge(*files, SCORE(), output=output)
+        assert same(dict(lm.open_weights(output)), old)
+        assert left_behind() == []
+
+    def test_a_disk_that_is_too_small_is_noticed_before_any_work(self, files, output, old, monkeypatch):
+        class Never(MergeMethod):
+            def update(self, deltas, context):
+                raise AssertionError("work began")
+
+        def full(handle, position, size):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(lm.MergeError, match="No space left on device"):
+            lm.merge(*files, Never(), output=output)
+        assert same(dict(lm.open_weights(output)), old)
+        assert left_behind() == []
+
+    def test_a_method_that_fails(self, files, output, old):
+        class Fails(MergeMethod):
+            def update(self, deltas, context):
+                raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            lm.merge(*files, Fails(), output=output)
+        assert same(dict(lm.open_weights(output)), old)
+        assert left_behind() == []
+
+    def test_an_input_that_changes_meanwhile(self, files, output, old):
+        class Changes(TaskArithmetic):
+            def update(self, deltas, context):
+                os.utime("1.safetensors", ns=(1, 1))
+                return super().update(deltas, context)
+
+        with pytest.raises(lm.MergeError, match=r"1\.safetensors was changed while it was read"):
+            lm.merge(*files, Changes(), output=output)
+        assert same(dict(lm.open_weights(output)), old)
+        assert left_behind() == []
+
+    def test_another_merge_into_the_same_output(self, files, output):
+        class Meanwhile(TaskArithmetic):
+            def update(self, deltas, context):
+                with pytest.raises(lm.MergeError, match="Another merge is writing"):
+                    lm.merge(*files, TaskArithmetic(), output=output)
+                return super().update(deltas, context)
+
+        merged = lm.merge(*files, Meanwhile(), output=output)
+        assert same(dict(merged.weights), lm.merge(*files, TaskArithmetic()).weights)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_target_that_may_not_be_written_to(files):
+    Path("there").mkdir(mode=0o500)
+    with pytest.raises(lm.MergeError, match="there is no folder that can be written to"):
+        lm.merge(*files, SCORE(), output="there/merged.safetensors")
+
+
+def _merge_for_ever(output: str, resume: bool) -> None:
+    """Write one of two models again and again, until somebody puts an end to it."""
+    torch.set_num_threads(1)
+    while True:
+        for method in (WeightAverage(), TaskArithmetic(scale=0.7)):
+            lm.merge("base", ["0.safetensors", "1.safetensors"], method, output=output, resume=resume, workers=2)
+
+
+@pytest.mark.parametrize("output", ["merged.safetensors", "merged.ckpt", "merged"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_killed_at_any_moment_there_is_the_old_model_or_the_new_one(files, output, resume):
+    """54 kills in all; a first one must not come before there is anything."""
+    models = [lm.merge(*files, method).weights for method in (WeightAverage(), TaskArithmetic(scale=0.7))]
+    lm.merge(*files, WeightAverage(), output=output)
+    draw = random.Random(output)
+    context = multiprocessing.get_context("fork")
+    killed = 0
+    for _ in range(9):
+        process = context.Process(target=_merge_for_ever, args=(output, resume))
+        process.start()
+        time.sleep(draw.uniform(0.0, 0.25))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        found = dict(lm.open_weights(output))
+        assert any(same(found, model) for model in models)
+    assert killed == 9
+    lm.merge(*files, SCORE(), output=output)  # what was left behind is in nobody's way, and goes away
+    assert left_behind() == []
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[str]:
+    """The names of the tensors that are written."""
+    names: list[str] = []
+    write = PartFile.write
+
+    def noting(part: PartFile, name: str, tensor: torch.Tensor) -> None:
+        names.append(name)
+        write(part, name, tensor)
+
+    monkeypatch.setattr(PartFile, "write", noting)
+    return names
+
+
+class TestResume:
+    class Stops(TaskArithmetic):
+        """Gives up at the last block, the first time."""
+
+        def update(self, deltas, context):
+            if context.name == "blocks.7.weight" and not Path("again").exists():
+                raise KeyboardInterrupt
+            return super().update(deltas, context)
+
+        def describe(self):
+            return TaskArithmetic().describe()
+
+    @pytest.mark.parametrize("output", OUTPUTS)
+    def test_goes_on_with_what_is_missing(self, files, output, written):
+        with pytest.raises(KeyboardInterrupt):
+            lm.merge(*files, self.Stops(), output=output, resume=True, workers=1, shard_size=3000)
+        assert not Path(output).exists()
+        written.clear()
+        Path("again").touch()
+        merged = lm.merge(*files, self.Stops(), output=output, resume=True, shard_size=3000)
+        assert 0 < len(written) < len(merged.inventory.stored)
+        assert "blocks.7.weight" in written
+        assert same(dict(merged.weights), lm.merge(*files, TaskArithmetic()).weights)
+        assert left_behind() == []
+
+    def test_what_was_damaged_meanwhile_is_computed_again(self, files):
+        with pytest.raises(KeyboardInterrupt):
+            lm.merge(*files, self.Stops(), output="m.safetensors", resume=True, workers=1)
+        part = Path(".m.safetensors.part")
+        content = bytearray(part.read_bytes())
+        content[-200:] = bytes(200)
+        start = 8 + int.from_bytes(content[:8], "little")
+        content[start : start + 4] = b"\xff" * 4
+        part.write_bytes(content)
+        Path("again").touch()
+        merged = lm.merge(*files, self.Stops(), output="m.safetensors", resume=True)
+        assert same(dict(merged.weights), lm.merge(*files, TaskArithmetic()).weights)
+
+    @pytest.mark.parametrize("change", ["method", "input"])
+    def test_another_merge_starts_anew(self, files, change, written):
+        with pytest.raises(KeyboardInterrupt):
+            lm.merge(*files, self.Stops(), output="m.safetensors", resume=True, workers=1)
+        method = TaskArithmetic(scale=0.1) if change == "method" else TaskArithmetic()
+        if change == "input":
+            save_weights("1.safetensors", expert_weights(dict(lm.open_weights("base")), 5))
+        written.clear()
+        merged = lm.merge(*files, method, output="m.safetensors", resume=True)
+        assert len(written) == len(merged.inventory.stored)
+        assert same(dict(merged.weights), lm.merge(*files, method).weights)
+
+    def test_needs_files_and_an_output(self, files):
+        base, experts = files
+        with pytest.raises(lm.MergeError, match="give output, too"):
+            lm.merge(base, experts, SCORE(), resume=True)
+        with pytest.raises(lm.MergeError, match="base is in memory"):
+            lm.merge(dict(lm.open_weights(base)), experts, SCORE(), resume=True, output="m.pt")
