@@ -108,9 +108,10 @@ class Computation:
         return self.updates[context.name]
 
     def _merged(self, name: str, update: Callable[[Callable[[], Tensor], Any], Tensor]) -> Tensor:
-        context = self.task_vectors.context(name, self.survey)
-        change = update(lambda: self.task_vectors[name], context)
-        return (context.base + self.method.scale * change).to(self.base[name])
+        own = self.base[name]
+        context = self.task_vectors.context(name, self.survey, own)
+        change = update(lambda: self.task_vectors.stack(name, own), context)
+        return torch.add(context.base, change, alpha=self.method.scale).to(own)
 
 
 def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.computation import run_each
 from lightning_merge.errors import raise_all
+from lightning_merge.linalg import is_finite
 from lightning_merge.sharing import Processes
 
 
@@ -56,13 +56,3 @@ def check_finite(
     run_each(look, shares[processes.rank], workers)
     found = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
     raise_all([found[job] for job in jobs if job in found])
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; needs no memory beside the tensor."""
-    if not tensor.numel() or not tensor.is_floating_point():
-        return True
-    if tensor.element_size() == 1:
-        return bool(torch.isfinite(tensor.float()).all())
-    low, high = tensor.aminmax()  # NaN wins in both
-    return bool(torch.isfinite(low) & torch.isfinite(high))

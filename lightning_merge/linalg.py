@@ -60,7 +60,7 @@ def svd(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
 
 def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
-    if not bool(matrices.isfinite().all()):
+    if not is_finite(matrices):
         nan = torch.full_like(matrices, torch.nan)
         return nan[..., :rank], nan[..., 0, :rank], nan[..., :rank, :]
     eigenvalues, V = _factorize(_gram_eigh, matrices)
@@ -105,7 +105,7 @@ def _polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if m < n:
         factor, mean = _polar(matrices.mT)
         return factor.mT, mean
-    if not bool(matrices.isfinite().all()):
+    if not is_finite(matrices):
         nan = torch.full_like(matrices, torch.nan)
         return nan, nan[..., 0, 0]
     if matrices.dtype == torch.float32 and matrices.is_cuda:
@@ -163,6 +163,16 @@ def gram(matrices: Tensor) -> Tensor:
         G[..., i:j, i:] = rows
         G[..., i:, i:j] = rows.mT
     return G
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite; needs no memory beside the tensor."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    if tensor.element_size() == 1:
+        return bool(torch.isfinite(tensor.float()).all())
+    low, high = tensor.aminmax()  # NaN wins in both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def sign_of_largest(U: Tensor) -> Tensor:

@@ -63,8 +63,14 @@ class TaskVectors:
 
     def __getitem__(self, name: str) -> Tensor:
         """The stacked differences of one parameter: ``(T, …)``."""
-        base = wide(self._base[name]).to(self._device)
-        deltas = torch.stack([_difference(expert, name, base).to(self._dtype) for expert in self._experts])
+        return self.stack(name, self._base[name])
+
+    def stack(self, name: str, own: Tensor) -> Tensor:
+        """The stacked differences of one parameter ``(T, …)`` to the base's ``(…)``, which was read already."""
+        base = wide(own).to(self._device)
+        deltas = torch.empty(len(self._experts), *base.shape, dtype=self._dtype, device=base.device)
+        for expert, delta in zip(self._experts, deltas, strict=True):
+            _subtract(expert, name, base, delta)
         return deltas if self._transform is None else self._transform(deltas, self.context(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -121,18 +127,25 @@ class TaskVectors:
         other._transform = both
         return other
 
-    def context(self, name: str, survey: Any = None) -> Context:
-        """What a method's rule may know about a parameter."""
-        base = wide(self._base[name]).to(self._device, self._dtype)
+    def context(self, name: str, survey: Any = None, own: Tensor | None = None) -> Context:
+        """What a method's rule may know about a parameter; ``own`` is the base's ``(…)``, if it was read already."""
+        base = wide(self._base[name] if own is None else own).to(self._device, self._dtype)
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
         statistics = ParameterStatistics(name, self._statistics, base)
         return Context(name, base, self.matrices, seed, survey, statistics)
 
 
-def _difference(expert: Weights, name: str, base: Tensor) -> Tensor:
-    """What an expert did to a parameter ``(…)``; that of an adapter is exact."""
+def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:
+    """Put what an expert did to a parameter ``(…)`` into ``delta``; that of an adapter is exact."""
     exact = expert.delta(name, base) if hasattr(expert, "delta") else None
-    return wide(expert[name]).to(base.device) - base if exact is None else exact
+    if exact is not None:
+        delta.copy_(exact)
+        return
+    weight = wide(expert[name]).to(base.device)
+    if weight.dtype == base.dtype == delta.dtype:
+        torch.sub(weight, base, out=delta)
+    else:
+        delta.copy_(weight - base)
 
 
 def wide(tensor: Tensor) -> Tensor:
