@@ -65,6 +65,9 @@ def fusion_bench(given: argparse.Namespace) -> Run:
     from fusion_bench import BaseModelPool, method
     from safetensors.torch import load_file, save_file
 
+    if given.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it takes the accelerator that it finds
+
     def module(path: str) -> torch.nn.Module:
         root = torch.nn.Module()
         for name, tensor in load_file(path).items():
@@ -179,8 +182,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--double", action="store_true", help="The formula in float64, its result in float64, too.")
     given = parser.parse_args(arguments)
-    if given.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FusionBench takes what it finds
     run = CONTENDERS[given.contender](given)
     took = timed(run if given.files else lambda: None, given.device)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -1,6 +1,6 @@
 """How far files are from a reference, over all its matrices; what ``speed.py`` runs as a process of its own.
 
-    python -m benchmarks.errors reference.safetensors merged.safetensors …
+python -m benchmarks.errors reference.safetensors merged.safetensors …
 """
 
 from __future__ import annotations

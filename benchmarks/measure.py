@@ -22,7 +22,13 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+THREADS = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 _POLL = 0.01
 """Seconds between two looks at a running process."""
 
@@ -168,8 +174,8 @@ def _processor() -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table; the keys of the first row are its head, floats get three digits."""
-    head = list(rows[0])
+    """A Markdown table; the keys of all rows are its head, floats get three digits."""
+    head = list(dict.fromkeys(key for row in rows for key in row))
     lines = [head, ["---"] * len(head), *([_cell(row.get(key, "")) for key in head] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -184,4 +190,3 @@ def say(text: str) -> None:
     """Write to the standard output."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-

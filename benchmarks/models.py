@@ -1,6 +1,6 @@
 """Make a base and experts of a vision transformer's shape, the same for the same arguments.
 
-    python -m benchmarks.models FOLDER --shape vit_base --experts 4
+python -m benchmarks.models FOLDER --shape vit_base --experts 4
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def draw(shape: Sequence[int], *seed: str) -> Tensor:
 
 
 def task_vector(name: str, shape: Sequence[int], expert: str, like: str) -> Tensor:
-    """A task vector: Gaussian, or (matrices) with a spectrum that decays as ``1 / k``, half of it shared by all experts.
+    """A task vector: Gaussian, or (matrices) with a spectrum that decays as ``1 / k``, half of it shared by all.
 
     Its entries are of the order of 1e-3, a twentieth of the base's.
     """

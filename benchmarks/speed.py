@@ -11,15 +11,16 @@ Same files, same run, file to file, one thread, a process for each merge. The co
 - least: no merge, but what none can do without: one read, a float64 Gram product for each matrix that the formula
   decomposes, one write.
 
-A column "merge" is what a process took beyond one that only imports the contender's packages ("start-up"). The error is
-that of the update over all matrices, as a share of its norm, against the formula in float64; it is measured on task
-vectors in float32, so that the rounding of base + update does not hide it. mergekit's TIES trims every tensor by itself,
-which is another rule, and shows as an error.
+"merge" is what a process took once the contender's packages were imported; its peak is what it held beyond a process
+that only imports them ("start-up"). The error is that of the update over all matrices, as a share of its norm, against
+the formula in float64, on task vectors in float32 beside a base of zeros, so that the rounding of base + update does
+not hide it. mergekit's TIES trims every tensor by itself, which is another rule, and shows as an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,11 +36,9 @@ MB = 1e6
 def commands(given: argparse.Namespace) -> dict[str, list[str]]:
     """For every contender the command that merges, without the method."""
     interpreters = {"fusion_bench": given.fusion_bench, "mergekit": given.mergekit}
-    own = {name: python("-m", "benchmarks.contenders", name) for name in ("ours", "formula", "least")}
-    others = {
-        name: python("-m", "benchmarks.contenders", name, interpreter=path) for name, path in interpreters.items() if path
-    }
-    return own | others
+    own = dict.fromkeys(("ours", "formula", "least"), sys.executable)
+    every = own | {name: path for name, path in interpreters.items() if path}
+    return {name: python("-m", "benchmarks.contenders", name, interpreter=path) for name, path in every.items()}
 
 
 def start_ups(contenders: Mapping[str, Sequence[str]], device: str, repeat: int) -> dict[str, Cost | Failed]:
@@ -57,7 +56,9 @@ def merges(
     return measure_all({name: [*command, *rest] for name, command in contenders.items()}, repeat)
 
 
-def errors(contenders: Mapping[str, Sequence[str]], method: str, files: Sequence[Path], device: str) -> dict[str, float]:
+def errors(
+    contenders: Mapping[str, Sequence[str]], method: str, files: Sequence[Path], device: str
+) -> dict[str, float]:
     """The error of every contender's update on the files of task vectors."""
     folder = files[0].parent
     reference, rest = folder / "reference.safetensors", [*map(str, files), "--device", device]
@@ -81,18 +82,18 @@ def row(
     method: str, name: str, costs: Mapping[str, Cost], start_up: Mapping[str, Cost], error: float | str, model: float
 ) -> dict[str, Any]:
     """One line of the table."""
-    beyond = {key: cost - start_up[key] for key, cost in costs.items()}
-    cost, ours = beyond[name], beyond.get("ours", beyond[name])
-    device = {"device peak MB": cost.said["device_peak"] / MB} if "device_peak" in cost.said else {}
+    merge, ours = costs[name].said, costs.get("ours", costs[name]).said
+    peak = costs[name].peak - start_up[name].peak
+    device = {"device peak MB": merge["device_peak"] / MB} if "device_peak" in merge else {}
     return {
         "method": method,
         "by": name,
-        "merge CPU s": cost.cpu,
-        "merge wall s": cost.wall,
-        "CPU, ours = 1": cost.cpu / ours.cpu,
-        "wall, ours = 1": cost.wall / ours.wall,
-        "merge peak MB": cost.peak / MB,
-        "in models": cost.peak / model,
+        "merge CPU s": merge["cpu"],
+        "merge wall s": merge["wall"],
+        "CPU, ours = 1": merge["cpu"] / ours["cpu"],
+        "wall, ours = 1": merge["wall"] / ours["wall"],
+        "merge peak MB": peak / MB,
+        "in models": peak / model,
         **device,
         "start-up CPU s": start_up[name].cpu,
         "start-up MB": start_up[name].peak / MB,
@@ -114,9 +115,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
         notes += [f"- {method} by {name}: {cost}" for name, cost in costs.items() if isinstance(cost, Failed)]
         costs = {name: cost for name, cost in costs.items() if isinstance(cost, Cost)}
         found = errors({name: contenders[name] for name in costs}, method, exact, given.device) if exact else {}
-        rows += [
-            row(method, name, costs, start_up, found.get(name, ""), files[0].stat().st_size) for name in costs
-        ]
+        rows += [row(method, name, costs, start_up, found.get(name, ""), files[0].stat().st_size) for name in costs]
     say(f"\n{title(given, files)}\n\n{table(rows)}\n\n" + "\n".join(notes))
 
 
