@@ -59,7 +59,7 @@ def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequen
     """
     path = Path(path).expanduser()
     resolved = [weights.path.resolve() for weights in inputs if weights.path is not None]
-    if any(path.resolve() in file.parents for file in resolved) and _is_ours(path):
+    if any(path.resolve() in file.parents for file in resolved) and is_ours(path):
         raise MergeError(f"{path} holds one of the models to merge; give the merged model another name.")
     if base is None or not any((base.parent / config).is_file() for config in _CONFIGS):
         raise MergeError(
@@ -69,14 +69,15 @@ def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequen
         )
     if path.exists() and not path.is_dir():
         raise MergeError(f"{path} is a file, so that no folder can be written there; give another name.")
-    if path.is_dir() and any(path.iterdir()) and not _is_ours(path):
+    if path.is_dir() and any(path.iterdir()) and not is_ours(path):
         raise MergeError(f"The folder {path} holds something that was not merged here; give another name, or empty it.")
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
 
 
-def _is_ours(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds a model that was merged here."""
     return any("merge" in open_weights(file).header for file in folder.glob("*.safetensors"))
 
 
@@ -109,7 +110,7 @@ def save_folder(
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             new, old = Path(temporary) / "new", Path(temporary) / "old"
             new.mkdir()
-            carry_files(base, new)
+            carry_over(base.parent, new)
             save_weights(new / weights_name(base), weights, manifest=manifest)
             if path.exists():
                 path.rename(old)
@@ -124,8 +125,8 @@ def save_folder(
     return path
 
 
-def carry_files(base: Path, folder: Path) -> None:
-    """Copy what lies beside the base's weights and is no weights: configuration, tokenizer, licence."""
-    for file in sorted({file for pattern in _CARRIED for file in base.parent.glob(pattern)}):
+def carry_over(old: Path, new: Path) -> None:
+    """Copy what a folder holds beside its weights: configuration, tokenizer, licence."""
+    for file in sorted({file for pattern in _CARRIED for file in old.glob(pattern)}):
         if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, new / file.name)

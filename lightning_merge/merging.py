@@ -141,9 +141,11 @@ def check_arguments(
     method: MergeMethod,
     base: Weights,
     experts: Mapping[str, Weights],
-    workers: int,
+    workers: int | None,
     dtype: torch.dtype | None,
     output: str | os.PathLike[str] | None,
+    resume: bool = False,
+    shard_size: int = 1,
 ) -> None:
     """See that a merge can be done and written as it is asked for, before any work.
 
@@ -151,8 +153,17 @@ def check_arguments(
         MergeError: If not; every problem is listed.
     """
     problems = []
-    if workers < 1:
+    if workers is not None and workers < 1:
         problems.append(f"workers must be at least 1, got {workers}.")
+    if shard_size < 1:
+        problems.append(f"shard_size is a number of bytes and must be at least 1, got {shard_size}.")
+    if resume and output is None:
+        problems.append("resume goes on with a half-finished output; give output, too.")
+    in_memory = [weights.name for weights in (base, *experts.values()) if weights.path is None]
+    if resume and in_memory:
+        problems.append(
+            f"A merge can only be resumed if all of its inputs are files, and {', '.join(in_memory)} is in memory."
+        )
     if dtype not in (None, torch.float32, torch.float64):
         problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
     problems += problems_of(method.check_count, len(experts))
