@@ -53,7 +53,7 @@ class MergeCLI(LightningCLI):
             super().parse_arguments(parser, args)
             return
         given = sys.argv[1:] if args is None else args
-        following = [*given[1:], "-"]
+        following = [*given, "-"][1:]
         self.config = parser.parse_args(
             [
                 "--plan=true" if argument == "--plan" and after.startswith("-") else argument

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_merge.methods import MergeMethod
+from lightning_merge.methods import MergeMethod, Wrapper
 
 _SIDE = 192
 """Of the small matrices that are timed."""
@@ -101,7 +101,7 @@ def factorizes(method: MergeMethod) -> bool:
 
 def surveys(method: MergeMethod) -> bool:
     """Whether a method looks at the whole model before it merges, and so reads the experts more often."""
-    return type(layers(method)[-1]).survey is not MergeMethod.survey or method.needs_data
+    return any(type(layer).survey not in (MergeMethod.survey, Wrapper.survey) for layer in layers(method))
 
 
 def matrix_seconds(method: MergeMethod, m: int, n: int, num_experts: int, machine: Machine) -> float:

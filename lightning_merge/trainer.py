@@ -99,8 +99,8 @@ class MergeTrainer(Trainer):
             base: The checkpoint that the experts started from; by default the model as it is configured.
             statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
                 default beside the experts' checkpoints, where the verb ``statistics`` writes them.
-            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face writes
-                them, with what lies beside the base's weights.
+            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face, timm and
+                open_clip write them, with what lies beside the base's weights.
             scale: Scaling coefficient; by default the method's own.
             include: Merge only the parameters whose name matches one of these shell patterns.
             exclude: Do not merge the parameters that match one of these shell patterns.
