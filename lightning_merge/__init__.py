@@ -28,8 +28,10 @@ _HOME = {
     "MergeMethod": "lightning_merge.methods",
     "MergeTrainer": "lightning_merge.trainer",
     "Merged": "lightning_merge.merged",
+    "Plan": "lightning_merge.plans",
     "merge": "lightning_merge.merging",
     "open_weights": "lightning_merge.checkpoints",
+    "plan": "lightning_merge.planning",
     "save_weights": "lightning_merge.checkpoints",
     "sweep": "lightning_merge.sweeping",
 }

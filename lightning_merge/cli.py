@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
@@ -47,13 +47,31 @@ class MergeCLI(LightningCLI):
         ):
             parser.add_lightning_class_args(kind, key, subclass_mode=subclasses, required=False)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments; ``--plan`` may stand by itself."""
+        if args is not None and not isinstance(args, list):
+            super().parse_arguments(parser, args)
+            return
+        given = sys.argv[1:] if args is None else args
+        following = [*given, "-"][1:]
+        self.config = parser.parse_args(
+            [
+                "--plan=true" if argument == "--plan" and after.startswith("-") else argument
+                for argument, after in zip(given, following, strict=True)
+            ]
+        )
+
     def before_instantiate_classes(self) -> None:
         """Make sure that there is a model where the verb needs one."""
         if self.subcommand != "merge" and self._get(self.config, "model") is None:
             raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
 
     def after_merge(self) -> None:
-        """Say what was merged, and show the evaluation of the merged model if there was one."""
+        """Say what was merged, and show the evaluation of the merged model if there was one; or show the plan."""
+        if self.trainer.plan is not None:
+            if self.trainer.is_global_zero:
+                sys.stdout.write(f"{self.trainer.plan.text()}\n")
+            sys.exit(1 if self.trainer.plan.problems else 0)
         if self.trainer.is_global_zero:
             output = self._get(self.config, "output")
             sys.stdout.write(f"{self.trainer.merged.summary()}; wrote {output}\n")

@@ -73,12 +73,12 @@ def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequen
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds what was merged here, and may be replaced by what is merged now."""
+    """Whether a folder holds a model that was merged here, which may be replaced."""
     return any("merge" in open_weights(file).header for file in folder.glob("*.safetensors"))
 
 
-def carry_files(base: Path, folder: Path) -> None:
-    """Copy what lies beside the base's weights and is no weights: configuration, tokenizer, licence."""
-    for file in sorted({file for pattern in _CARRIED for file in base.parent.glob(pattern)}):
+def carry_over(old: Path, new: Path) -> None:
+    """Copy what a folder holds beside its weights: configuration, tokenizer, licence."""
+    for file in sorted({file for pattern in _CARRIED for file in old.glob(pattern)}):
         if file.is_file():
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, new / file.name)

@@ -8,7 +8,7 @@ prefix is known here by name. (What ``torch.compile`` puts into names is taken o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lightning_merge.checkpoints import Weights
@@ -39,28 +39,24 @@ class Prefix:
 
 
 class Renamed(Weights):
-    """An expert under the base's names. Its files, its digest and what else is known of it are the expert's own.
+    """A model under other names. Its files, its digest and whatever else is known of it are the model's own.
 
     Args:
-        original: The expert.
-        prefix: What is stripped from its names, and what is added to them.
+        original: The model.
+        names: ``{new: old}``, every name of it once.
+        prefix: How the new names follow from the old ones.
     """
 
-    def __init__(self, original: Weights, prefix: Prefix) -> None:
-        names = {prefix.applied(name): name for name in original}  # {new: old}
-        super().__init__(
-            original.name,
-            readers={name: lambda old=old: original[old] for name, old in names.items()},
-            meta={name: original.meta[old] for name, old in names.items()},
-            tied={prefix.applied(alias): prefix.applied(owner) for alias, owner in original.tied.items()},
-            inputs=original.inputs,
-        )
-        self.path, self.header = original.path, original.header
-        self.__dict__ = original.__dict__ | self.__dict__  # whatever else is known of it
-        self.original, self.prefix, self.names = original, prefix, names
+    def __init__(self, original: Weights, names: Mapping[str, str], prefix: Prefix) -> None:
+        self.__dict__.update(original.__dict__)
+        new = {old: name for name, old in names.items()}
+        self._readers = {name: lambda old=old: original[old] for name, old in names.items()}
+        self.meta = {name: original.meta[old] for name, old in names.items()}
+        self.tied = {new[alias]: new[owner] for alias, owner in original.tied.items()}
+        self.original, self.names, self.prefix = original, names, prefix
 
     def digest(self) -> str:
-        """The expert's own digest, by which its statistics know it."""
+        """The model's own digest, by which its statistics know it."""
         return self.original.digest()
 
 
@@ -70,7 +66,7 @@ def match_names(base: Weights, expert: Weights) -> Weights:
     Names that the prefix does not stand before (a head beside a backbone) stay what they are.
     """
     prefix = find_prefix(base, expert)
-    return expert if prefix is None else Renamed(expert, prefix)
+    return expert if prefix is None else Renamed(expert, {prefix.applied(name): name for name in expert}, prefix)
 
 
 def find_prefix(base: Weights, expert: Weights) -> Prefix | None:
@@ -129,10 +125,4 @@ def rename_statistics(statistics: Weights, expert: Weights) -> Weights:
     for key in statistics:
         kind, dot, parameter = key.partition(".")
         keys[f"{kind}{dot}{new.get(parameter, parameter)}"] = key
-    return Weights(
-        statistics.name,
-        readers={key: lambda old=old: statistics[old] for key, old in keys.items()},
-        meta={key: statistics.meta[old] for key, old in keys.items()},
-        path=statistics.path,
-        header=statistics.header,
-    )
+    return Renamed(statistics, keys, expert.prefix)

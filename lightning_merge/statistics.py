@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints import STATISTICS, Source, Weights, open_weights, replacing
-from lightning_merge.errors import raise_all
+from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.prefixes import rename_statistics
 
 HOW_TO_MAKE = {
@@ -123,51 +123,48 @@ def open_statistics(
         return []
     found = {name: statistics_file(expert) for name, expert in experts.items()}
     statistics = {name: file for name, file in found.items() if file and file.is_file()} | dict(statistics or {})
-    how = "; ".join(f"{kind}.<parameter> holds {HOW_TO_MAKE[kind]}" for kind in needs)
-    raise_all(
-        [
-            f"The method needs statistics of the data of expert {name}, and there are none beside its file; make them "
-            f"with `{command(expert, needs)}`, or give merge(…, statistics={{{name!r}: file}}), a file or state dict "
-            f"where {how}."
-            for name, expert in experts.items()
-            if name not in statistics
-        ]
-        + [
-            f"There are statistics for {name!r}, which is no expert; the experts are {', '.join(experts)}."
-            for name in statistics
-            if name not in experts
-        ]
-    )
-    opened = {
-        name: open_weights(statistics[name], None if _is_path(statistics[name]) else f"the statistics of {name}")
-        for name in experts
-    }
-    raise_all(
-        [
-            f"{opened[name].name} holds the statistics of other weights than those of expert {name}; make them anew "
-            f"with `{command(expert, needs)}`."
-            for name, expert in experts.items()
-            if read and _is_foreign(opened[name], expert)
-        ]
-    )
-    opened = {name: rename_statistics(source, experts[name]) for name, source in opened.items()}
-    wanted = {kind: _wanted(kind, needs, opened, names) for kind in needs}
-    raise_all(
-        [
+    problems = _absent(statistics, needs, experts)
+    opened = {}
+    for name in (name for name in experts if name in statistics):
+        source = statistics[name]
+        try:
+            weights = open_weights(source, None if _is_path(source) else f"the statistics of {name}")
+        except MergeError as error:
+            problems += error.problems
+            continue
+        if read and _is_foreign(weights, experts[name]):
+            problems.append(
+                f"{weights.name} holds the statistics of other weights than those of expert {name}; make them anew "
+                f"with `{command(experts[name], needs)}`."
+            )
+        opened[name] = rename_statistics(weights, experts[name])
+    for kind in needs:
+        parameters = _wanted(kind, needs, opened, names)
+        problems += [
             f"{source.name} holds no {kind}.<parameter> for any merged parameter; it must hold {HOW_TO_MAKE[kind]}: "
             f"`{command(experts[name], needs)}`."
-            for kind, parameters in wanted.items()
-            if not parameters
             for name, source in opened.items()
+            if not parameters
         ]
-    )
-    raise_all(
-        [
-            *(p for kind, parameters in wanted.items() for p in _problems(kind, parameters, base, opened)),
-            *_strangers(base, experts, opened),
-        ]
-    )
+        problems += _problems(kind, parameters, base, opened)
+    raise_all([*problems, *_strangers(base, experts, opened)])
     return list(opened.values())
+
+
+def _absent(statistics: Mapping[str, Source], needs: Sequence[str], experts: Mapping[str, Weights]) -> list[str]:
+    """Experts without statistics, and statistics without an expert."""
+    how = "; ".join(f"{kind}.<parameter> holds {HOW_TO_MAKE[kind]}" for kind in needs)
+    return [
+        f"The method needs statistics of the data of expert {name}, and there are none beside its file; make them "
+        f"with `{command(expert, needs)}`, or give merge(…, statistics={{{name!r}: file}}), a file or state dict "
+        f"where {how}."
+        for name, expert in experts.items()
+        if name not in statistics
+    ] + [
+        f"There are statistics for {name!r}, which is no expert; the experts are {', '.join(experts)}."
+        for name in statistics
+        if name not in experts
+    ]
 
 
 def command(expert: Weights, kinds: Sequence[str]) -> str:
@@ -223,10 +220,9 @@ def _expected_shape(kind: str, shape: torch.Size) -> tuple[int, ...]:
 
 def _strangers(base: Weights, experts: Mapping[str, Weights], opened: Mapping[str, Weights]) -> list[str]:
     return [
-        f"{opened[name].name} holds {key!r}, but the model has no such parameter; "
-        "are these the statistics of another model?"
-        for name, expert in experts.items()
-        for key in opened[name]
+        f"{source.name} holds {key!r}, but the model has no such parameter; are these the statistics of another model?"
+        for name, source in opened.items()
+        for key in source
         for kind, _, parameter in [key.partition(".")]
-        if kind in HOW_TO_MAKE and parameter not in base and parameter not in expert
+        if kind in HOW_TO_MAKE and parameter not in base and parameter not in experts[name]
     ]

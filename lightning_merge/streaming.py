@@ -25,7 +25,7 @@ from lightning_merge.checkpoints import (
     sync_folder,
 )
 from lightning_merge.errors import MergeError
-from lightning_merge.folders import carry_files, is_folder, is_ours, weights_name
+from lightning_merge.folders import carry_over, is_folder, is_ours, weights_name
 from lightning_merge.sharing import Processes
 
 SHARD_SIZE = 5_000_000_000
@@ -163,7 +163,7 @@ class StreamedModel:
         file.forget()
 
     def _complete_folder(self) -> None:
-        carry_files(self._base, self._part)
+        carry_over(self._base.parent, self._part)
         if len(self._files) > 1:
             total = sum(place.end - place.begin for file in self._files for place in file.places.values())
             index = {

@@ -23,6 +23,8 @@ from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.merging import merge
 from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.planning import plan as make_plan
+from lightning_merge.plans import Plan
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
 
@@ -80,9 +82,10 @@ class MergeTrainer(Trainer):
         seed: int = 0,
         workers: int = 1,
         allow_non_finite: bool = False,
+        plan: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-    ) -> Merged:
+    ) -> Merged | Plan:
         """Merge experts' checkpoints into one.
 
         Args:
@@ -96,8 +99,8 @@ class MergeTrainer(Trainer):
             base: The checkpoint that the experts started from; by default the model as it is configured.
             statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
                 default beside the experts' checkpoints, where the verb ``statistics`` writes them.
-            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face writes
-                them, with what lies beside the base's weights.
+            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face, timm and
+                open_clip write them, with what lies beside the base's weights.
             scale: Scaling coefficient; by default the method's own.
             include: Merge only the parameters whose name matches one of these shell patterns.
             exclude: Do not merge the parameters that match one of these shell patterns.
@@ -105,11 +108,13 @@ class MergeTrainer(Trainer):
             seed: Seed of methods that draw random numbers.
             workers: Parameters that are merged at the same time.
             allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+            plan: Only say what would be merged, what stands in the way, and about what it costs, from the files'
+                headers; nothing is merged or written. The exit status is 1 if anything stands in the way.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
         Returns:
-            The merged model; its ``manifest`` says how it was made.
+            The merged model; its ``manifest`` says how it was made. Or the plan.
         """
         if not experts:
             raise MergeError("There is nothing to merge: give the experts' checkpoints with --experts.")
@@ -118,23 +123,24 @@ class MergeTrainer(Trainer):
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
         method = method or SCORE()
-        origin = open_weights(base if base is not None else model.state_dict(), name="base")
+        source = base if base is not None else model.state_dict()
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
-        merged = merge(
-            origin,
-            experts,
-            method,
-            statistics=statistics,
-            scale=scale,
-            include=include,
-            exclude=exclude or (),
-            matrices=matrices,
-            seed=seed,
-            workers=workers,
-            allow_non_finite=allow_non_finite,
-            output=output if self.is_global_zero else None,
+        options = {
+            "statistics": statistics,
+            "scale": scale,
+            "include": include,
+            "exclude": exclude or (),
+            "matrices": matrices,
+            "seed": seed,
+            "workers": workers,
+            "allow_non_finite": allow_non_finite,
             **module_and_data(self, model, domains, method, experts),
-        )
+        }
+        self.plan = make_plan(source, experts, method, output=output, **options) if plan else None
+        if self.plan is not None:
+            return self.plan
+        origin = open_weights(source, name="base")
+        merged = merge(origin, experts, method, output=output if self.is_global_zero else None, **options)
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = self._evaluate(model, domains, {BASE: origin, "merged": merged.weights}, {})

@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_merge as lm
+from lightning_merge.checkpoints import save_weights
 from lightning_merge.cli import MergeCLI, main
 from tests.conftest import ROOT
-from tests.toys import image_folders, register_tiny_clip
+from tests.toys import base_weights, expert_weights, image_folders, register_tiny_clip
 
 CONFIGS = ROOT / "configs"
 TINY_DIGITS = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
@@ -116,6 +117,39 @@ class TestFitMergeEvaluate:
             assert a["accuracy"] == b["accuracy"]
             for metric in ("balanced_accuracy", "f1", "calibration_error"):
                 assert a[metric] == pytest.approx(b[metric], abs=1e-6)
+
+
+class TestPlan:
+    @pytest.fixture(autouse=True)
+    def files(self):
+        save_weights("base.pt", base_weights())
+        for i in range(2):
+            save_weights(f"{i}.ckpt", {f"model.{name}": w for name, w in expert_weights(base_weights(), i).items()})
+
+    def plan(self, capsys, *arguments: str) -> tuple[int, str]:
+        before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+        with pytest.raises(SystemExit) as ended:
+            main(["merge", "--base=base.pt", "--experts=[0.ckpt, 1.ckpt]", *arguments])
+        assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+        return ended.value.code, capsys.readouterr().out
+
+    @pytest.mark.parametrize("more", [["--plan"], ["--plan", "--method=TIES"], ["--method=IsoC", "--plan=true"]])
+    def test_nothing_stands_in_the_way(self, capsys, more):
+        status, text = self.plan(capsys, *more)
+        assert status == 0
+        assert "Nothing stands in its way" in text
+        assert "`model.* -> *`" in text
+        assert "to merged.ckpt" in text
+
+    def test_all_that_stands_in_the_way(self, capsys):
+        status, text = self.plan(capsys, "--plan", "--exclude=[hed.*]", "--workers=0", "--output=x.onnx")
+        assert status == 1
+        assert "3 things stand in its way" in text
+        assert all(word in text for word in ("'hed.*'", "workers", "x.onnx"))
+
+    def test_false_merges(self):
+        main(["merge", "--plan", "false", "--base=base.pt", "--experts=[0.ckpt, 1.ckpt]"])
+        assert Path("merged.ckpt").is_file()
 
 
 def test_statistics_and_what_they_are_for(capsys):
