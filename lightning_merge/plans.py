@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_merge.inventory import Inventory
 
+_NUMBER = re.compile(r"([\d.]+( [kMB])?)?")
 _SHOWN = 6
 """How many names of a list are shown."""
 
@@ -120,7 +122,7 @@ def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     """A Markdown table; numbers stand at the right."""
     lines = [tuple(header), *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [all(cell[:1].isdigit() or not cell for cell in column) for column in zip(*lines[1:], strict=True)]
+    right = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*lines[1:], strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         columns = zip(cells, widths, right, strict=True)

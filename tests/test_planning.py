@@ -234,7 +234,7 @@ class TestWords:
         assert "Matrices: 1 x (8, 12), 1 x (12, 8)." in text
         assert "Names of art, matched by their prefix: `net.* -> *`." in text
         assert "Left out, and only in what `for_task` gives for photo or art or sketch: head.weight." in text
-        assert "1.4 kB to merged.pt" in text
+        assert "| to write       | 1.4 kB to merged.pt  " in text
         assert "Whether all values are finite is seen when the merge reads them." in text
 
     def test_a_name_for_every_problem(self, base, experts):
