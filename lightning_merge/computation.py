@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,7 +139,7 @@ def run_each(work: Callable[[str], None], names: Sequence[str], workers: int) ->
     Linear algebra on many threads costs more than it gives on matrices of a few thousand rows, and its last digits
     depend on their number: so it always has one, and the result is the same for any number of workers.
     """
-    with _one_thread():
+    with one_thread():
         if workers == 1:
             for name in names:
                 work(name)
@@ -149,10 +151,25 @@ def run_each(work: Callable[[str], None], names: Sequence[str], workers: int) ->
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
+            _free_buffers_of_mkl()
+
+
+def _free_buffers_of_mkl() -> None:
+    """Give back what MKL keeps for threads that have ended.
+
+    Forked after that (``ddp_fork``, the workers of a ``DataLoader``), a process now and then finds MKL's list of them
+    broken and multiplies its first matrices for ever.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if torch.backends.mkl.is_available() and library.is_file():
+        free = getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None)  # MKL is built into PyPI's PyTorch
+        if free is not None:
+            free()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Have the arithmetic use one thread of the processor."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

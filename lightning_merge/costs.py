@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from lightning_merge.computation import one_thread
 from lightning_merge.methods import MergeMethod, Wrapper
 
 _SIDE = 192
@@ -58,7 +58,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device | str | None = None
     symmetric = square @ square.mT
     block = torch.zeros(1 << 23, dtype=torch.float32, device=device)
     target, content = torch.empty_like(block), bytes(1 << 21)
-    with _one_thread():
+    with one_thread():
         product = _fastest(lambda: square @ square, square.device)
         eigh = _fastest(lambda: torch.linalg.eigh(symmetric), square.device)
         copy = _fastest(lambda: target.copy_(block), square.device)
@@ -76,16 +76,6 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return max(min(times[1:]), 1e-7)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def layers(method: MergeMethod) -> list[MergeMethod]:

@@ -125,7 +125,7 @@ def merge(
             origin,
             list(sources.values()),
             inventory.merged,
-            dtype or _precision(method, origin, sources.values()),
+            dtype or precision_of(method, origin, sources.values()),
             device,
             matrices,
             seed,
@@ -255,7 +255,7 @@ def check_arguments(
     raise_all(problems)
 
 
-def _precision(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
+def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
     """The precision of the task vectors: the method's own, but float64 where weights or differences have as much."""
     exact = method.factorizes and any(isinstance(expert, LoRAWeights) for expert in experts)  # they keep their low rank
     return torch.promote_types(method.dtype, torch.float64 if exact else _widest(base))

@@ -13,16 +13,18 @@ import torch
 from torch import nn
 
 from lightning_merge.checkpoints import Source, Weights, open_weights
+from lightning_merge.computation import count_workers
 from lightning_merge.costs import estimate_seconds, factorizes, measure_machine, peak_memory, surveys
 from lightning_merge.errors import MergeError, problems_of
 from lightning_merge.inventory import Inventory, compare
 from lightning_merge.lora import is_adapter
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Experts, _widest, check_arguments, open_each
+from lightning_merge.merging import Experts, check_arguments, open_each, precision_of
 from lightning_merge.methods import MergeMethod
 from lightning_merge.plans import Costs, Plan, size
 from lightning_merge.prefixes import Renamed
 from lightning_merge.statistics import open_statistics
+from lightning_merge.streaming import SHARD_SIZE
 from lightning_merge.task_data import Data, check_task_data
 
 
@@ -46,7 +48,7 @@ def plan(
     keep_update: bool = False,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    shard_size: int = 5_000_000_000,
+    shard_size: int = SHARD_SIZE,
     distributed: bool = False,
 ) -> Plan:
     """Say what :func:`lightning_merge.merge` would do with the same arguments, and everything that stands in its way.
@@ -102,9 +104,18 @@ def plan(
     shapes = _count_matrices(origin, models.inventory, rule)
     costs = None
     if not problems:
-        precision = dtype or torch.promote_types(method.dtype, _widest(origin))
+        precision = dtype or precision_of(method, origin, models.experts.values())
         write = 0 if output is None else models.stored
-        costs = _costs(models, method, shapes, precision, device, workers or 1, not allow_non_finite, write)
+        costs = _costs(
+            models,
+            method,
+            shapes,
+            precision,
+            device,
+            count_workers(workers, torch.device(device or "cpu")),
+            not allow_non_finite,
+            write,
+        )
         kept = (0 if output is not None else models.stored) + keep_update * models.values["merged"] * precision.itemsize
         costs = replace(costs, memory=costs.memory + kept)
     return Plan(
@@ -141,7 +152,7 @@ class _Models:
     def stored(self) -> int:
         """The bytes of the merged model."""
         found = self.inventory
-        return _bytes(self.base.meta[name] for name in (*found.merged, *found.averaged, *found.copied))
+        return _bytes(self.base.meta[name] for name in found.stored)
 
     def other_dtypes(self) -> list[str]:
         """A sentence for each expert some of whose parameters are stored in another precision than the base's."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import MergeError
-from lightning_merge.inventory import Inventory, take_inventory  # noqa: F401, they were defined here
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods.base import Context
 from lightning_merge.statistics import ParameterStatistics

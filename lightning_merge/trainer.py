@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_merge.checkpoints import check_suffix, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
@@ -27,6 +29,7 @@ from lightning_merge.planning import plan as make_plan
 from lightning_merge.plans import Plan
 from lightning_merge.recording import record_statistics
 from lightning_merge.statistics import statistics_file
+from lightning_merge.streaming import SHARD_SIZE
 
 GridValue = int | float | bool | str
 
@@ -80,8 +83,10 @@ class MergeTrainer(Trainer):
         exclude: list[str] | None = None,
         matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
         seed: int = 0,
-        workers: int = 1,
+        workers: int | None = None,
         allow_non_finite: bool = False,
+        resume: bool = False,
+        shard_size: int = SHARD_SIZE,
         plan: bool = False,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
@@ -106,8 +111,12 @@ class MergeTrainer(Trainer):
             exclude: Do not merge the parameters that match one of these shell patterns.
             matrices: Which parameters count as matrices.
             seed: Seed of methods that draw random numbers.
-            workers: Parameters that are merged at the same time.
+            workers: Parameters that are merged at the same time, each on one core; by default one for each core, at
+                most eight. With several processes (``--trainer.devices``, torchrun) each has its part of them.
             allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+            resume: Go on where an earlier run of the same merge into the same output was interrupted, and keep what is
+                finished if this one is; all inputs must be files.
+            shard_size: The most bytes of one file where the output is a folder.
             plan: Only say what would be merged, what stands in the way, and about what it costs, from the files'
                 headers; nothing is merged or written. The exit status is 1 if anything stands in the way.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
@@ -134,17 +143,31 @@ class MergeTrainer(Trainer):
             "seed": seed,
             "workers": workers,
             "allow_non_finite": allow_non_finite,
+            "output": output,
+            "resume": resume,
+            "shard_size": shard_size,
             **module_and_data(self, model, domains, method, experts),
         }
-        self.plan = make_plan(source, experts, method, output=output, **options) if plan else None
+        self.plan = make_plan(source, experts, method, **options) if plan else None
         if self.plan is not None:
             return self.plan
         origin = open_weights(source, name="base")
-        merged = merge(origin, experts, method, output=output if self.is_global_zero else None, **options)
+        merged = merge(origin, experts, method, distributed=self._join_processes(), **options)
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = self._evaluate(model, domains, {BASE: origin, "merged": merged.weights}, {})
         return merged
+
+    def _join_processes(self) -> bool:
+        """Start the other processes of this run, or meet them, and say whether there are any to share work with.
+
+        Processes that are forked for one call and end with it (``ddp_spawn``, ``ddp_fork``) are not started for it.
+        """
+        launcher = self.strategy.launcher
+        if self.world_size == 1 or not isinstance(launcher, _SubprocessScriptLauncher):
+            return False
+        launcher.launch(self.strategy.setup_environment)
+        return torch.distributed.is_initialized()
 
     def statistics(
         self,
@@ -209,7 +232,7 @@ class MergeTrainer(Trainer):
         exclude: list[str] | None = None,
         matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
         seed: int = 0,
-        workers: int = 1,
+        workers: int | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Found:
@@ -236,7 +259,7 @@ class MergeTrainer(Trainer):
             exclude: Do not merge the parameters that match one of these shell patterns.
             matrices: Which parameters count as matrices.
             seed: Seed of methods that draw random numbers.
-            workers: Parameters that are merged at the same time.
+            workers: Parameters that are merged at the same time; by default one for each core, at most eight.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
