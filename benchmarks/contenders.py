@@ -61,6 +61,8 @@ def least(given: argparse.Namespace) -> Run:
 
 def fusion_bench(given: argparse.Namespace) -> Run:
     """FusionBench: its algorithms, on modules that hold the parameters of the files."""
+    if given.method == "SCORE":
+        raise NotImplementedError("FusionBench has no SCORE")
     import torch
     from fusion_bench import BaseModelPool, method
     from safetensors.torch import load_file, save_file
@@ -94,8 +96,6 @@ def fusion_bench(given: argparse.Namespace) -> Run:
         "TaskArithmetic": lambda: method.TaskArithmeticAlgorithm(scaling_factor=0.3),
         "WeightAverage": lambda: method.SimpleAverageAlgorithm(),
     }
-    if given.method not in algorithms:
-        raise NotImplementedError(f"FusionBench has no {given.method}")
     algorithm = algorithms[given.method]()
 
     def run() -> None:
@@ -108,8 +108,6 @@ def fusion_bench(given: argparse.Namespace) -> Run:
 
 def mergekit(given: argparse.Namespace) -> Run:
     """mergekit: what ``mergekit-pytorch`` runs."""
-    from mergekit.scripts.merge_raw_pytorch import main as merge_raw_pytorch
-
     settings: dict[str, dict[str, Any]] = {
         "TIES": {"merge_method": "ties", "parameters": {"density": 0.2, "weight": 1.0, "normalize": True}},
         "TaskArithmetic": {"merge_method": "task_arithmetic", "parameters": {"weight": 0.3, "normalize": False}},
@@ -117,6 +115,7 @@ def mergekit(given: argparse.Namespace) -> Run:
     }
     if given.method not in settings:
         raise NotImplementedError(f"mergekit has no {given.method}")
+    from mergekit.scripts.merge_raw_pytorch import main as merge_raw_pytorch
 
     def run() -> None:
         config: dict[str, Any] = {**settings[given.method], "models": [{"model": path} for path in given.files[1:]]}
