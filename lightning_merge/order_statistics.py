@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -105,9 +106,8 @@ def _kth(chunks: Chunks, k: int | Sequence[int], drawn: Sample, signed: bool) ->
     found = _by_sample(chunks, ranks, drawn, signed)
     if found is None:
         data = chunks if signed else _magnitudes(chunks)
-        found = torch.stack(
-            [select(data, lambda total, k=k: torch.full_like(total, k - 0.5), signed=signed) for k in ranks]
-        )
+        targets = [partial(torch.full_like, fill_value=k - 0.5) for k in ranks]
+        found = torch.stack([select(data, target, signed=signed) for target in targets])
     return found[0] if isinstance(k, int) else found
 
 
@@ -171,9 +171,8 @@ class _Tally(NamedTuple):
 
 def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float) -> _Tally | None:
     """Make a pass over the data; None if more than ``room`` entries lie inside, or (of either sign) NaNs are met."""
-    tally = _Tally(
-        torch.zeros_like(low, dtype=torch.int64), torch.zeros_like(low, dtype=torch.int64), [[] for _ in low]
-    )
+    zeros = torch.zeros_like(low, dtype=torch.int64)
+    tally = _Tally(zeros, zeros.clone(), [[] for _ in low])
     for chunk in chunks():
         for piece in pieces(chunk):
             values = piece.contiguous() if signed else piece.abs()

@@ -89,8 +89,8 @@ class MergeMethod(ABC):
     dtype: ClassVar[torch.dtype] = torch.float32
     """The precision in which the rules are computed; methods that factorize ask for float64."""
     entrywise: ClassVar[bool] = False
-    """Whether every entry of the update depends on the survey and the same entry of the task vectors only. Then the rules
-    are given a parameter in pieces, ``(T, 1, n)`` if it counts as a matrix and ``(T, n)`` if not, and must leave alone
+    """Whether every entry of the update depends on the survey and the task vectors' same entry only. Then the rules are
+    given a parameter in pieces, ``(T, 1, n)`` if it counts as a matrix and ``(T, n)`` if not, and must leave alone
     ``context.base``, which is whole."""
     per_task: ClassVar[bool] = False
     """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""

@@ -277,7 +277,10 @@ def test_sce_by_its_formula():
 
 def test_ties_elects_by_share_of_the_norm():
     trimmed, norms = torch.tensor([[1.0], [-2.0], [1.0]]), torch.tensor([1.0, 4.0, 1.0])
-    majority = torch.tensor(-1.0)
+
+    def majority():
+        return torch.tensor(-1.0)
+
     assert elect(trimmed, majority).item() == -1  # the masses cancel out
     assert elect(trimmed, majority, "normmass", norms).item() == 1  # 1 - 1/4 + 1
     assert elect(trimmed[:2], majority, "normfrac", torch.tensor([4.0, 2.0])).item() == -1
