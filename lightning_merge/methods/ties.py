@@ -40,15 +40,20 @@ def elect(trimmed: Tensor, majority: Majority, rule: str = "mass", norms: Tensor
     Returns:
         ``(…)``.
     """
+    sign = vote(trimmed, rule, norms)
+    undecided = indicator(torch.eq, sign, 0) * trimmed.abs().amax(dim=0)
+    return torch.where(undecided != 0, majority(), sign) if undecided.sum() != 0 else sign
+
+
+def vote(trimmed: Tensor, rule: str = "mass", norms: Tensor | None = None) -> Tensor:
+    """Elect a sign per entry, 0 where nobody wins, see :func:`elect`: ``(T, …) -> (…)``."""
     votes = trimmed
     if rule != "mass":
         shares = trimmed.square() / per_expert(norms.square().clamp(min=torch.finfo(norms.dtype).tiny), trimmed)
         votes = shares * trimmed.sign()
     if rule == "normfrac":
         votes = votes.gather(0, shares.argmax(dim=0, keepdim=True))
-    sign = votes.sum(dim=0).sign_()
-    undecided = indicator(torch.eq, sign, 0) * trimmed.abs().amax(dim=0)
-    return torch.where(undecided != 0, majority(), sign) if undecided.sum() != 0 else sign
+    return votes.sum(dim=0).sign_()
 
 
 def agreeing_entries(trimmed: Tensor, sign: Tensor) -> Tensor:
@@ -194,9 +199,8 @@ class TIES(MergeMethod):
         if self.elect != "none":
 
             def majority() -> Tensor:
-                undecided = first.new_zeros(())
-                votes = (elect(piece, lambda: undecided, self.elect, survey.norms) for piece in trimmed())
-                return sum(vote.sum(dtype=torch.float64) for vote in votes).sign().to(first)
+                signs = (vote(piece, self.elect, survey.norms) for piece in trimmed())
+                return sum(sign.sum(dtype=torch.float64) for sign in signs).sign().to(first)
 
             survey = survey._replace(majority=once(majority))
         return survey
