@@ -46,15 +46,14 @@ class Machine:
     hashing: float
 
 
-def measure_machine(dtype: torch.dtype, device: torch.device | str | None = None) -> Machine:
+def measure_machine(device: torch.device | str | None = None) -> Machine:
     """Time one small product, one small ``eigh``, one copy and one hash, on one thread as a worker has it.
 
     Args:
-        dtype: The precision of the arithmetic.
         device: Where the arithmetic is done.
     """
     draw = torch.Generator().manual_seed(0)
-    square = torch.randn(_SIDE, _SIDE, generator=draw, dtype=dtype).to(device)
+    square = torch.randn(_SIDE, _SIDE, generator=draw, dtype=torch.float64).to(device)  # matrices are factorized in it
     symmetric = square @ square.mT
     block = torch.zeros(1 << 23, dtype=torch.float32, device=device)
     target, content = torch.empty_like(block), bytes(1 << 21)
@@ -153,11 +152,11 @@ def peak_memory(
     Args:
         sizes: The number of entries of every merged parameter.
         matrices: ``(count, m, n)`` of those that are factorized, which takes room for a Gram matrix, its vectors and
-            the workspace of ``eigh``, and for the other side's vectors.
+            the workspace of ``eigh``, and for the other side's vectors, all of them in float64.
         num_experts: T.
-        itemsize: Bytes of one number of the arithmetic.
+        itemsize: Bytes of one number of the task vectors.
         workers: Parameters that are merged at the same time.
     """
     largest = sorted(sizes, reverse=True)[: max(workers, 1)]
-    room = sorted((m * n + 3 * min(m, n) ** 2 for count, m, n in matrices for _ in range(count)), reverse=True)
-    return itemsize * (sum(largest) * (num_experts + 2) + sum(room[: max(workers, 1)]))
+    room = sorted((2 * m * n + 3 * min(m, n) ** 2 for count, m, n in matrices for _ in range(count)), reverse=True)
+    return itemsize * sum(largest) * (num_experts + 2) + 8 * sum(room[: max(workers, 1)])

@@ -2,34 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Chunks = Callable[[], Iterable[Tensor]]
-"""Called once per pass over the data; yields tensors ``(T, …)``, all float32 or all float64."""
+from lightning_merge.pieces import indicator, pieces
+from lightning_merge.radix_selection import INTEGER, Chunks, ordered, select
 
-_DIGIT = 16
-"""Bits that are settled in one pass over the data."""
+_SAMPLE = 450_000
+"""Entries of a row that a sample holds at most; rows up to that length are sampled whole."""
+
+_MARGIN = 5.0
+"""Standard deviations of a rank in a sample of independent entries, left on both sides of it."""
+
+_ROOM = 1 / 32
+"""Share of the data that a pass may put aside; what does not fit is left to radix selection."""
 
 
-def kth_magnitude(chunks: Chunks, k: int) -> Tensor:
-    """Find the k-th smallest ``|x|`` per row over data that arrive in chunks, by radix selection.
+class Sample(NamedTuple):
+    """Entries that are spread evenly over the data.
+
+    Args:
+        values: ``(T, s)``.
+        total: Entries of a row of the data.
+    """
+
+    values: Tensor
+    total: int
+
+
+def sample(chunks: Chunks) -> Sample:
+    """Draw a sample in one pass: every entry, or every 3rd, 9th, … of a row (odd, not to meet the same columns)."""
+    drawn: list[Tensor] = []
+    stride, seen = 1, 0
+    for chunk in chunks():
+        rows = chunk.reshape(len(chunk), chunk[0].numel())
+        while -(-(seen + rows.shape[1]) // stride) > _SAMPLE:
+            drawn = [torch.cat(drawn, dim=1)[:, ::3].clone()] if drawn else []
+            stride *= 3
+        drawn.append(rows[:, -seen % stride :: stride].clone())
+        seen += rows.shape[1]
+    return Sample(torch.cat(drawn, dim=1), seen)
+
+
+def kth_magnitude(chunks: Chunks, k: int | Sequence[int], drawn: Sample | None = None) -> Tensor:
+    """Find the k-th smallest ``|x|`` per row over data that arrive in chunks.
+
+    A sample brackets the value narrowly; one pass over the data counts what lies below the bracket and puts aside what
+    lies within. Where the sample misleads or too many entries are equal, radix selection takes over.
 
     Args:
         chunks: The data.
-        k: From 1 to the number of entries of a row.
+        k: From 1 to the number of entries of a row; or several ranks.
+        drawn: A sample of the data, for which otherwise one more pass is made.
 
     Returns:
-        ``(T,)``: the k-th smallest magnitude in each row.
+        ``(T,)``: the k-th smallest magnitude in each row, a NaN being the largest; or ``(K, T)`` for K ranks.
     """
-    return _select(_magnitudes(chunks), lambda total: torch.full_like(total, k - 0.5))
+    drawn = drawn or sample(chunks)
+    return _kth(chunks, k, drawn._replace(values=drawn.values.abs()), signed=False)
 
 
-def kth_value(chunks: Chunks, k: int) -> Tensor:
+def kth_value(chunks: Chunks, k: int | Sequence[int], drawn: Sample | None = None) -> Tensor:
     """Find the k-th smallest value per row, of either sign, see :func:`kth_magnitude`."""
-    return _select(chunks, lambda total: torch.full_like(total, k - 0.5), signed=True)
+    return _kth(chunks, k, drawn or sample(chunks), signed=True)
 
 
 def norm_fraction_magnitude(chunks: Chunks, fraction: float) -> Tensor:
@@ -42,7 +82,7 @@ def norm_fraction_magnitude(chunks: Chunks, fraction: float) -> Tensor:
     Returns:
         ``(T,)``: the largest threshold such that the entries with ``|x| >= threshold`` hold at least that share.
     """
-    return _select(_magnitudes(chunks), lambda total: (1 - fraction) * total, weight=torch.square)
+    return select(_magnitudes(chunks), lambda total: (1 - fraction) * total, weight=torch.square)
 
 
 def moments(chunks: Chunks) -> tuple[Tensor, Tensor]:
@@ -61,63 +101,100 @@ def _magnitudes(chunks: Chunks) -> Chunks:
     return lambda: (chunk.abs() for chunk in chunks())
 
 
-def _select(
-    chunks: Chunks,
-    target: Callable[[Tensor], Tensor],
-    weight: Callable[[Tensor], Tensor] | None = None,
-    signed: bool = False,
-) -> Tensor:
-    """Find the smallest value per row up to which the cumulative weight exceeds a target, or 0 if nothing has weight.
-
-    The bit pattern of a non-negative float, read as an integer, is in the order of the floats. So the answer's bits are
-    settled from the top, sixteen in each pass, by counting: two passes for float32, four for float64.
-
-    Args:
-        chunks: The data.
-        target: From the total weight of every row ``(T,)`` to the target ``(T,)``.
-        weight: From entries to their weights; by default each counts 1.
-        signed: Whether there are negative values, whose bits are turned over.
-
-    Returns:
-        ``(T,)``.
-    """
-    first = next(iter(chunks()))
-    dtype, width = first.dtype, torch.finfo(first.dtype).bits
-    prefix = torch.zeros(len(first), dtype=torch.int64, device=first.device)  # (T,) the bits that are settled
-    left = None  # (T,) what of the target is left for the entries that share the prefix
-    for shift in range(width - _DIGIT, -1, -_DIGIT):
-        weights = torch.zeros(len(first), 2**_DIGIT, dtype=torch.float64, device=first.device)
-        for chunk in chunks():
-            for row, settled, bins in zip(chunk.reshape(len(chunk), -1), prefix, weights, strict=True):
-                bits = row.contiguous().view(_INTEGER[dtype])
-                bits = (_turn(bits) if signed else bits) >> shift
-                if shift < width - _DIGIT:  # in the first pass nothing is settled and everything counts
-                    here = ((bits >> _DIGIT) & (2 ** (width - shift - _DIGIT) - 1)) == settled
-                    row, bits = row[here], bits[here]
-                bits = bits & (2**_DIGIT - 1)
-                bins += torch.bincount(bits, None if weight is None else weight(row.double()), 2**_DIGIT)
-        cumulative = weights.cumsum(dim=1)
-        total = cumulative[:, -1]
-        left = target(total) if left is None else left
-        left = torch.minimum(left, total.nextafter(total.new_tensor(-torch.inf)))  # rounding must not leave the row
-        digit = torch.searchsorted(cumulative, left.unsqueeze(1), right=True)  # (T, 1)
-        smaller = torch.where(digit > 0, cumulative.gather(1, (digit - 1).clamp(min=0)), 0)
-        left = left - smaller.squeeze(1)
-        prefix = (prefix << _DIGIT) | digit.squeeze(1)
-    bits = prefix.to(_INTEGER[dtype])
-    return (_turn_back(bits) if signed else bits).view(dtype)
+def _kth(chunks: Chunks, k: int | Sequence[int], drawn: Sample, signed: bool) -> Tensor:
+    ranks = [k] if isinstance(k, int) else list(k)
+    found = _by_sample(chunks, ranks, drawn, signed)
+    if found is None:
+        data = chunks if signed else _magnitudes(chunks)
+        targets = [partial(torch.full_like, fill_value=k - 0.5) for k in ranks]
+        found = torch.stack([select(data, target, signed=signed) for target in targets])
+    return found[0] if isinstance(k, int) else found
 
 
-_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+def _by_sample(chunks: Chunks, ranks: list[int], drawn: Sample, signed: bool) -> Tensor | None:
+    """The values of the ranks, ``(K, T)``; None where they cannot be told from a sample."""
+    if drawn.values.shape[1] == drawn.total:
+        return torch.stack([torch.stack([_kth_of(row, k) for row in drawn.values]) for k in ranks])
+    low, high = _brackets(drawn, ranks)
+    answer, pending = low.clone(), list(product(range(len(ranks)), range(low.shape[1])))
+    for _ in range(2):  # the second time to count the entries that equal an end of the bracket, if many do
+        tally = _tally(chunks, low, high, signed, _ROOM * drawn.total * low.numel())
+        if tally is None:
+            return None
+        unsettled = []
+        for q, t in pending:
+            k, up_to_low, below_high = ranks[q], int(tally.up_to_low[q, t]), int(tally.below_high[q, t])
+            if up_to_low < k <= below_high:
+                answer[q, t] = _kth_of(tally.inside(q, t), k - up_to_low)
+            elif below_high < k <= up_to_low and not (signed and low[q, t] == 0):  # there are two zeros
+                answer[q, t] = low[q, t]
+            else:
+                unsettled.append((q, t))
+                low[q, t] = high[q, t] = low[q, t] if k <= up_to_low else high[q, t]
+        pending = unsettled
+        if not pending:
+            return answer
+    return None
 
 
-def _turn(bits: Tensor) -> Tensor:
-    """Order the bit patterns of floats of either sign, as unsigned integers."""
-    info = torch.iinfo(bits.dtype)
-    return torch.where(bits < 0, ~bits, bits ^ info.min)
+def _kth_of(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of ``(n,)`` in the order of the bits, in which -0 comes before 0."""
+    bits = ordered(values.contiguous().view(INTEGER[values.dtype]))
+    return ordered(bits.kthvalue(k).values).view(values.dtype)
 
 
-def _turn_back(bits: Tensor) -> Tensor:
-    """The inverse of :func:`_turn`."""
-    info = torch.iinfo(bits.dtype)
-    return torch.where(bits < 0, bits ^ info.min, ~bits)
+def _brackets(drawn: Sample, ranks: list[int]) -> tuple[Tensor, Tensor]:
+    """Values that lie almost certainly on either side of those of the ranks: ``(K, T), (K, T)``."""
+    size = drawn.values.shape[1]
+    ends = drawn.values.new_empty(2, len(ranks), len(drawn.values))
+    for q, k in enumerate(ranks):
+        share = k / drawn.total
+        margin = _MARGIN * (size * share * (1 - share)) ** 0.5 + 2 * _MARGIN
+        first, last = int(share * size - margin), int(share * size + margin) + 1
+        ends[0, q] = drawn.values.kthvalue(first, dim=1).values if first >= 1 else -torch.inf
+        ends[1, q] = drawn.values.kthvalue(last, dim=1).values if last <= size else torch.inf
+    return ends[0], ends[1]
+
+
+class _Tally(NamedTuple):
+    """What a pass over the data finds of K brackets a row: counts ``(K, T)``, and the entries between the ends."""
+
+    up_to_low: Tensor
+    below_high: Tensor
+    aside: list[list[tuple[Tensor, Tensor]]]
+    """For every rank the entries of each piece ``(n,)``, row after row, and how many are of which row ``(T,)``."""
+
+    def inside(self, q: int, t: int) -> Tensor:
+        parts = [values.split(counts.tolist())[t] for values, counts in self.aside[q]]
+        return torch.cat(parts)
+
+
+def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float) -> _Tally | None:
+    """Make a pass over the data; None if more than ``room`` entries lie inside, or (of either sign) NaNs are met."""
+    zeros = torch.zeros_like(low, dtype=torch.int64)
+    tally = _Tally(zeros, zeros.clone(), [[] for _ in low])
+    for chunk in chunks():
+        for piece in pieces(chunk):
+            values = piece.contiguous() if signed else piece.abs()
+            if signed and values.sum().isnan():
+                return None
+            for q, ends in enumerate(zip(low.unsqueeze(2), high.unsqueeze(2), strict=True)):
+                up_to_low, below_high = indicator(torch.le, values, ends[0]), indicator(torch.lt, values, ends[1])
+                counts = [found.sum(dim=1).long() for found in (up_to_low, below_high)]
+                tally.up_to_low[q] += counts[0]
+                tally.below_high[q] += counts[1]
+                inside = _where(indicator(torch.gt, below_high, up_to_low).bool(), values)
+                tally.aside[q].append((inside, (counts[1] - counts[0]).clamp(min=0)))
+                room -= inside.numel()
+        if room < 0:
+            return None
+    return tally
+
+
+def _where(mask: Tensor, values: Tensor) -> Tensor:
+    """``values[mask]``, faster where few are true: looks at eight flags at once."""
+    mask, values = mask.view(-1), values.view(-1)
+    if len(mask) % 8 == 0:
+        words = mask.view(torch.int64).nonzero().squeeze(1)
+        mask, values = mask.view(-1, 8)[words], values.view(-1, 8)[words]
+    return values[mask]

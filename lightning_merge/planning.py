@@ -263,7 +263,7 @@ def _costs(
         read + write,
         hashed,
         workers,
-        measure_machine(dtype, device),
+        measure_machine(device),
     )
     factorized = matrices if factorizes(method) else ()
     memory = peak_memory(sizes, factorized, count, dtype.itemsize, workers)

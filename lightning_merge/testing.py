@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -37,6 +38,7 @@ def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
     * the update has the shape, dtype and device of the parameter, and the model those of the base, be it in float32,
       bfloat16 or float16;
     * no input is changed;
+    * a method that says ``entrywise`` gives the same on pieces of a parameter as on the whole;
     * updates of zeros give zero, and ``scale`` scales the update;
     * neither the order of the experts matters (unless the class says ``order_matters``) nor that of the parameters;
     * the same merge gives the same bytes again, and for any number of workers;
@@ -57,6 +59,7 @@ def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
     for check in (
         _check_arguments,
         _check_rule,
+        _check_entrywise,
         _check_one_expert,
         _check_dtypes,
         _check_inputs,
@@ -129,6 +132,26 @@ def _check_rule(method: MergeMethod, tolerance: float) -> None:
                 _require(found == expected, method, f"must keep the {what} of {name!r}: it is {expected}, not {found}")
             untouched = torch.equal(deltas, kept[0]) and torch.equal(context.base, kept[1])
             _require(untouched, method, f"must not change its inputs, but it changed the tensors of {name!r}")
+
+
+def _check_entrywise(method: MergeMethod, tolerance: float) -> None:
+    if not method.entrywise:
+        return
+    base, experts = make_models(_count(method))
+    sources = [open_weights(state, name) for name, state in experts.items()]
+    names = [name for name in base if base[name].is_floating_point()]
+    task_vectors = TaskVectors(open_weights(base, "base"), sources, names)
+    survey = method.survey(task_vectors)
+    for name in names:
+        deltas, context = task_vectors[name], task_vectors.context(name, survey)
+        rows = deltas.reshape(len(deltas), *([1] if task_vectors.is_matrix(name) else []), -1)
+        cut = rows.shape[-1] // 3
+        for rule in (method.update, *([partial(method.task_update, expert=0)] if method.per_task else [])):
+            with _attempt(method, f"pieces of {name!r}"):
+                whole = rule(deltas, context=context).reshape(-1)
+                parts = [rule(part, context=context).reshape(-1) for part in (rows[..., :cut], rows[..., cut:])]
+            same = torch.allclose(torch.cat(parts), whole, rtol=tolerance, atol=tolerance * float(whole.abs().max()))
+            _require(same, method, f"is not `entrywise`: pieces of {name!r} give something else than the whole")
 
 
 def _check_one_expert(method: MergeMethod, tolerance: float) -> None:

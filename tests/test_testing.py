@@ -86,6 +86,14 @@ class FailsOnOneExpert(MergeMethod):
 
 
 @dataclass(frozen=True)
+class CallsItselfEntrywise(MergeMethod):
+    entrywise: ClassVar[bool] = True
+
+    def tensor(self, deltas, context):
+        return deltas.mean(dim=0) * deltas.norm()
+
+
+@dataclass(frozen=True)
 class MovesForZero(MergeMethod):
     def update(self, deltas, context):
         return deltas.mean(dim=0) + 1e-3
@@ -243,6 +251,7 @@ class TaskModelsDependOnOrder(MergeMethod):
         (DependsOnExpertOrder(), "DependsOnExpertOrder must not depend on the order of experts, but"),
         (TaskModelsDependOnOrder(), "TaskModelsDependOnOrder must not depend on the order of experts, but"),
         (FailsOnOneExpert(), "FailsOnOneExpert must be able to merge (case: one expert), but it raised IndexError"),
+        (CallsItselfEntrywise(), "CallsItselfEntrywise is not `entrywise`: pieces of 'visual.conv1.weight' give"),
         (MovesForZero(), "MovesForZero must give zero for updates of zeros, but it moves"),
         (ScalesItself(), "ScalesItself must scale its update linearly"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_merge.errors import MergeError
 from lightning_merge.matrices import Matrices
+from lightning_merge.pieces import in_pieces, pieces
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
@@ -87,6 +88,10 @@ class MergeMethod(ABC):
     """Whether the method decomposes matrices, which is what costs most in a large model."""
     dtype: ClassVar[torch.dtype] = torch.float32
     """The precision in which task vectors reach the rules; :mod:`lightning_merge.linalg` factorizes in float64."""
+    entrywise: ClassVar[bool] = False
+    """Whether every entry of the update depends on the survey and the task vectors' same entry only. Then the rules are
+    given a parameter in pieces, ``(T, 1, n)`` if it counts as a matrix and ``(T, n)`` if not, and must leave alone
+    ``context.base``, which is whole."""
     per_task: ClassVar[bool] = False
     """Whether the method keeps a model for each task, which ``merged.for_task(expert)`` gives."""
     order_matters: ClassVar[bool] = False
@@ -136,8 +141,17 @@ class MergeMethod(ABC):
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter, by the rule for matrices where it counts as one: ``(T, …) -> (…)``."""
-        if not deltas.any():
+        if not any(piece.any() for piece in pieces(deltas)):
             return torch.zeros_like(deltas[0])  # an update of zeros costs nothing
+        return self.piecewise(lambda some: self._by_rule(some, context), deltas, context)
+
+    def piecewise(self, rule: Callable[[Tensor], Tensor], deltas: Tensor, context: Context) -> Tensor:
+        """Apply a rule ``(T, …) -> (…)`` to a parameter, in pieces that fit the cache if the method is entrywise."""
+        if not self.entrywise:
+            return rule(deltas)
+        return in_pieces(rule, deltas, context.matrices.view(context.name, deltas.shape[1:]) is not None)
+
+    def _by_rule(self, deltas: Tensor, context: Context) -> Tensor:
         blocks = context.matrices.blocks(context.name, deltas)
         if blocks is None:
             return self.tensor(deltas, context)

@@ -5,20 +5,23 @@ Wang et al., "Localizing Task Information for Improved Model Merging and Compres
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.tall_masks import tall_masks
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
+from lightning_merge.pieces import indicator
 
 
 def consensus(deltas: Tensor, merged: Tensor, mask_threshold: float = 0.4, k: int = 2) -> Tensor:
     """Keep the entries of the merged update that lie in at least k TALL masks: ``(T, …), (…) -> (…)``."""
-    return merged * (tall_masks(deltas, merged, mask_threshold).sum(dim=0) >= k)
+    return merged * indicator(torch.ge, tall_masks(deltas, merged, mask_threshold).sum(dim=0), k)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,18 @@ class ConsensusTA(Wrapper):
         """At least k, or nothing would be left."""
         return max(self.k, self.method.min_experts)
 
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        """Where the method inside is."""
+        return self.method.entrywise
+
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``, see :func:`consensus`."""
-        return consensus(deltas, self.method.update(deltas, context), self.mask_threshold, self.k)
+        return self._consensus(lambda some: self.method.update(some, context), deltas, context)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """``(T, …) -> (…)``: the same, with the update of the method inside for this task."""
-        return consensus(deltas, self.method.task_update(deltas, expert, context), self.mask_threshold, self.k)
+        return self._consensus(lambda some: self.method.task_update(some, expert, context), deltas, context)
+
+    def _consensus(self, merge: Callable[[Tensor], Tensor], deltas: Tensor, context: Context) -> Tensor:
+        return self.piecewise(lambda some: consensus(some, merge(some), self.mask_threshold, self.k), deltas, context)

@@ -23,7 +23,7 @@ def dare(deltas: Tensor, keep: Tensor, drop: float, rescale: bool = True) -> Ten
 
     Args:
         deltas: ``(T, …)``.
-        keep: ``(T, …)``, the mask of the entries that stay.
+        keep: ``(T, …)``, 1 for the entries that stay and 0 for the others.
         drop: The share that is dropped.
         rescale: Divide by ``1 - drop``, so that the expectation stays.
 
@@ -34,9 +34,9 @@ def dare(deltas: Tensor, keep: Tensor, drop: float, rescale: bool = True) -> Ten
 
 
 def keep_at_random(deltas: Tensor, drop: float, generator: torch.Generator) -> Tensor:
-    """Draw the mask of the entries that stay, each with probability ``1 - drop``: ``(T, …) -> (T, …)``."""
+    """Mark by 1 the entries that stay, each with probability ``1 - drop``: ``(T, …) -> (T, …)``."""
     draws = torch.rand(deltas.shape, generator=generator)
-    return (draws >= drop).to(deltas.device)
+    return draws.ge_(drop).to(deltas)
 
 
 def keep_largest(deltas: Tensor, drop: float) -> Tensor:

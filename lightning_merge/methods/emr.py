@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper
+from lightning_merge.pieces import indicator, pieces
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
@@ -22,11 +23,11 @@ def emr(deltas: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(…)``, in every entry the largest magnitude among the experts that agree with the sign of the mean (negative
-        where that is 0), and ``(T, …)``, where each expert does.
+        where that is 0), and ``(T, …)``, 1 where each expert does and 0 elsewhere.
     """
-    sign = torch.where(deltas.sum(dim=0) > 0, 1, -1).to(deltas)
-    masks = deltas * sign > 0
-    return sign * (deltas * masks).abs().amax(dim=0), masks
+    sign = indicator(torch.gt, deltas.sum(dim=0), 0).mul_(2).sub_(1)
+    masks = indicator(torch.gt, deltas * sign, 0)
+    return sign * (deltas * masks).abs_().amax(dim=0), masks
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,17 @@ class EMR(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Huang et al.", "NeurIPS", 2024, "2405.17461")
+    entrywise: ClassVar[bool] = True
     per_task: ClassVar[bool] = True
 
     def survey(self, task_vectors: TaskVectors) -> Tensor:
         """Find the rescalers ``(T,)``: the experts' mean magnitudes, summed over parameters, over the masked ones'."""
         own, masked = [], []
         for _, deltas in task_vectors.items():
-            if deltas.numel():
-                unified, masks = emr(deltas)
-                own.append(deltas.abs().reshape(len(deltas), -1).mean(dim=1, dtype=torch.float64))
-                masked.append((unified * masks).abs().reshape(len(deltas), -1).mean(dim=1, dtype=torch.float64))
+            for piece in pieces(deltas) if deltas.numel() else ():
+                unified, masks = emr(piece)
+                own.append(piece.abs().sum(dim=1, dtype=torch.float64) / deltas[0].numel())
+                masked.append((masks * unified.abs()).sum(dim=1, dtype=torch.float64) / deltas[0].numel())
         total_own, total_masked = sum(own), sum(masked)
         return torch.where(total_masked > 0, total_own / total_masked, 0).to(deltas)
 
@@ -59,5 +61,9 @@ class EMR(MergeMethod):
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """``(T, …) -> (…)``: the unified update where the expert agrees with it, rescaled."""
-        unified, masks = emr(deltas)
-        return context.survey[expert] * masks[expert] * unified
+
+        def rule(some: Tensor) -> Tensor:
+            unified, masks = emr(some)
+            return context.survey[expert] * masks[expert] * unified
+
+        return self.piecewise(rule, deltas, context)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper
+from lightning_merge.pieces import indicator
 
 
 def magmax(deltas: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ def magmax(deltas: Tensor) -> Tensor:
     """
     winner = deltas[0]
     for delta in deltas[1:]:
-        winner = delta.where(delta.abs() >= winner.abs(), winner)
+        winner = delta.where(indicator(torch.ge, delta.abs(), winner.abs()).bool(), winner)
     return winner.clone() if len(deltas) == 1 else winner
 
 
@@ -34,6 +36,7 @@ class MagMax(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ECCV", 2024, "2407.06322")
+    entrywise: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # where magnitudes tie
 
     _: KW_ONLY

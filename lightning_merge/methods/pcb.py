@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.ties import per_expert
-from lightning_merge.order_statistics import kth_magnitude, kth_value
+from lightning_merge.order_statistics import kth_magnitude, kth_value, sample
+from lightning_merge.pieces import pieces
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
@@ -32,7 +33,8 @@ class Bounds(NamedTuple):
     def normalize(self, values: Tensor) -> Tensor:
         """Clamp, and map the bounds to 0 and 1 (everything to 0 where they are equal): ``(T, …) -> (T, …)``."""
         low, width = per_expert(self.low, values), per_expert(self.high - self.low, values)
-        return torch.where(width > 0, (self.clamp(values) - low) / width, 0)
+        normalized = (self.clamp(values) - low).div_(width)
+        return normalized if (width > 0).all() else torch.where(width > 0, normalized, 0)
 
 
 def competition(deltas: Tensor, magnitudes: Bounds, variant: Variant = "es") -> Tensor:
@@ -51,10 +53,20 @@ def competition(deltas: Tensor, magnitudes: Bounds, variant: Variant = "es") -> 
     intra = (len(deltas) * normalized.square()).exp()
     signed = deltas.sign() * normalized
     if variant == "es":
-        inter = torch.stack([(own * signed).tanh().sum(dim=0) for own in signed])
+        inter = torch.stack([pairs.sum(dim=0) for pairs in _pairwise_tanh(signed)])
     else:
         inter = (deltas * (signed if variant == "vision" else deltas).sum(dim=0)).tanh()
     return intra * inter
+
+
+def _pairwise_tanh(signed: Tensor) -> Tensor:
+    """``tanh(s_i · s_j)`` for every pair, each computed once: ``(T, …) -> (T, T, …)``."""
+    T = len(signed)
+    pairs = signed.new_empty(T, *signed.shape)
+    for i in range(T):
+        pairs[i, i:] = (signed[i] * signed[i:]).tanh_()
+        pairs[i + 1 :, i] = pairs[i, i + 1 :]
+    return pairs
 
 
 def pcb(deltas: Tensor, magnitudes: Bounds, weights: Tensor) -> Tensor:
@@ -86,6 +98,7 @@ class PCB(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Du et al.", "NeurIPS", 2024, "2410.02396")
+    entrywise: ClassVar[bool] = True
 
     ratio: float = 0.05
     clamp: float = 0.01
@@ -100,17 +113,18 @@ class PCB(MergeMethod):
         """Find the bounds of every expert's magnitudes, then those of its scores."""
 
         def deltas() -> Iterator[Tensor]:
-            return (chunk for _, chunk in task_vectors.items() if chunk.numel())
+            return (piece for _, chunk in task_vectors.items() for piece in pieces(chunk))
 
         def scores() -> Iterator[Tensor]:
-            return (competition(chunk, magnitudes, self.variant) for chunk in deltas())
+            return (competition(piece, magnitudes, self.variant) for piece in deltas())
 
-        total = sum(task_vectors.numel(name) for name in task_vectors)
+        drawn = sample(deltas)
+        total = drawn.total
         lowest, highest = int(total * self.clamp) + 1, int(total * (1 - self.clamp) - 1) + 1
-        magnitudes = Bounds(kth_magnitude(deltas, lowest), kth_magnitude(deltas, highest))
-        smallest = kth_value(scores, min(int(total * (1 - self.ratio)) + 1, total))
-        largest = torch.stack([chunk.reshape(len(chunk), -1).amax(dim=1) for chunk in scores()]).amax(dim=0)
-        return Survey(magnitudes, Bounds(smallest, largest))
+        magnitudes = Bounds(*kth_magnitude(deltas, [lowest, highest], drawn))
+        drawn = drawn._replace(values=competition(drawn.values, magnitudes, self.variant))
+        smallest = min(int(total * (1 - self.ratio)) + 1, total)
+        return Survey(magnitudes, Bounds(*kth_value(scores, [smallest, total], drawn)))
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, …) -> (…)``, see :func:`pcb`."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.wrapper import Wrapper
+from lightning_merge.pieces import indicator
 
 
 def tall_masks(deltas: Tensor, merged: Tensor, mask_threshold: float = 0.4) -> Tensor:
-    """Find where the merged update is closer to each expert's than a share of that: ``(T, …), (…) -> (T, …)``.
+    """Mark by 1 where the merged update is closer to each expert's than a share of that: ``(T, …), (…) -> (T, …)``.
 
     That is ``|delta| > mask_threshold * |merged - delta|``; an entry that did not change is never in a mask.
     """
-    return deltas.abs() > mask_threshold * (merged - deltas).abs()
+    return indicator(torch.gt, deltas.abs(), (merged - deltas).abs_().mul_(mask_threshold))
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,16 @@ class TALLMask(Wrapper):
         super().__post_init__()
         check_range(self, "mask_threshold", 0, float("inf"), open_high=True)
 
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        """Where the method inside is."""
+        return self.method.entrywise
+
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """``(T, …) -> (…)``: the merged update where the expert's mask is."""
-        merged = self.method.update(deltas, context)
-        return merged * tall_masks(deltas[expert : expert + 1], merged, self.mask_threshold)[0]
+
+        def rule(some: Tensor) -> Tensor:
+            merged = self.method.update(some, context)
+            return merged * tall_masks(some[expert : expert + 1], merged, self.mask_threshold)[0]
+
+        return self.piecewise(rule, deltas, context)

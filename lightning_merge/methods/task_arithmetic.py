@@ -19,6 +19,7 @@ class TaskArithmetic(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Ilharco et al.", "ICLR", 2023, "2212.04089")
+    entrywise: ClassVar[bool] = True
 
     _: KW_ONLY
     scale: float = 0.3

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -11,23 +12,27 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.order_statistics import kth_magnitude, moments, norm_fraction_magnitude
+from lightning_merge.pieces import indicator, pieces
 
 if TYPE_CHECKING:
     from lightning_merge.task_vectors import TaskVectors
 
 
+Majority = Callable[[], Tensor]
+
+
 def trim(deltas: Tensor, thresholds: Tensor, centers: Tensor | None = None) -> Tensor:
     """Reset the entries nearer to their expert's center (0) than its threshold: ``(T, …), (T,), (T,) -> (T, …)``."""
     distances = deltas if centers is None else deltas - per_expert(centers, deltas)
-    return deltas * (distances.abs() >= per_expert(thresholds, deltas))
+    return deltas * indicator(torch.ge, distances.abs(), per_expert(thresholds, deltas))
 
 
-def elect(trimmed: Tensor, majority: Tensor, rule: str = "mass", norms: Tensor | None = None) -> Tensor:
-    """Elect a sign per entry: ``(T, …) -> (…)``; where nobody wins, the sign of the whole model.
+def elect(trimmed: Tensor, majority: Majority, rule: str = "mass", norms: Tensor | None = None) -> Tensor:
+    """Elect a sign per entry: ``(T, …) -> (…)``; where nobody wins, the sign of the whole model (or 0, of zeros only).
 
     Args:
         trimmed: ``(T, …)``.
-        majority: ``()``, the sign that most entries of the model elect.
+        majority: Gives the sign that most entries of the model elect, ``()``; called only where it matters.
         rule: ``mass`` sums the entries; ``normmass`` sums their signed shares of their expert's squared norm;
             ``normfrac`` takes the sign of the largest such share.
         norms: ``(T,)``, the norms of the trimmed experts, for the latter two.
@@ -35,19 +40,26 @@ def elect(trimmed: Tensor, majority: Tensor, rule: str = "mass", norms: Tensor |
     Returns:
         ``(…)``.
     """
+    sign = vote(trimmed, rule, norms)
+    undecided = indicator(torch.eq, sign, 0) * trimmed.abs().amax(dim=0)
+    return torch.where(undecided != 0, majority(), sign) if undecided.sum() != 0 else sign
+
+
+def vote(trimmed: Tensor, rule: str = "mass", norms: Tensor | None = None) -> Tensor:
+    """Elect a sign per entry, 0 where nobody wins, see :func:`elect`: ``(T, …) -> (…)``."""
     votes = trimmed
     if rule != "mass":
         shares = trimmed.square() / per_expert(norms.square().clamp(min=torch.finfo(norms.dtype).tiny), trimmed)
         votes = shares * trimmed.sign()
     if rule == "normfrac":
         votes = votes.gather(0, shares.argmax(dim=0, keepdim=True))
-    sign = votes.sum(dim=0).sign()
-    return sign.where(sign != 0, majority)
+    return votes.sum(dim=0).sign_()
 
 
 def agreeing_entries(trimmed: Tensor, sign: Tensor) -> Tensor:
     """Keep the entries that agree with the elected sign (where that is 0, negative ones): ``(T, …), (…) -> (T, …)``."""
-    return trimmed * ((trimmed > 0) == (sign > 0))
+    positive, elected = indicator(torch.gt, trimmed, 0), indicator(torch.gt, sign, 0)
+    return trimmed * positive.eq_(elected)
 
 
 def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") -> Tensor:
@@ -63,7 +75,7 @@ def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") ->
     """
     agreeing = trimmed if sign is None else agreeing_entries(trimmed, sign)
     if merge == "mean":
-        return agreeing.sum(dim=0) / (agreeing != 0).sum(dim=0).clamp(min=1)
+        return agreeing.sum(dim=0) / indicator(torch.ne, agreeing, 0).sum(dim=0).clamp_(min=1)
     if merge == "sum":
         return agreeing.sum(dim=0)
     return agreeing.abs().amax(dim=0) * sign
@@ -94,6 +106,19 @@ def per_expert(values: Tensor, deltas: Tensor) -> Tensor:
     return values.view(-1, *[1] * (deltas.ndim - 1))
 
 
+def once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Compute at the first call, and only then, whichever thread it comes from."""
+    lock, found = Lock(), []
+
+    def get() -> Tensor:
+        with lock:
+            if not found:
+                found.append(compute())
+        return found[0]
+
+    return get
+
+
 class Survey(NamedTuple):
     """What TIES knows of the whole model; ``(T,)`` for every expert."""
 
@@ -101,8 +126,8 @@ class Survey(NamedTuple):
     centers: Tensor | None = None
     norms: Tensor | None = None
     """Of what is left after trimming."""
-    majority: Tensor | None = None
-    """``()``, the sign that most entries elect."""
+    majority: Majority | None = None
+    """The sign that most entries elect; it takes a look at the whole model, which is taken only if it is called."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +152,7 @@ class TIES(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Yadav et al.", "NeurIPS", 2023, "2306.01708")
+    entrywise: ClassVar[bool] = True
 
     density: float = 0.2
     trim: Literal["topk", "normfrac", "std", "none"] = "topk"
@@ -148,13 +174,13 @@ class TIES(MergeMethod):
         )
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
-        """Find the experts' thresholds, then the norms of what is left, then the sign that most entries elect."""
+        """Find the experts' thresholds, then the norms of what is left; and, if asked, the sign most entries elect."""
 
         def chunks() -> Iterator[Tensor]:
             return (deltas for _, deltas in task_vectors.items())
 
         def trimmed() -> Iterator[Tensor]:
-            return (self._trim(deltas, survey) for deltas in chunks())
+            return (self._trim(piece, survey) for deltas in chunks() for piece in pieces(deltas))
 
         first = next(chunks())
         survey = Survey()
@@ -168,11 +194,15 @@ class TIES(MergeMethod):
             thresholds = (self.deviations * deviations).to(first).nextafter(first.new_tensor(torch.inf))  # beyond it
             survey = Survey(thresholds, centers.to(first))
         if self.elect in ("normmass", "normfrac"):
-            squares = sum(deltas.double().square().reshape(len(deltas), -1).sum(dim=1) for deltas in trimmed())
+            squares = sum(deltas.double().square().sum(dim=1) for deltas in trimmed())
             survey = survey._replace(norms=squares.sqrt().to(first))
         if self.elect != "none":
-            votes = sum(elect(deltas, first.new_zeros(()), self.elect, survey.norms).sum() for deltas in trimmed())
-            survey = survey._replace(majority=votes.sign())
+
+            def majority() -> Tensor:
+                signs = (vote(piece, self.elect, survey.norms) for piece in trimmed())
+                return sum(sign.sum(dtype=torch.float64) for sign in signs).sign().to(first)
+
+            survey = survey._replace(majority=once(majority))
         return survey
 
     def kept(self, deltas: Tensor, survey: Survey) -> Tensor:

@@ -17,3 +17,4 @@ class WeightAverage(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Wortsman et al.", "ICML", 2022, "2203.05482")
+    entrywise: ClassVar[bool] = True

@@ -5,6 +5,7 @@ import torch
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.merging import merge
+from lightning_merge.methods.base import Context
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.consensus_ta import ConsensusTA
 from lightning_merge.methods.dare import DARE
@@ -277,12 +278,42 @@ def test_sce_by_its_formula():
 
 def test_ties_elects_by_share_of_the_norm():
     trimmed, norms = torch.tensor([[1.0], [-2.0], [1.0]]), torch.tensor([1.0, 4.0, 1.0])
-    majority = torch.tensor(-1.0)
+
+    def majority():
+        return torch.tensor(-1.0)
+
     assert elect(trimmed, majority).item() == -1  # the masses cancel out
     assert elect(trimmed, majority, "normmass", norms).item() == 1  # 1 - 1/4 + 1
     assert elect(trimmed[:2], majority, "normfrac", torch.tensor([4.0, 2.0])).item() == -1
     unchanged = torch.tensor([[1.0], [0.0]]), majority, "normmass", torch.tensor([1.0, 0.0])
     assert elect(*unchanged).item() == 1
+
+
+def test_ties_looks_for_the_majority_once_and_only_where_votes_cancel():
+    cancel = torch.tensor([[1.0, 5.0, -4.0, 2.0], [-1.0, 3.0, -4.0, 2.0]])
+
+    class Counting:
+        def __init__(self, deltas):
+            self.deltas, self.looks = deltas, 0
+
+        def __iter__(self):
+            return iter(["w"])
+
+        def numel(self, name):
+            return self.deltas[0].numel()
+
+        def items(self):
+            self.looks += 1
+            yield "w", self.deltas
+
+    for deltas, looks in ((cancel, 1), (cancel[:, 1:], 0)):
+        counting = Counting(deltas)
+        survey = TIES(density=1).survey(counting)
+        before = counting.looks
+        for _ in range(2):
+            found = TIES(density=1).update(deltas, Context("w", survey=survey)).tolist()
+        assert counting.looks - before == looks
+        assert found == [1, 4, -4, 2][-len(found) :]  # two entries of three elect +
 
 
 def test_randmix_takes_every_entry_from_one_expert():

@@ -117,7 +117,7 @@ def test_bad_hyper_parameters_name_what_is_allowed(make, range_):
 
 def test_ties_by_hand():
     deltas = torch.tensor([[3.0, -1.0, 0.1, 2.0], [-1.0, -3.0, 0.2, -2.0]])
-    survey = Survey(torch.tensor([1.0, 1.0]), majority=torch.tensor(-1.0))
+    survey = Survey(torch.tensor([1.0, 1.0]), majority=lambda: torch.tensor(-1.0))
     found = TIES().tensor(deltas, Context(survey=survey))
     # kept: all but the third; signs +, -, 0 (nothing kept), 0 -> the model's, -
     torch.testing.assert_close(found, torch.tensor([3.0, -2.0, 0.0, -2.0]))
