@@ -34,7 +34,11 @@ def ours(given: argparse.Namespace) -> Run:
     import lightning_merge as lm
 
     method = getattr(lm.methods, given.method)()
-    options = {"workers": given.workers, "device": None if given.device == "cpu" else given.device}
+    options = {
+        "workers": given.workers,
+        "device": None if given.device == "cpu" else given.device,
+        "distributed": "RANK" in os.environ,
+    }
 
     def run() -> None:
         lm.merge(given.files[0], given.files[1:], method, output=given.output, **options)

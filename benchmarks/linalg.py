@@ -3,9 +3,8 @@
     python -m benchmarks.linalg
 
 Errors are Frobenius norms as a share of the reference's, which is the float64 SVD of the same matrix without what lies
-below the rounding of the input's precision (numpy's matrix_rank). For ``svd`` it is that of the leading quarter of the
-rank, put together again; for ``polar`` and ``isotropic`` that of the factor. "values" is the largest error of a
-singular value, as a share of the largest. A time is that of one matrix on one thread: CPU
+1e-6 of the largest singular value (float64: numpy's matrix_rank). For ``svd`` it is that of the leading quarter of the
+rank, put together again. "values" is the largest error of a singular value, as a share of the largest. A time is that of one matrix on one thread: CPU
 seconds, or on CUDA those of the clock. The float32 SVD is told the rank of the reference.
 """
 
@@ -56,7 +55,8 @@ KINDS = ("random", "LoRA", *SPECTRA)
 def reference(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The float64 SVD, without what is below the rounding of the matrix's own precision."""
     U, s, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    there = s > max(matrix.shape) * torch.finfo(matrix.dtype).eps * s[0]
+    floor = 1e-6 if matrix.dtype == torch.float32 else max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    there = s > floor * s[0]
     return U * there, s * there, Vt * there.unsqueeze(-1)
 
 
@@ -74,13 +74,15 @@ def errors(matrix: Tensor, lapack: bool) -> dict[str, float]:
         u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
         there = s > 0  # it is told the rank of the reference
         triplets, values = (u[:, :q], values[:q], vt[:q]), values * there
-        factor = polar = (u * there) @ vt
+        polar = (u * there) @ vt
+        flat = values.mean() * polar
     else:
-        triplets, polar, (factor, values) = linalg.svd(matrix, q), linalg.polar(matrix), linalg.isotropic(matrix)
+        triplets, polar, flat = linalg.svd(matrix, q), linalg.polar(matrix), linalg.isotropize(matrix)
+        values = linalg.svd(matrix)[1]
     return {
         "svd error": share((triplets[0] * triplets[1]) @ triplets[2], exact),
         "polar error": share(polar, U @ Vt),
-        "isotropic error": share(factor, U @ Vt),
+        "isotropize error": share(flat, s.mean() * (U @ Vt)),
         "values error": ((values.double() - s).abs().max() / s[0]).item(),
     }
 
@@ -99,11 +101,6 @@ def seconds(solve: Callable[[], Any], device: str, repeat: int) -> float:
     return median(times)
 
 
-def path() -> str:
-    """Which way the last call went, if ``linalg`` says so."""
-    return str(getattr(linalg, "path_taken", lambda: "")())
-
-
 def rows(kind: str, m: int, n: int, dtype: str, device: str, repeat: int) -> list[dict[str, Any]]:
     """The lines of one matrix: ours, and for float32 the SVD of LAPACK (cuSOLVER)."""
     matrix = draw(kind, m, n).to(device, DTYPES[dtype])
@@ -112,14 +109,16 @@ def rows(kind: str, m: int, n: int, dtype: str, device: str, repeat: int) -> lis
     single = matrix.float()
     base = seconds(lambda: torch.linalg.svd(single, full_matrices=False), device, repeat)
     ours = {**what, "by": "ours", **errors(matrix, lapack=False)}
-    for name, solve in (
-        ("svd", lambda: linalg.svd(matrix, q)),
-        ("polar", lambda: linalg.polar(matrix)),
-        ("isotropic", lambda: linalg.isotropic(matrix)),
-    ):
-        took = seconds(solve, device, repeat)
-        ours |= {f"{name} s": took, f"{name}, float32 SVD = 1": took / base}
-    ours["path"] = path()
+    ways = {
+        "svd": lambda: linalg.svd(matrix, q),
+        "polar": lambda: linalg.polar(matrix),
+        "isotropize": lambda: linalg.isotropize(matrix),
+    }
+    with linalg.paths_taken() as paths:
+        for name, solve in ways.items():
+            took = seconds(solve, device, repeat)
+            ours |= {f"{name} s": took, f"{name}, float32 SVD = 1": took / base}
+    ours["path"] = ", ".join(paths)
     if dtype != "float32":
         return [ours]
     return [ours, {**what, "by": "float32 SVD", **errors(matrix, lapack=True), "svd s": base}]

@@ -22,6 +22,7 @@ from lightning_merge.task_vectors import TaskVectors, wide
 
 _MOST_WORKERS = 8
 """Each worker holds a parameter of every expert in memory."""
+_FEW_ENTRIES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,14 @@ def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:
     return torch.stack(copies).mean(dim=0).to(own)
 
 
-def count_workers(workers: int | None, device: torch.device) -> int:
-    """As many workers as asked for; by default one for every core that this process may use, and one for a GPU."""
+def count_workers(workers: int | None, device: torch.device, entries: int) -> int:
+    """As many workers as asked for; by default one for every core that this process may use.
+
+    One is enough for a GPU, and for a model with few entries, which is merged before a second thread has started.
+    """
     if workers is not None:
         return workers
-    if device.type != "cpu":
+    if device.type != "cpu" or entries < _FEW_ENTRIES:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)

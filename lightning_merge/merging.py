@@ -82,7 +82,7 @@ def merge(
         device: Where to compute; by default where the base's weights are.
         seed: For methods that draw random numbers; every parameter derives its own from this and its name.
         workers: Parameters that are merged at the same time, each on one core and with its own memory; by default one
-            for each core, at most eight, and one on a GPU. The result is the same for any number.
+            for each core, at most eight, and one on a GPU or for a small model. The result is the same for any number.
         allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
         keep_update: Keep the update in memory, in the precision of the arithmetic, for ``Merged.rescaled``.
         output: Write the merged model to this file or folder while it is computed, instead of holding it in memory;
@@ -113,7 +113,7 @@ def merge(
             check_task_data(type(method).__name__, module, data, origin, sources, inventory)
         measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
     device = torch.device(device) if device is not None else origin[inventory.merged[0]].device
-    workers = count_workers(workers, device)
+    workers = count_workers(workers, device, sum(origin.meta[name].numel() for name in inventory.merged))
     _inspect(method, origin, sources, measured, inventory, allow_non_finite, processes, workers)
 
     with processes.together():

@@ -112,7 +112,7 @@ def plan(
             shapes,
             precision,
             device,
-            count_workers(workers, torch.device(device or "cpu")),
+            count_workers(workers, torch.device(device or "cpu"), models.values["merged"]),
             not allow_non_finite,
             write,
         )
