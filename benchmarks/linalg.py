@@ -3,9 +3,10 @@
     python -m benchmarks.linalg
 
 Errors are Frobenius norms as a share of the reference's, which is the float64 SVD of the same matrix without what lies
-1e-6 of the largest singular value (float64: numpy's matrix_rank). For ``svd`` it is that of the leading quarter of the
-rank, put together again. "values" is the largest error of a singular value, as a share of the largest. A time is that of one matrix on one thread: CPU
-seconds, or on CUDA those of the clock. The float32 SVD is told the rank of the reference.
+below 1e-6 of the largest singular value (float64: numpy's matrix_rank). For ``svd`` it is that of the leading quarter
+of the rank, put together again. "values" is the largest error of a singular value, as a share of the largest. A time is
+that of one matrix on one thread: CPU seconds, or on CUDA those of the clock. The float32 SVD is told the rank of the
+reference.
 """
 
 from __future__ import annotations
