@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_ENTRIES = 2**17
+_ENTRIES = 2**18
 """Entries of a piece, of all experts together: a few temporaries of that size fit the cache."""
 
 _ALIGNMENT = 2**10

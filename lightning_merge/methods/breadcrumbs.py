@@ -32,7 +32,7 @@ def breadcrumbs(rows: Tensor, beta: float = 0.2, gamma: float = 0.1, remove_firs
     n = rows.shape[-1]
     if not remove_first:
         rows = rows * largest(rows, int(n * beta))
-    rows = rows * ~largest(rows, int(n * gamma))
+    rows = rows * (1 - largest(rows, int(n * gamma)))
     return rows * largest(rows, int(n * beta)) if remove_first else rows
 
 

@@ -19,9 +19,8 @@ from lightning_merge.methods.wrapper import Wrapper
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` entries of largest magnitude in every row of the last dimension: ``(…, n) -> (…, n)``."""
-    mask = torch.zeros_like(values, dtype=torch.bool)
-    return mask.scatter_(-1, values.abs().topk(count, dim=-1).indices, True)
+    """Mark by 1 the ``count`` entries of largest magnitude in every row of the last dimension: ``(…, n) -> (…, n)``."""
+    return torch.zeros_like(values).scatter_(-1, values.abs().topk(count, dim=-1).indices, 1)
 
 
 def match_l1(sparse: Tensor, deltas: Tensor) -> Tensor:
