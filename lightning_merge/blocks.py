@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +43,10 @@ class Blocks(TaskVectors):
         """The stacked differences of one block: ``(T, …)``."""
         deltas = self._read(name)
         return deltas if self._transform is None else self._transform(deltas, self.context(name))
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The same as :meth:`items`: blocks are computed anew in any case."""
+        return self.items()
 
     def only(self, name: str) -> Blocks:
         """The same task vectors with one block alone."""

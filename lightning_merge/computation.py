@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_merge.checkpoints import Weights
 from lightning_merge.inventory import Inventory
 from lightning_merge.methods import MergeMethod
-from lightning_merge.task_vectors import TaskVectors, wide
+from lightning_merge.task_vectors import Scratch, TaskVectors, wide
 
 _MOST_WORKERS = 8
 """Each worker holds a parameter of every expert in memory."""
@@ -38,6 +38,7 @@ class Computation:
         inventory: What happens to every parameter.
         workers: Parameters that are computed at the same time.
         updates: Where the updates are kept once they are computed; None to forget them.
+        scratch: Where the task vectors of a parameter stand while it is merged.
     """
 
     method: MergeMethod
@@ -48,6 +49,7 @@ class Computation:
     inventory: Inventory
     workers: int = 1
     updates: dict[str, Tensor] | None = None
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def parameter(self, name: str) -> Tensor:
         """A parameter or buffer of the merged model: ``base + scale * update``, a mean, or the base's own."""
@@ -113,7 +115,8 @@ class Computation:
     def _merged(self, name: str, update: Callable[[Callable[[], Tensor], Any], Tensor]) -> Tensor:
         own = self.base[name]
         context = self.task_vectors.context(name, self.survey, own)
-        change = update(lambda: self.task_vectors.stack(name, own), context)
+        scratch = self.scratch if self.updates is None else None  # an update that is kept may be a part of them
+        change = update(lambda: self.task_vectors.stack(name, own, scratch), context)
         return torch.add(context.base, change, alpha=self.method.scale).to(own)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,10 +66,14 @@ class TaskVectors:
         """The stacked differences of one parameter: ``(T, …)``."""
         return self.stack(name, self._base[name])
 
-    def stack(self, name: str, own: Tensor) -> Tensor:
-        """The stacked differences of one parameter ``(T, …)`` to the base's ``(…)``, which was read already."""
+    def stack(self, name: str, own: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """The stacked differences of one parameter ``(T, …)`` to the base's ``(…)``, which was read already.
+
+        With a ``scratch`` they stand there, until it is used again.
+        """
         base = wide(own).to(self._device)
-        deltas = torch.empty(len(self._experts), *base.shape, dtype=self._dtype, device=base.device)
+        empty = torch.empty if scratch is None else scratch.empty
+        deltas = empty((len(self._experts), *base.shape), dtype=self._dtype, device=base.device)
         for expert, delta in zip(self._experts, deltas, strict=True):
             _subtract(expert, name, base, delta)
         return deltas if self._transform is None else self._transform(deltas, self.context(name))
@@ -82,6 +88,12 @@ class TaskVectors:
         """Yield every parameter's name and task tensors, one at a time."""
         for name in self._names:
             yield name, self[name]
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """The same as :meth:`items`, for one look at each: the tensors are overwritten when the next are asked for."""
+        scratch = Scratch()
+        for name in self._names:
+            yield name, self.stack(name, self._base[name], scratch)
 
     @property
     def num_experts(self) -> int:
@@ -132,6 +144,21 @@ class TaskVectors:
         seed = zlib.crc32(f"{self._seed}/{name}".encode())
         statistics = ParameterStatistics(name, self._statistics, base)
         return Context(name, base, self.matrices, seed, survey, statistics)
+
+
+class Scratch(threading.local):
+    """Memory that every thread uses again and again, since new memory costs more than what is written there."""
+
+    _memory: Tensor | None = None
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with any content, which is that of the last one that was asked for."""
+        count = math.prod(shape)
+        memory = self._memory
+        if memory is None or memory.numel() < count or (memory.dtype, memory.device) != (dtype, device):
+            self._memory = None  # before there is another
+            self._memory = memory = torch.empty(count, dtype=dtype, device=device)
+        return memory[:count].view(shape)
 
 
 def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:

@@ -47,7 +47,7 @@ class EMR(MergeMethod):
     def survey(self, task_vectors: TaskVectors) -> Tensor:
         """Find the rescalers ``(T,)``: the experts' mean magnitudes, summed over parameters, over the masked ones'."""
         own, masked = [], []
-        for _, deltas in task_vectors.items():
+        for _, deltas in task_vectors.stream():
             for piece in pieces(deltas) if deltas.numel() else ():
                 unified, masks = emr(piece)
                 own.append(piece.abs().sum(dim=1, dtype=torch.float64) / deltas[0].numel())

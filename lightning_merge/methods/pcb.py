@@ -113,7 +113,7 @@ class PCB(MergeMethod):
         """Find the bounds of every expert's magnitudes, then those of its scores."""
 
         def deltas() -> Iterator[Tensor]:
-            return (piece for _, chunk in task_vectors.items() for piece in pieces(chunk))
+            return (piece for _, chunk in task_vectors.stream() for piece in pieces(chunk))
 
         def scores() -> Iterator[Tensor]:
             return (competition(piece, magnitudes, self.variant) for piece in deltas())

@@ -177,7 +177,7 @@ class TIES(MergeMethod):
         """Find the experts' thresholds, then the norms of what is left; and, if asked, the sign most entries elect."""
 
         def chunks() -> Iterator[Tensor]:
-            return (deltas for _, deltas in task_vectors.items())
+            return (deltas for _, deltas in task_vectors.stream())
 
         def trimmed() -> Iterator[Tensor]:
             return (self._trim(piece, survey) for deltas in chunks() for piece in pieces(deltas))
