@@ -77,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=3, help="The median is shown.")
     parser.add_argument("--folder", type=Path, help="For the files; a temporary one by default.")
     given = parser.parse_args(arguments)
+    if given.folder:
+        Path(given.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         rows = [line for question in given.questions for line in answer(question, given, Path(folder))]
     title = machine(given.method, f"{given.shape} and {given.experts[0]} experts where not told otherwise")

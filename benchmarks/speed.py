@@ -161,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say("There is no CUDA device at hand; nothing was measured.")
         return
     given.files = given.files and [path.resolve() for path in given.files]
+    if given.folder:
+        Path(given.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         compare(given, Path(folder))
 
