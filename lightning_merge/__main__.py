@@ -7,11 +7,11 @@ import sys
 
 def main(args: list[str] | None = None) -> None:
     """Run ``lightning-merge``; ``methods`` needs neither Lightning nor a model, and does not wait for their import."""
-    args = sys.argv[1:] if args is None else args
-    if args[:1] == ["methods"]:
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["methods"]:
         from lightning_merge.catalog import main as show_methods
 
-        show_methods(args[1:])
+        show_methods(given[1:])
     else:
         from lightning_merge.cli import main as run
 

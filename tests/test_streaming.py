@@ -261,3 +261,9 @@ class TestResume:
             lm.merge(base, experts, SCORE(), resume=True)
         with pytest.raises(lm.MergeError, match="base is in memory"):
             lm.merge(dict(lm.open_weights(base)), experts, SCORE(), resume=True, output="m.pt")
+
+
+def test_without_positioned_writes_threads_take_turns(files, monkeypatch):
+    monkeypatch.delattr(os, "pwrite")
+    merged = lm.merge(*files, SCORE(), output="merged.safetensors", workers=4)
+    assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -90,6 +91,7 @@ class PartFile:
         self._resumable = resumable
         self._file: BinaryIO | None = None
         self._journal: BinaryIO | None = None
+        self._turn = Lock()
 
     def create(self) -> None:
         """Reserve the space for the whole file, or go on with the one that an earlier run of this merge has left.
@@ -170,15 +172,19 @@ class PartFile:
     def _put(self, content: bytes | memoryview, position: int) -> None:
         content = memoryview(content)
         while content:
-            written = os.pwrite(self._file.fileno(), content, position)
+            if hasattr(os, "pwrite"):
+                written = os.pwrite(self._file.fileno(), content, position)
+            else:  # Windows: one thread after another
+                with self._turn:
+                    self._file.seek(position)
+                    written = self._file.write(content)
             content, position = content[written:], position + written
 
     def _get(self, begin: int, end: int) -> bytes:
+        """Read bytes, before any are written; fewer where the file ends."""
+        self._file.seek(begin)
         content = bytearray()
-        while begin + len(content) < end:
-            found = os.pread(self._file.fileno(), end - begin - len(content), begin + len(content))
-            if not found:
-                break
+        while (left := end - begin - len(content)) and (found := self._file.read(left)):
             content += found
         return bytes(content)
 
