@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     zero, rows = measure(python("-m", "benchmarks.contenders", "ours", given.methods[0])), []
     for suffix in given.inputs:
+        if given.folder:
+            Path(given.folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=given.folder) as name:
             folder, options = Path(name), ("--shape", given.shape, "--suffix", suffix)
             measure(python("-m", "benchmarks.models", folder, *options, "--experts", max(given.experts)))

@@ -37,16 +37,22 @@ class Sample(NamedTuple):
 
 def sample(chunks: Chunks) -> Sample:
     """Draw a sample in one pass: every entry, or every 3rd, 9th, … of a row (odd, not to meet the same columns)."""
-    drawn: list[Tensor] = []
+    drawn, count = None, 0  # one block of memory: small pieces between the chunks' would keep the heap from shrinking
     stride, seen = 1, 0
     for chunk in chunks():
         rows = chunk.reshape(len(chunk), chunk[0].numel())
+        if drawn is None:
+            drawn = rows.new_empty(len(rows), _SAMPLE)
         while -(-(seen + rows.shape[1]) // stride) > _SAMPLE:
-            drawn = [torch.cat(drawn, dim=1)[:, ::3].clone()] if drawn else []
+            kept = drawn[:, :count:3].clone()
+            count = kept.shape[1]
+            drawn[:, :count] = kept
             stride *= 3
-        drawn.append(rows[:, -seen % stride :: stride].clone())
+        new = rows[:, -seen % stride :: stride]
+        drawn[:, count : count + new.shape[1]] = new
+        count += new.shape[1]
         seen += rows.shape[1]
-    return Sample(torch.cat(drawn, dim=1), seen)
+    return Sample(drawn[:, :count], seen)
 
 
 def kth_magnitude(chunks: Chunks, k: int | Sequence[int], drawn: Sample | None = None) -> Tensor:
