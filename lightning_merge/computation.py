@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Computation:
             use(name, self.parameter(name))
 
         run_each(one, names, self.workers)
+        self.scratch.forget()
 
     def all_merged(self) -> dict[str, Tensor]:
         """The parameters that the method merges."""
@@ -87,6 +89,7 @@ class Computation:
             found[name] = self._merged(name, lambda deltas, context: self.method.task_update(deltas(), expert, context))
 
         run_each(one, self.inventory.merged, self.workers)
+        self.scratch.forget()
         return self._with_aliases(found)
 
     def _with_aliases(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,9 +180,19 @@ def _free_buffers_of_mkl() -> None:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Have the arithmetic use one thread of the processor."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _threads
+    with _lock:
+        if not _merging:
+            _threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _merging.append(None)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _lock:
+            _merging.pop()
+            if not _merging:
+                torch.set_num_threads(_threads)
+
+
+_lock, _merging, _threads = Lock(), [], 1  # merges may go on in several threads of one process at the same time

@@ -17,8 +17,10 @@ def fingerprint_all(models: Sequence[Weights], processes: Processes, workers: in
     """Hash the files of every model; each process hashes some of them and is told the others' hashes."""
     files = {str(file.path.absolute()): file for model in models for file in model.inputs}
     shares = processes.share(list(files), lambda path: float(files[path].size))
-    run_each(lambda path: files[path].fingerprint() and None, shares[processes.rank], workers)
-    for known in processes.gather({path: files[path].fingerprint() for path in shares[processes.rank]}):
+    with processes.together():
+        run_each(lambda path: files[path].fingerprint() and None, shares[processes.rank], workers)
+        mine = {path: files[path].fingerprint() for path in shares[processes.rank]}
+    for known in processes.gather(mine):
         for path, digest in known.items():
             files[path].note_fingerprint(digest)
 
@@ -53,6 +55,7 @@ def check_finite(
             )
 
     shares = processes.share(list(jobs), lambda job: float(models[jobs[job][0]].meta[jobs[job][1]].numel()))
-    run_each(look, shares[processes.rank], workers)
+    with processes.together():
+        run_each(look, shares[processes.rank], workers)
     found = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
     raise_all([found[job] for job in jobs if job in found])

@@ -108,7 +108,8 @@ def _polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if not is_finite(matrices):
         nan = torch.full_like(matrices, torch.nan)
         return nan, nan[..., 0, 0]
-    if matrices.dtype == torch.float32 and matrices.is_cuda:
+    exact = not matrices.is_cuda or torch.get_float32_matmul_precision() == "highest"  # products are not in TF32
+    if matrices.dtype == torch.float32 and matrices.is_cuda and exact:
         factor, converged = polar_by_products(matrices)
         if converged:
             return factor, (factor * matrices).sum(dim=(-2, -1)) / n
@@ -120,7 +121,7 @@ def _polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
         return U @ Vt, s.mean(dim=-1)
     half = V * torch.where(there, s, torch.inf).rsqrt().unsqueeze(-2)
     inverse = gram(half.mT)  # (XᵀX)^(-1/2), symmetric
-    benign = bool((torch.where(there, s, torch.inf).amin(dim=-1) * _LOSS >= s[..., -1]).all())
+    benign = exact and bool((torch.where(there, s, torch.inf).amin(dim=-1) * _LOSS >= s[..., -1]).all())
     factor = matrices @ inverse.to(matrices.dtype) if benign else matrices.double() @ inverse
     return factor.to(matrices.dtype), s.mean(dim=-1).to(matrices.dtype)
 

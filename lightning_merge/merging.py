@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge import __version__
-from lightning_merge.checkpoints import Source, Weights, check_output, open_weights
-from lightning_merge.computation import Computation, count_workers, mean_of
+from lightning_merge.checkpoints import Source, Weights, check_dtypes, check_output, open_weights
+from lightning_merge.computation import Computation, count_workers, mean_of, one_thread
 from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inspection import check_finite, fingerprint_all
@@ -112,10 +113,28 @@ def merge(
         if method.needs_data:
             check_task_data(type(method).__name__, module, data, origin, sources, inventory)
         measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
-    device = torch.device(device) if device is not None else origin[inventory.merged[0]].device
+        if resume:
+            raise_all(
+                [
+                    f"A merge by {source.name} cannot be resumed, as it is in memory; give a file."
+                    for source in measured
+                    if source.path is None
+                ]
+            )
+        home = origin[inventory.merged[0]].device
+    device = torch.device(device) if device is not None else home
     workers = count_workers(workers, device, sum(origin.meta[name].numel() for name in inventory.merged))
     _inspect(method, origin, sources, measured, inventory, allow_non_finite, processes, workers)
 
+    settings = {
+        "matrices": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(matrices).items()},
+        "include": None if include is None else list(include),
+        "exclude": list(exclude),
+        "dtype": None if dtype is None else str(dtype),
+        "device": device.type,
+        "seed": seed,
+        "allow_non_finite": allow_non_finite,
+    }
     with processes.together():
         tasks = None
         if method.needs_data:
@@ -132,30 +151,23 @@ def merge(
             statistics=measured,
             tasks=tasks,
         )
-        survey = method.survey(task_vectors)
+        with nullcontext() if method.needs_data else one_thread():
+            survey = method.survey(task_vectors)
+        manifest = make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False)))
     updates: dict[str, Tensor] | None = {} if keep_update else None
     computation = Computation(method, origin, sources, task_vectors, survey, inventory, workers, updates)
-    settings = {
-        "matrices": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(matrices).items()},
-        "include": None if include is None else list(include),
-        "exclude": list(exclude),
-        "dtype": None if dtype is None else str(dtype),
-        "device": device.type,
-        "seed": seed,
-        "allow_non_finite": allow_non_finite,
-    }
     first = next(iter(sources.values()))
     merged = Merged(
         weights={},
         base=origin,
         inventory=inventory,
-        manifest=make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False))),
+        manifest=manifest,
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
         computation=computation if method.per_task or keep_update else None,
     )
     if output is None:
-        return replace(merged, weights=_in_memory(computation, processes))
+        return replace(merged, weights=_in_memory(computation, home, processes))
     _to_disk(merged, computation, output, resume, shard_size, processes)
     return replace(merged, weights=open_weights(output, "the merged model"))
 
@@ -170,28 +182,27 @@ def _inspect(
     processes: Processes,
     workers: int,
 ) -> None:
-    """Hash every file, and see that every value is finite; each process does a part and knows all of it."""
+    """Hash every file, and see that every value that goes in is finite; each process does a part of it."""
     models = {"the base": base} | {f"the expert {name}": expert for name, expert in experts.items()}
     measured = {source.name: source for source in statistics}
-    with processes.together():
-        fingerprint_all([*models.values(), *measured.values()], processes, workers)
+    fingerprint_all([*models.values(), *measured.values()], processes, workers)
     if allow_non_finite:
         return
     shared = [*inventory.merged, *inventory.averaged]
     kinds = [f"{kind}.{name}" for kind in method.needs for name in inventory.merged]
     wanted = dict.fromkeys(models, shared) | dict.fromkeys(measured, kinds)
-    with processes.together():
-        check_finite(models | measured, wanted, processes, workers)
+    wanted["the base"] = [*shared, *inventory.copied]
+    check_finite(models | measured, wanted, processes, workers)
 
 
-def _in_memory(computation: Computation, processes: Processes) -> dict[str, Tensor]:
+def _in_memory(computation: Computation, home: torch.device, processes: Processes) -> dict[str, Tensor]:
     """All parameters of the merged model; every process computes a part of them and gets the others."""
     inventory, base = computation.inventory, computation.base
     shares = processes.share(inventory.stored, computation.cost)
     with processes.together():
         weights = computation.parameters(shares[processes.rank])
         _check_unchanged(computation)
-    processes.exchange(weights, shares, like=lambda name: torch.empty_like(base[name]))
+    processes.exchange(weights, shares, like=lambda name: torch.empty_like(base.meta[name], device=home))
     weights |= {alias: weights[owner] for alias, owner in inventory.tied.items()}
     return {name: weights[name] for name in base}
 
@@ -240,6 +251,10 @@ def check_arguments(
         problems.append(f"shard_size is a number of bytes and must be at least 1, got {shard_size}.")
     if resume and output is None:
         problems.append("resume goes on with a half-finished output; give output, too.")
+    if resume and method.needs_data:
+        problems.append(
+            f"{type(method).__name__} runs the model on data, which may be others by now; it cannot be resumed."
+        )
     in_memory = [weights.name for weights in (base, *experts.values()) if weights.path is None]
     if resume and in_memory:
         problems.append(
@@ -252,6 +267,8 @@ def check_arguments(
         problems += problems_of(check_folder, output, base.path, [base, *experts.values()])
     elif output is not None:
         problems += problems_of(check_output, output, [base, *experts.values()])
+    if output is not None:
+        problems += problems_of(check_dtypes, output, base.meta)
     raise_all(problems)
 
 

@@ -167,18 +167,21 @@ class _Tally(NamedTuple):
 
     up_to_low: Tensor
     below_high: Tensor
-    aside: list[list[tuple[Tensor, Tensor]]]
-    """For every rank the entries of each piece ``(n,)``, row after row, and how many are of which row ``(T,)``."""
+    memory: Tensor
+    """All that was put aside, one piece after another: in one block, of which only what is used takes memory."""
+    parts: list[list[tuple[int, list[int]]]]
+    """For every rank where the entries of each piece begin, and how many are of which row."""
 
     def inside(self, q: int, t: int) -> Tensor:
-        parts = [values.split(counts.tolist())[t] for values, counts in self.aside[q]]
-        return torch.cat(parts)
+        starts = [(begin + sum(counts[:t]), counts[t]) for begin, counts in self.parts[q]]
+        return torch.cat([self.memory[start : start + count] for start, count in starts])
 
 
 def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float) -> _Tally | None:
     """Make a pass over the data; None if more than ``room`` entries lie inside, or (of either sign) NaNs are met."""
     zeros = torch.zeros_like(low, dtype=torch.int64)
-    tally = _Tally(zeros, zeros.clone(), [[] for _ in low])
+    tally = _Tally(zeros, zeros.clone(), low.new_empty(int(room)), [[] for _ in low])
+    used = 0
     for chunk in chunks():
         for piece in pieces(chunk):
             values = piece.contiguous() if signed else piece.abs()
@@ -190,10 +193,11 @@ def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float)
                 tally.up_to_low[q] += counts[0]
                 tally.below_high[q] += counts[1]
                 inside = _where(indicator(torch.gt, below_high, up_to_low).bool(), values)
-                tally.aside[q].append((inside, (counts[1] - counts[0]).clamp(min=0)))
-                room -= inside.numel()
-        if room < 0:
-            return None
+                if used + inside.numel() > room:
+                    return None
+                tally.memory[used : used + inside.numel()] = inside
+                tally.parts[q].append((used, (counts[1] - counts[0]).clamp(min=0).tolist()))
+                used += inside.numel()
     return tally
 
 

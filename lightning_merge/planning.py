@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_merge.checkpoints import Source, Weights, open_weights
+from lightning_merge.checkpoints import TORCH_SUFFIXES, Source, Weights, open_weights
 from lightning_merge.computation import count_workers
 from lightning_merge.costs import estimate_seconds, factorizes, measure_machine, peak_memory, surveys
 from lightning_merge.errors import MergeError, problems_of
@@ -99,7 +99,8 @@ def plan(
         kind = type(method).__name__
         problems += problems_of(check_task_data, kind, module, data, origin, models.experts, models.inventory)
     if output is not None:
-        problems += problems_of(_check_space, Path(output).expanduser(), models.stored)
+        twice = Path(output).suffix in TORCH_SUFFIXES  # it is written as a safetensors file first
+        problems += problems_of(_check_space, Path(output).expanduser(), models.stored * (2 if twice else 1))
     rule = matrices or Matrices()
     shapes = _count_matrices(origin, models.inventory, rule)
     costs = None
@@ -219,7 +220,8 @@ def _check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MergeError(
-            f"{output} would hold {size(needed)}, and {size(free)} are free in {folder}; make room, or write elsewhere."
+            f"{output} takes {size(needed)} to write, and {size(free)} are free in {folder}; make room, or write "
+            "elsewhere."
         )
 
 

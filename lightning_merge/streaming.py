@@ -1,12 +1,15 @@
 """Write a merged model while it is computed, tensor by tensor, completely or not at all.
 
 Everything is written under another name in the same folder, ``.NAME.part``, and takes its place once it is complete and
-on the disk: at any moment there is either what stood there before, or the whole new model.
+on the disk: at any moment there is either what stood there before, or the whole new model. (A folder that replaces
+another one on a system that cannot exchange two names is the exception: the old one is ``.NAME.old`` for a moment.)
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +19,16 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from lightning_merge.checkpoints import (
+    TORCH_SUFFIXES,
     PartFile,
     exchange,
     header_metadata,
     open_alone,
     put_in_place,
+    remove,
+    restore,
     save_torch,
-    sync_folder,
+    sync,
 )
 from lightning_merge.errors import MergeError
 from lightning_merge.folders import carry_over, is_folder, is_ours, weights_name
@@ -59,13 +65,14 @@ class StreamedModel:
         resume: bool,
         shard_size: int,
     ) -> None:
-        self.path = path.expanduser().absolute()
+        self.path = path.expanduser().resolve()  # the file behind a symbolic link is replaced, not the link
         self._tied, self._manifest, self._hyper_parameters, self._base = tied, manifest, hyper_parameters, base
         self._is_folder = is_folder(path)
         self._resume = resume
         self._part = self.path.with_name(f".{self.path.name}.part")
         self._converted = self.path.with_name(f".{self.path.name}.part.torch")
         self._lock: BinaryIO | None = None
+        self._in_place = False
         groups = _split(meta, shard_size) if self._is_folder else [list(meta)]
         names = _file_names(weights_name(base), len(groups)) if self._is_folder else [""]
         self._home = {name: i for i, group in enumerate(groups) for name in group}
@@ -105,11 +112,13 @@ class StreamedModel:
                     yield
                     for file in self._files:
                         file.sync()
+                written = processes.gather([file.checksums for file in self._files])
                 with processes.together(), self._in_words():
                     if processes.is_first:
+                        self._check(written[1:])
                         self._complete()
             except BaseException:
-                if processes.is_first and not self._resume:
+                if processes.is_first and not self._resume and not self._in_place:
                     self._remove()
                 raise
         finally:
@@ -123,29 +132,44 @@ class StreamedModel:
 
     def _create(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        restore(self.path)
         if self._is_folder:
             self._part.mkdir(exist_ok=True)
             self._lock = open_alone(self._part / _LOCK)
         try:
             for file in self._files:
                 file.create()
+            self._check_room()
         except OSError:
             if not self._resume:
                 self._remove()
             raise
         for stray in self._strays():
-            stray.unlink()
+            remove(stray)
+
+    def _check_room(self) -> None:
+        """See that a file of torch, which is written from the complete safetensors file, has room beside it."""
+        second = not self._is_folder and self.path.suffix in TORCH_SUFFIXES
+        if second and shutil.disk_usage(self.path.parent).free < self._files[0].size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _strays(self) -> list[Path]:
         """What other merges into this output have left where they were killed."""
         if not self._is_folder:
             return [path for path in (self._converted,) if path.exists()]
-        known = (_LOCK, *self._names)
-        return [
-            path
-            for path in self._part.iterdir()
-            if path.name not in known and not (self._resume and path.name.startswith(tuple(self._names)))
-        ]
+        known = {_LOCK, *self._names, *(path.name for file in self._files for path in file.journals())}
+        return [path for path in self._part.iterdir() if path.name not in known]
+
+    def _check(self, others: list[list[dict[str, int]]]) -> None:
+        """See that the file holds what the other processes have written to it."""
+        for written in others:
+            for file, checksums in zip(self._files, written, strict=True):
+                for name, checksum in checksums.items():
+                    if file.checksum(name) != checksum:
+                        raise MergeError(
+                            f"{name!r} is not in {file.path} as another process has written it: its file system does "
+                            "not let several processes write one file. Merge with one process, or to another disk."
+                        )
 
     def _complete(self) -> None:
         if self._is_folder:
@@ -154,11 +178,13 @@ class StreamedModel:
         (file,) = self._files
         if self.path.suffix == ".safetensors":
             put_in_place(self._part, self.path)
+            self._in_place = True
         else:
             stored = file.mapped()
             stored |= {alias: stored[owner] for alias, owner in self._tied.items()}
             save_torch(self._converted, self.path.suffix, stored, self._hyper_parameters, self._manifest)
             put_in_place(self._converted, self.path)
+            self._in_place = True
             self._part.unlink()
         file.forget()
 
@@ -174,21 +200,21 @@ class StreamedModel:
             (self._part / f"{weights_name(self._base)}.index.json").write_text(text, encoding="utf-8")
         for file in self._files:
             file.forget()
-        sync_folder(self._part)
+        for path in self._part.iterdir():
+            sync(path)
+        sync(self._part)
         if self.path.is_dir() and any(self.path.iterdir()) and not is_ours(self.path):
             raise MergeError(
                 f"The folder {self.path} was filled by somebody else meanwhile; nothing was changed there."
             )
         exchange(self._part, self.path)
+        self._in_place = True
         (self.path / _LOCK).unlink()
 
     def _remove(self) -> None:
         for file in self._files:
             file.remove()
-        if self._is_folder:
-            shutil.rmtree(self._part, ignore_errors=True)
-        else:
-            self._converted.unlink(missing_ok=True)
+        remove(self._part if self._is_folder else self._converted)
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:

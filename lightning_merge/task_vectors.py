@@ -160,6 +160,13 @@ class Scratch(threading.local):
             self._memory = memory = torch.empty(count, dtype=dtype, device=device)
         return memory[:count].view(shape)
 
+    def forget(self) -> None:
+        """Give back this thread's memory."""
+        self._memory = None
+
+    def __reduce__(self) -> tuple[type[Scratch], tuple[()]]:
+        return Scratch, ()  # a copy has memory of its own
+
 
 def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:
     """Put what an expert did to a parameter ``(…)`` into ``delta``; that of an adapter is exact."""

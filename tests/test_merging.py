@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,10 @@ class TestConflicts:
     def test_infinity_in_the_base(self, base, experts):
         base["bn.running_var"][0] = float("inf")
         assert "'bn.running_var' of the base" in self.refusal(base, experts)
+
+    def test_nan_in_what_is_copied(self, base, experts):
+        base["mlp.bias"][3] = float("nan")
+        assert "'mlp.bias' of the base" in self.refusal(base, experts, exclude=["mlp.bias"])
 
     def test_nan_can_be_allowed(self, base, experts):
         experts[1]["mlp.bias"][3] = float("nan")
@@ -306,3 +312,21 @@ def test_more_experts_are_asked_for_than_there_are(base, experts):
     with pytest.raises(lm.MergeError, match=r"k=4.* needs at least 4 experts, and 3 are given"):
         lm.merge(base, experts, ConsensusTA(k=4))
     lm.merge(base, experts, ConsensusTA(k=3))
+
+
+def test_merges_in_several_threads_leave_the_number_of_threads_alone(base, experts):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: lm.merge(base, experts, SCORE(), workers=1).weights, range(8)))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(weights[name], found[0][name]) for weights in found for name in base)
+
+
+def test_a_merged_model_can_be_copied(base, experts):
+    merged = copy.deepcopy(lm.merge(base, experts, TSVM(), keep_update=True))
+    half = lm.merge(base, experts, TSVM(scale=0.5)).weights
+    assert torch.equal(merged.rescaled(0.5).weights["mlp.weight"], half["mlp.weight"])

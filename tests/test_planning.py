@@ -175,12 +175,12 @@ class TestWhatStandsInTheWay:
 
     def test_a_disk_that_is_full(self, base, experts, monkeypatch):
         usage = namedtuple("usage", "total used free")
-        needed = nbytes(base)
-        for free, problems in ((needed - 1, 1), (needed, 0)):
-            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
-            plan = lm.plan(base, experts, SCORE(), output="new/merged.pt")
-            assert len(plan.problems) == problems
-            assert all("make room, or write elsewhere" in problem for problem in plan.problems)
+        for output, needed in (("new/merged.safetensors", nbytes(base)), ("new/merged.pt", 2 * nbytes(base))):
+            for free, problems in ((needed - 1, 1), (needed, 0)):
+                monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
+                plan = lm.plan(base, experts, SCORE(), output=output)
+                assert len(plan.problems) == problems
+                assert all("make room, or write elsewhere" in problem for problem in plan.problems)
 
 
 class TestCosts:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 import lightning_merge as lm
-from lightning_merge.checkpoints import save_weights
+from lightning_merge.checkpoints import PartFile, save_weights
+from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.methods import SCORE, TIES, MergeMethod, TaskArithmetic
 from lightning_merge.sharing import Processes
 from tests.test_streaming import left_behind, make_files, same
@@ -109,6 +110,31 @@ def test_a_file_that_only_one_process_can_read():
 
     _, errors = on_processes(2, work)
     assert all("no file or folder elsewhere.safetensors" in error for error in errors)
+
+
+def test_a_process_that_cannot_hash_a_file_stops_the_others(monkeypatch):
+    base, experts = make_files()
+
+    def work(rank: int) -> None:
+        if rank == 0:
+            monkeypatch.setattr(InputFile, "fingerprint", lambda file: (_ for _ in ()).throw(lm.MergeError("gone")))
+        lm.merge(base, experts, SCORE(), distributed=True)
+
+    _, errors = on_processes(2, work)
+    assert all(error.startswith("MergeError: gone") for error in errors)
+
+
+def test_what_another_process_wrote_is_looked_at(monkeypatch):
+    base, experts = make_files()
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            monkeypatch.setattr(PartFile, "_put", lambda *_: None)  # its bytes are lost
+        lm.merge(base, experts, SCORE(), output="m.safetensors", distributed=True)
+
+    _, errors = on_processes(2, work)
+    assert all("as another process has written it" in error for error in errors)
+    assert not Path("m.safetensors").exists()
 
 
 def test_values_that_are_not_finite_are_found_whoever_looks_at_them():

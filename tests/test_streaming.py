@@ -267,3 +267,88 @@ def test_without_positioned_writes_threads_take_turns(files, monkeypatch):
     monkeypatch.delattr(os, "pwrite")
     merged = lm.merge(*files, SCORE(), output="merged.safetensors", workers=4)
     assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)
+
+
+class TestPlaces:
+    def test_a_symbolic_link_to_a_folder_stays_one(self, files):
+        Path("store/real").mkdir(parents=True)
+        Path("merged").symlink_to("store/real")
+        for method in (WeightAverage(), SCORE()):
+            merged = lm.merge(*files, method, output="merged")
+        assert Path("merged").is_symlink()
+        assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)
+        assert os.listdir("store") == ["real"]
+
+    def test_a_symbolic_link_to_a_file_stays_one(self, files):
+        Path("store").mkdir()
+        save_weights("store/real.ckpt", base_weights())
+        Path("merged.ckpt").symlink_to("store/real.ckpt")
+        merged = lm.merge(*files, SCORE(), output="merged.ckpt")
+        assert Path("merged.ckpt").is_symlink()
+        assert same(dict(merged.weights), dict(lm.open_weights("store/real.ckpt")))
+
+    def test_a_shard_of_an_input_is_not_replaced(self, files):
+        lm.merge(*files, WeightAverage(), output="sharded", shard_size=3000)
+        shard = "sharded/model-00001-of-00007.safetensors"
+        with pytest.raises(lm.MergeError, match="is one of the models to merge"):
+            lm.merge("sharded", files[1], SCORE(), output=shard)
+
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_what_a_killed_merge_has_left_is_in_nobody_s_way(self, files, resume):
+        part = Path(".merged.part")
+        (part / "subfolder").mkdir(parents=True)
+        (part / "model.safetensors.index.json").write_text("{}")
+        (part / "model.safetensors.done7").write_text("[]")
+        merged = lm.merge(*files, SCORE(), output="merged", resume=resume)
+        assert sorted(os.listdir("merged")) == ["config.json", "model.safetensors"]
+        assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)
+
+    def test_a_folder_that_was_moved_away_comes_back(self, files, monkeypatch):
+        old = dict(lm.merge(*files, WeightAverage(), output="merged").weights)
+        Path("merged").rename(".merged.old")
+        monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+        with pytest.raises(lm.MergeError, match="broken"):
+            lm.merge(*files, SCORE(), output="merged")
+        assert same(dict(lm.open_weights("merged")), old)
+
+    def test_everything_is_on_the_disk_before_it_takes_its_place(self, files, monkeypatch):
+        synced, fsync = [], os.fsync
+
+        def noting(handle):
+            synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+            fsync(handle)
+
+        if not Path("/proc/self/fd").is_dir():
+            pytest.skip("this system does not tell the names of open files")
+        monkeypatch.setattr(os, "fsync", noting)
+        lm.merge(*files, SCORE(), output="merged", shard_size=3000)
+        assert {"config.json", "model.safetensors.index.json", "model-00007-of-00007.safetensors"} <= set(synced)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16])
+def test_types_that_only_a_file_of_torch_can_hold(files, dtype):
+    base = dict(lm.open_weights(files[0])) | {"table": torch.ones(3, 2).to(dtype)}
+    experts = [dict(lm.open_weights(file)) | {"table": base["table"]} for file in files[1]]
+    merged = lm.merge(base, experts, SCORE(), output="m.ckpt", exclude=["table"])
+    assert torch.equal(merged.weights["table"], base["table"])
+    with pytest.raises(lm.MergeError, match=r"'table' is of type .*; end the output in \.ckpt"):
+        lm.merge(base, experts, SCORE(), output="m.safetensors", exclude=["table"])
+
+
+def test_a_file_system_without_locks(files, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    merged = lm.merge(*files, SCORE(), output="merged.safetensors")
+    assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)
+
+
+def test_statistics_in_memory_cannot_be_resumed_by(files):
+    base = dict(lm.open_weights(files[0]))
+    fisher = {f"fisher.{name}": tensor.abs() for name, tensor in base.items() if tensor.is_floating_point()}
+    statistics = dict.fromkeys(files[1], fisher)
+    with pytest.raises(lm.MergeError, match="cannot be resumed"):
+        lm.merge(*files, lm.methods.Fisher(), statistics=statistics, output="m.safetensors", resume=True)

@@ -1,10 +1,11 @@
 """Read and write weights: whatever the file, one mapping from parameter name to tensor."""
 
-from lightning_merge.checkpoints.atomic import exchange, put_in_place, replacing, sync_folder, write_text
+from lightning_merge.checkpoints.atomic import exchange, put_in_place, remove, replacing, restore, sync, write_text
 from lightning_merge.checkpoints.part_file import PartFile, open_alone
-from lightning_merge.checkpoints.reading import STATISTICS, Source, open_weights
+from lightning_merge.checkpoints.reading import STATISTICS, TORCH_SUFFIXES, Source, open_weights
 from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.checkpoints.writing import (
+    check_dtypes,
     check_output,
     check_suffix,
     header_metadata,
@@ -14,9 +15,11 @@ from lightning_merge.checkpoints.writing import (
 
 __all__ = [
     "STATISTICS",
+    "TORCH_SUFFIXES",
     "PartFile",
     "Source",
     "Weights",
+    "check_dtypes",
     "check_output",
     "check_suffix",
     "exchange",
@@ -24,9 +27,11 @@ __all__ = [
     "open_alone",
     "open_weights",
     "put_in_place",
+    "remove",
     "replacing",
+    "restore",
     "save_torch",
     "save_weights",
-    "sync_folder",
+    "sync",
     "write_text",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_merge.errors import MergeError
@@ -41,7 +42,7 @@ def put_in_place(new: Path, path: Path) -> None:
     with new.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(new, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,11 +51,11 @@ def write_text(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def sync_folder(folder: Path) -> None:
-    """See that the names in a folder are on the disk, where the system can do that."""
+def sync(path: Path) -> None:
+    """See that a file, or the names in a folder, are on the disk, where the system can do that."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -69,23 +70,39 @@ def exchange(new: Path, path: Path) -> None:
     Raises:
         OSError: If it cannot be done; the old folder is still there.
     """
-    import shutil
-
+    old = new
     if not path.exists():
         new.rename(path)
-    elif _exchange_names(new, path):
-        shutil.rmtree(new)
-    else:
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+    elif not _exchange_names(new, path):
+        old = _aside(path)
+        remove(old)
         path.rename(old)
         try:
             new.rename(path)
         except OSError:
             old.rename(path)
             raise
-        shutil.rmtree(old)
-    sync_folder(path.parent)
+    sync(path.parent)
+    remove(old)
+
+
+def restore(path: Path) -> None:
+    """Bring back the folder that :func:`exchange` had moved away when it was killed."""
+    if not path.exists() and _aside(path).exists():
+        _aside(path).rename(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ try:
 except ImportError:  # on Windows two merges into one file are not kept apart
     fcntl = None  # type: ignore[assignment]
 
+_AT_ONCE = 1 << 30  # bytes; macOS refuses to write more than 2 GiB in one call
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -44,19 +46,15 @@ def lay_out(meta: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[by
 
     Returns:
         The beginning of the file (length and header), and the place of every tensor.
-
-    Raises:
-        MergeError: If a dtype cannot be stored.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     places, position = {}, 0
     for name, tensor in sorted(meta.items(), key=lambda item: -item[1].element_size()):
-        if tensor.dtype not in _NAMES:
-            raise MergeError(f"{name!r} is of type {tensor.dtype}, which a safetensors file cannot hold; leave it out.")
         end = position + tensor.numel() * tensor.element_size()
+        known = tensor.dtype in _NAMES  # of another type, which only a file of torch can hold in the end, the bytes
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _NAMES[tensor.dtype] if known else _NAMES[torch.uint8],
+            "shape": list(tensor.shape) if known else [end - position],
             "data_offsets": [position, end],
         }
         places[name] = Place(position, end, tensor.dtype, tensor.shape)
@@ -88,6 +86,7 @@ class PartFile:
         self.header, self.places = lay_out(meta, metadata)
         self.size = max((place.end for place in self.places.values()), default=len(self.header))
         self.done: set[str] = set()
+        self.checksums: dict[str, int] = {}
         self._resumable = resumable
         self._file: BinaryIO | None = None
         self._journal: BinaryIO | None = None
@@ -107,12 +106,8 @@ class PartFile:
             self.done = set()
             self._file.truncate(0)
             self._put(self.header, 0)
-        for journal in self._journals():
-            journal.unlink()
+        self._start_journal()
         _reserve(self._file, self.size)
-        self._open_journal(0)
-        for name in sorted(self.done):
-            self._note(name, self._checksum(self.places[name]))
 
     def join(self, rank: int, done: set[str]) -> None:
         """Take part in writing a file that another process has created."""
@@ -134,8 +129,9 @@ class PartFile:
             )
         content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self._put(content, place.begin)
+        self.checksums[name] = zlib.crc32(content)
         if self._journal is not None:
-            self._note(name, zlib.crc32(content))
+            self._journal.write(_note(name, self.checksums[name]))
 
     def sync(self) -> None:
         """See that what was written is on the disk."""
@@ -150,14 +146,19 @@ class PartFile:
 
     def forget(self) -> None:
         """Remove the journals."""
-        for journal in self._journals():
+        for journal in self.journals():
             journal.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the file and its journals."""
-        self.close()
+        """Remove the file and its journals, while nobody else can write to it."""
         self.path.unlink(missing_ok=True)
         self.forget()
+        self.close()
+
+    def checksum(self, name: str) -> int:
+        """The checksum of what the file holds in the place of a tensor."""
+        place = self.places[name]
+        return zlib.crc32(self._get(place.begin, place.end))
 
     def mapped(self) -> dict[str, Tensor]:
         """The tensors of the complete file, in whose pages they stay until they are read."""
@@ -173,7 +174,7 @@ class PartFile:
         content = memoryview(content)
         while content:
             if hasattr(os, "pwrite"):
-                written = os.pwrite(self._file.fileno(), content, position)
+                written = os.pwrite(self._file.fileno(), content[:_AT_ONCE], position)
             else:  # Windows: one thread after another
                 with self._turn:
                     self._file.seek(position)
@@ -181,7 +182,7 @@ class PartFile:
             content, position = content[written:], position + written
 
     def _get(self, begin: int, end: int) -> bytes:
-        """Read bytes, before any are written; fewer where the file ends."""
+        """Read bytes, while none are written; fewer where the file ends."""
         self._file.seek(begin)
         content = bytearray()
         while (left := end - begin - len(content)) and (found := self._file.read(left)):
@@ -192,38 +193,42 @@ class PartFile:
         """Whether the file that is there was begun by the same merge."""
         return self._get(0, len(self.header)) == self.header
 
-    def _journals(self) -> list[Path]:
-        return sorted(file for file in self.path.parent.iterdir() if file.name.startswith(f"{self.path.name}.done"))
+    def journals(self) -> list[Path]:
+        """The notes of what is finished, one file for each process."""
+        if not self.path.parent.is_dir():
+            return []
+        pattern = re.compile(re.escape(self.path.name) + r"\.done\d+")
+        return sorted(file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name))
 
     def _open_journal(self, rank: int) -> None:
         if self._resumable:
             self._journal = self.path.with_name(f"{self.path.name}.done{rank}").open("ab", buffering=0)
 
-    def _note(self, name: str, checksum: int) -> None:
-        if self._journal is not None:
-            self._journal.write(json.dumps([name, checksum]).encode() + b"\n")
+    def _start_journal(self) -> None:
+        """Put what is believed into one journal, and only then remove those of earlier runs."""
+        if self.done:
+            new = self.path.with_name(f"{self.path.name}.done0.new")
+            new.write_bytes(b"".join(_note(name, self.checksum(name)) for name in sorted(self.done)))
+            os.replace(new, self.path.with_name(f"{self.path.name}.done0"))
+        for journal in self.journals()[bool(self.done) :]:
+            journal.unlink()
+        self._open_journal(0)
 
     def _believed(self) -> set[str]:
         """The tensors that are noted as finished and have the bytes that were noted."""
         noted = {}
-        for journal in self._journals():
+        for journal in self.journals():
             for line in journal.read_bytes().splitlines():
                 try:
                     name, checksum = json.loads(line)
                 except (ValueError, TypeError):
                     continue  # cut short by the end of the process
                 noted[name] = checksum
-        return {
-            name
-            for name, checksum in noted.items()
-            if name in self.places and self._intact(self.places[name], checksum)
-        }
+        return {name for name, checksum in noted.items() if name in self.places and self.checksum(name) == checksum}
 
-    def _intact(self, place: Place, checksum: int) -> bool:
-        return self._checksum(place) == checksum
 
-    def _checksum(self, place: Place) -> int:
-        return zlib.crc32(self._get(place.begin, place.end))
+def _note(name: str, checksum: int) -> bytes:
+    return json.dumps([name, checksum]).encode() + b"\n"
 
 
 def open_alone(path: Path) -> BinaryIO:
@@ -234,11 +239,13 @@ def open_alone(path: Path) -> BinaryIO:
             return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.close()
             raise MergeError(
                 f"Another merge is writing {path}; wait until it is done, or give this one another output."
             ) from error
+        except OSError:  # a file system that has no locks
+            return file
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()  # its writer has just completed and renamed it

@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_merge.checkpoints.atomic import replacing
 from lightning_merge.checkpoints.files import first_line
 from lightning_merge.checkpoints.reading import TORCH_SUFFIXES, Weights
-from lightning_merge.checkpoints.safetensors_format import TIED
+from lightning_merge.checkpoints.safetensors_format import SAFETENSORS_DTYPES, TIED
 from lightning_merge.checkpoints.weights import from_memory
-from lightning_merge.errors import MergeError
+from lightning_merge.errors import MergeError, raise_all
 
 
 def save_weights(
@@ -61,7 +61,7 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -
     """
     path = Path(path).expanduser()
     for weights in inputs:
-        if weights.path is not None and weights.path.resolve() == path.resolve():
+        if path.resolve() in (file.resolve() for file in weights.files):
             raise MergeError(f"{path} is one of the models to merge; give the merged model another name.")
     check_suffix(path)
     if path.is_dir():
@@ -69,6 +69,19 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
+
+
+def check_dtypes(path: str | os.PathLike[str], meta: Mapping[str, Tensor]) -> None:
+    """Raise a :class:`MergeError` if a file or folder of safetensors cannot hold a type; a file of torch holds any."""
+    if Path(path).suffix in TORCH_SUFFIXES:
+        return
+    raise_all(
+        [
+            f"{name!r} is of type {tensor.dtype}, which a safetensors file cannot hold; end the output in .ckpt or .pt."
+            for name, tensor in meta.items()
+            if tensor.dtype not in SAFETENSORS_DTYPES.values()
+        ]
+    )
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:
