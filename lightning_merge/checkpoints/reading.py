@@ -10,6 +10,7 @@ from typing import Union
 from torch import Tensor
 
 from lightning_merge.checkpoints.files import InputFile
+from lightning_merge.checkpoints.hub import HUB, download
 from lightning_merge.checkpoints.safetensors_format import load_json, open_safetensors
 from lightning_merge.checkpoints.torch_format import open_torch
 from lightning_merge.checkpoints.weights import Weights, from_memory, plain_names
@@ -29,7 +30,7 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
     Args:
         source: A ``.safetensors`` file, a Lightning ``.ckpt``, a ``.pt`` / ``.pth`` / ``.bin`` file with a state dict,
             a folder that holds one of these (a run of ``lightning-merge fit``, a Hugging Face, timm or open_clip
-            folder, sharded or not), or a state dict in memory.
+            folder, sharded or not), a model on the Hugging Face Hub (``hf-hub:OWNER/NAME``), or a state dict in memory.
         name: What to call this model in messages; by default the path.
 
     Returns:
@@ -43,7 +44,8 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
         return source
     if isinstance(source, Mapping):
         return from_memory(name or "the state dict", source)
-    path = _find_file(Path(source).expanduser())
+    is_remote = isinstance(source, str) and source.startswith(HUB)
+    path = _find_file(download(source) if is_remote else Path(source).expanduser())
     name = name or str(source)
     return _from_shards(name, path) if path.name.endswith(".index.json") else _from_file(name, path)
 
