@@ -198,23 +198,33 @@ def _thin_svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _paths: ContextVar[Counter[str] | None] = ContextVar("paths", default=None)
+_counting = Lock()
 
 
 @contextmanager
-def paths_taken() -> Iterator[Counter[str]]:
-    """Count how matrices are decomposed within the block: ``gram``, ``svd``, ``products``; none that is looked up."""
-    counter: Counter[str] = Counter()
+def paths_taken(counter: Counter[str] | None = None) -> Iterator[Counter[str]]:
+    """Count how matrices are decomposed within the block: ``gram``, ``svd``, ``products``; none that is looked up.
+
+    Args:
+        counter: Where to add up; by default a new one. What counts outside the block counts on.
+    """
+    counter = Counter() if counter is None else counter
+    outer = _paths.get()
+    before = counter.copy()
     token = _paths.set(counter)
     try:
         yield counter
     finally:
         _paths.reset(token)
+        if outer is not None:
+            outer.update(counter - before)
 
 
 def _note(path: str) -> None:
     counter = _paths.get()
     if counter is not None:
-        counter[path] += 1
+        with _counting:
+            counter[path] += 1
 
 
 class Factorizations:

@@ -31,6 +31,7 @@ class Merged:
         manifest: Method, arguments, versions, and the sha256 of every file that went in.
         experts: The experts by name, for what they keep to themselves.
         hyper_parameters: The arguments of the base's LightningModule (else the first expert's), if its file has them.
+        paths: How often this process has decomposed matrices in which way, see ``lightning_merge.linalg.paths_taken``.
         computation: What gives the models of the tasks, and other scales, where they are not these weights.
     """
 
@@ -40,6 +41,7 @@ class Merged:
     manifest: dict[str, Any]
     experts: dict[str, Weights]
     hyper_parameters: dict[str, Any]
+    paths: Mapping[str, int] = field(default_factory=dict)
     computation: Computation | None = field(default=None, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:

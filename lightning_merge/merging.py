@@ -19,6 +19,7 @@ from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inspection import check_finite, fingerprint_all
 from lightning_merge.inventory import Inventory, take_inventory
+from lightning_merge.linalg import paths_taken
 from lightning_merge.lora import LoRAWeights, open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
@@ -151,7 +152,7 @@ def merge(
             statistics=measured,
             tasks=tasks,
         )
-        with nullcontext() if method.needs_data else one_thread():
+        with paths_taken() as paths, nullcontext() if method.needs_data else one_thread():
             survey = method.survey(task_vectors)
         manifest = make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False)))
     updates: dict[str, Tensor] | None = {} if keep_update else None
@@ -164,11 +165,13 @@ def merge(
         manifest=manifest,
         experts=sources,
         hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
+        paths=paths,
         computation=computation if method.per_task or keep_update else None,
     )
-    if output is None:
-        return replace(merged, weights=_in_memory(computation, home, processes))
-    _to_disk(merged, computation, output, resume, shard_size, processes)
+    with paths_taken(paths):
+        if output is None:
+            return replace(merged, weights=_in_memory(computation, home, processes))
+        _to_disk(merged, computation, output, resume, shard_size, processes)
     return replace(merged, weights=open_weights(output, "the merged model"))
 
 

@@ -330,3 +330,9 @@ def test_a_merged_model_can_be_copied(base, experts):
     merged = copy.deepcopy(lm.merge(base, experts, TSVM(), keep_update=True))
     half = lm.merge(base, experts, TSVM(scale=0.5)).weights
     assert torch.equal(merged.rescaled(0.5).weights["mlp.weight"], half["mlp.weight"])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_it_is_told_how_matrices_were_decomposed(base, experts, workers):
+    assert lm.merge(base, experts, IsoC(), workers=workers).paths == {"gram": 3}
+    assert lm.merge(base, experts, TIES(), workers=workers).paths == {}
