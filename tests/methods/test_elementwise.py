@@ -302,7 +302,7 @@ def test_ties_looks_for_the_majority_once_and_only_where_votes_cancel():
         def numel(self, name):
             return self.deltas[0].numel()
 
-        def items(self):
+        def stream(self):
             self.looks += 1
             yield "w", self.deltas
 
