@@ -115,13 +115,7 @@ def merge(
             check_task_data(type(method).__name__, module, data, origin, sources, inventory)
         measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
         if resume:
-            raise_all(
-                [
-                    f"A merge by {source.name} cannot be resumed, as it is in memory; give a file."
-                    for source in measured
-                    if source.path is None
-                ]
-            )
+            check_resumable(measured)
         home = origin[inventory.merged[0]].device
     device = torch.device(device) if device is not None else home
     workers = count_workers(workers, device, sum(origin.meta[name].numel() for name in inventory.merged))
@@ -258,11 +252,8 @@ def check_arguments(
         problems.append(
             f"{type(method).__name__} runs the model on data, which may be others by now; it cannot be resumed."
         )
-    in_memory = [weights.name for weights in (base, *experts.values()) if weights.path is None]
-    if resume and in_memory:
-        problems.append(
-            f"A merge can only be resumed if all of its inputs are files, and {', '.join(in_memory)} is in memory."
-        )
+    if resume:
+        problems += problems_of(check_resumable, [base, *experts.values()])
     if dtype not in (None, torch.float32, torch.float64):
         problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
     problems += problems_of(method.check_count, len(experts))
@@ -273,6 +264,17 @@ def check_arguments(
     if output is not None:
         problems += problems_of(check_dtypes, output, base.meta)
     raise_all(problems)
+
+
+def check_resumable(inputs: Iterable[Weights]) -> None:
+    """Raise a :class:`MergeError` if an input is in memory: nobody could tell whether it is still the same."""
+    raise_all(
+        [
+            f"A merge can only be resumed if all of its inputs are files, and {weights.name} is in memory; give a file."
+            for weights in inputs
+            if weights.path is None
+        ]
+    )
 
 
 def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:

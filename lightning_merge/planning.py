@@ -19,7 +19,7 @@ from lightning_merge.errors import MergeError, problems_of
 from lightning_merge.inventory import Inventory, compare
 from lightning_merge.lora import is_adapter
 from lightning_merge.matrices import Matrices
-from lightning_merge.merging import Experts, check_arguments, open_each, precision_of
+from lightning_merge.merging import Experts, check_arguments, check_resumable, open_each, precision_of
 from lightning_merge.methods import MergeMethod
 from lightning_merge.plans import Costs, Plan, size
 from lightning_merge.prefixes import Renamed
@@ -95,6 +95,8 @@ def plan(
         check_arguments, method, origin, models.as_many_as(experts), workers, dtype, output, resume, shard_size
     )
     problems += problems_of(_check_device, device)
+    if resume:
+        problems += problems_of(check_resumable, models.statistics)
     if method.needs_data:
         kind = type(method).__name__
         problems += problems_of(check_task_data, kind, module, data, origin, models.experts, models.inventory)

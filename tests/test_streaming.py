@@ -350,5 +350,14 @@ def test_statistics_in_memory_cannot_be_resumed_by(files):
     base = dict(lm.open_weights(files[0]))
     fisher = {f"fisher.{name}": tensor.abs() for name, tensor in base.items() if tensor.is_floating_point()}
     statistics = dict.fromkeys(files[1], fisher)
-    with pytest.raises(lm.MergeError, match="cannot be resumed"):
-        lm.merge(*files, lm.methods.Fisher(), statistics=statistics, output="m.safetensors", resume=True)
+    arguments = {"statistics": statistics, "output": "m.safetensors", "resume": True}
+    with pytest.raises(lm.MergeError, match=r"the statistics of 0\.safetensors is in memory; give a file"):
+        lm.merge(*files, lm.methods.Fisher(), **arguments)
+    assert len(lm.plan(*files, lm.methods.Fisher(), **arguments).problems) == 2
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
+def test_the_bytes_do_not_depend_on_the_name_of_the_output(files, suffix):
+    for name in ("one", "another"):
+        lm.merge(*files, SCORE(), output=f"{name}{suffix}")
+    assert Path(f"one{suffix}").read_bytes() == Path(f"another{suffix}").read_bytes()

@@ -104,6 +104,9 @@ def save_torch(
 ) -> None:
     """Let torch write a file: a checkpoint of Lightning if the suffix says so, else a plain state dict.
 
+    Torch is given an open file, because it would write the name of a path into the file: the bytes are those of the
+    content alone.
+
     Raises:
         OSError: If it cannot be written.
     """
@@ -119,7 +122,8 @@ def save_torch(
             "hyper_parameters": dict(hyper_parameters or {}),
             "merge": dict(manifest or {}),
         }
-    _or_os_error(lambda: torch.save(content, file))
+    with file.open("wb") as stream:
+        _or_os_error(lambda: torch.save(content, stream))
 
 
 def _save_safetensors(file: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
