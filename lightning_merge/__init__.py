@@ -35,7 +35,7 @@ _HOME = {
     "save_weights": "lightning_merge.checkpoints",
     "sweep": "lightning_merge.sweeping",
 }
-_MODULES = ("callbacks", "data", "evaluation", "linalg", "methods", "models", "testing")
+_MODULES = ("align", "analysis", "callbacks", "data", "evaluation", "linalg", "methods", "models", "repair", "testing")
 
 __all__ = sorted([*_HOME, *_MODULES])
 

@@ -1,0 +1,94 @@
+"""An element of a model's permutation group: new places for its channels, which leave what it computes unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_merge.align.axes import sources
+from lightning_merge.align.symmetries import Symmetries
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Where the channels of every group are taken from.
+
+    Args:
+        symmetries: The groups.
+        orders: For each group ``(n,)``: entry i of the result is entry ``order[i]`` of what is permuted, as in
+            ``index_select``. For a group within another one ``(outer, n)``: the order in each outer entry of the
+            result.
+    """
+
+    symmetries: Symmetries
+    orders: Mapping[str, Tensor]
+
+    @classmethod
+    def identity(cls, symmetries: Symmetries) -> Permutation:
+        """The permutation that moves nothing."""
+        return cls(symmetries, {name: symmetries.identity_order(name) for name in symmetries.groups})
+
+    @classmethod
+    def random(cls, symmetries: Symmetries, seed: int = 0) -> Permutation:
+        """A permutation drawn uniformly from the whole group."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64).argsort(dim=-1)
+
+        return cls(symmetries, {name: draw(symmetries.order_shape(name)) for name in symmetries.groups})
+
+    @cached_property
+    def _sources(self) -> dict[str, list[Tensor]]:
+        within = self.symmetries.within
+        return {
+            name: [sources(axis, self.orders, within) for axis in axes] for name, axes in self.symmetries.axes.items()
+        }
+
+    def apply_to(self, name: str, tensor: Tensor, skip: int | None = None) -> Tensor:
+        """Permute one parameter; those that no group orders are given back as they are.
+
+        Args:
+            name: The parameter.
+            tensor: Its values.
+            skip: An axis that is left as it is.
+        """
+        for dim, source in enumerate(self._sources.get(name, ())):
+            if dim != skip and not torch.equal(source, torch.arange(len(source))):
+                tensor = tensor.index_select(dim, source.to(tensor.device))
+        return tensor
+
+    def apply(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Permute a model: new tensors, or the same ones where nothing moves.
+
+        Raises:
+            MergeError: If the model has other parameters or shapes.
+        """
+        self.symmetries.check(weights, getattr(weights, "name", "the model"))
+        return {name: self.apply_to(name, weights[name]) for name in weights}
+
+    def inverse(self) -> Permutation:
+        """The permutation that undoes this one."""
+        within, orders = self.symmetries.within, {}
+        for name, order in self.orders.items():
+            inverted = order.argsort(dim=-1)
+            orders[name] = inverted if name not in within else inverted[self.orders[within[name]].argsort()]
+        return Permutation(self.symmetries, orders)
+
+    def then(self, other: Permutation) -> Permutation:
+        """The permutation that does this one first and then the other."""
+        within, orders = self.symmetries.within, {}
+        for name, order in self.orders.items():
+            inner = order if name not in within else order[other.orders[within[name]]]
+            orders[name] = inner.gather(-1, other.orders[name])
+        return Permutation(self.symmetries, orders)
+
+    def moved(self) -> float:
+        """The share of all channels that do not stay in their place."""
+        count = sum(order.numel() for order in self.orders.values())
+        moved = sum(int((order != torch.arange(order.shape[-1])).sum()) for order in self.orders.values())
+        return moved / max(count, 1)

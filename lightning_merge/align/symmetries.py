@@ -1,0 +1,182 @@
+"""Which channels of a model may be renamed without changing what it computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
+from lightning_merge.errors import MergeError, raise_all
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that may be put into any order, as long as it is the same one wherever they occur.
+
+    Args:
+        name: What it is called.
+        size: The number of channels.
+        within: Another group in each of whose entries these channels have an order of their own: the heads, for the
+            channels within a head. It is not within another one itself.
+    """
+
+    name: str
+    size: int
+    within: str | None = None
+
+
+@dataclass(frozen=True)
+class Symmetries:
+    """The permutation groups of a model, and where their channels occur.
+
+    Args:
+        groups: The groups by name.
+        axes: For every parameter and buffer that a group orders, its axes.
+        features: The same for activations, by the name of their site, see :class:`lightning_merge.sites.Site`.
+        statistics: Names of buffers (running means and variances): permuted with the rest, but not compared.
+        fixed: What keeps channels from being permuted: the number of times by operator or reason.
+    """
+
+    groups: Mapping[str, Group]
+    axes: Mapping[str, tuple[Axis, ...]]
+    features: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
+    statistics: frozenset[str] = frozenset()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_axes(
+        cls,
+        axes: Mapping[str, Sequence[str | None]],
+        shapes: Mapping[str, Sequence[int]],
+        statistics: Iterable[str] = (),
+    ) -> Symmetries:
+        """Take a specification that was written by hand, as git-re-basin's ``axes_to_perm``.
+
+        Args:
+            axes: For every parameter the name of the group of each of its axes, or None.
+            shapes: The shapes of the parameters.
+            statistics: Buffers that are permuted but not compared.
+
+        Raises:
+            MergeError: If a parameter has other axes, or a group several sizes.
+        """
+        problems, sizes, found = [], {}, {}
+        for name, groups in axes.items():
+            shape = tuple(shapes[name]) if name in shapes else None
+            if shape is None or len(shape) != len(groups):
+                what = "does not exist" if shape is None else f"has {len(shape)} axes, not {len(groups)}"
+                problems.append(f"The specification names {name!r}, which {what}.")
+                continue
+            for group, size in zip(groups, shape, strict=True):
+                if group is not None and sizes.setdefault(group, size) != size:
+                    problems.append(f"The group {group!r} has {sizes[group]} channels, but {size} in {name!r}.")
+            found[name] = tuple(
+                Fixed(size) if group is None else Free(group, size) for group, size in zip(groups, shape, strict=True)
+            )
+        raise_all(problems)
+        return cls({name: Group(name, size) for name, size in sizes.items()}, found, statistics=frozenset(statistics))
+
+    @property
+    def within(self) -> dict[str, str]:
+        """For every group that is within another one: that one."""
+        return {group.name: group.within for group in self.groups.values() if group.within is not None}
+
+    def children(self, group: str) -> list[str]:
+        """The groups that are within this one."""
+        return [name for name, outer in self.within.items() if outer == group]
+
+    def occurrences(self, group: str) -> list[tuple[str, int]]:
+        """The parameters and axes along which a group occurs, those of statistics left out."""
+        return [
+            (name, dim)
+            for name, axes in self.axes.items()
+            if name not in self.statistics
+            for dim, axis in enumerate(axes)
+            if group in groups_of(axis)
+        ]
+
+    def check(self, weights: Mapping[str, Tensor], name: str) -> None:
+        """Raise a :class:`MergeError` unless a model has all the parameters that are ordered here, in their shapes."""
+        meta = getattr(weights, "meta", weights)
+        problems = []
+        for parameter, axes in self.axes.items():
+            shape = tuple(axis.size for axis in axes)
+            if parameter not in meta:
+                problems.append(f"{name} lacks {parameter!r} of the model whose channels are aligned.")
+            elif tuple(meta[parameter].shape) != shape:
+                problems.append(
+                    f"{parameter!r} has shape {tuple(meta[parameter].shape)} in {name} and {shape} in the model whose "
+                    "channels are aligned; only models of one architecture can be aligned."
+                )
+        raise_all(problems)
+
+    def to_json(self) -> str:
+        """The groups and axes as text."""
+
+        def plain(axis: Axis) -> Any:
+            if isinstance(axis, Fixed):
+                return axis.size
+            if isinstance(axis, Free):
+                return {"group": axis.group}
+            if isinstance(axis, Product):
+                return {"product": [plain(factor) for factor in axis.factors]}
+            return {"sum": [plain(part) for part in axis.parts]}
+
+        def table(axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, list[Any]]:
+            return {name: [plain(axis) for axis in found] for name, found in axes.items()}
+
+        content = {
+            "groups": {group.name: {"size": group.size, "within": group.within} for group in self.groups.values()},
+            "axes": table(self.axes),
+            "features": table(self.features),
+            "statistics": sorted(self.statistics),
+            "fixed": dict(self.fixed),
+        }
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Symmetries:
+        """Read what :meth:`to_json` writes.
+
+        Raises:
+            MergeError: If it is something else.
+        """
+        try:
+            content = json.loads(text)
+            groups = {name: Group(name, **group) for name, group in content["groups"].items()}
+
+            def tree(plain: Any) -> Axis:
+                if isinstance(plain, int):
+                    return Fixed(plain)
+                if "group" in plain:
+                    return Free(plain["group"], groups[plain["group"]].size)
+                if "product" in plain:
+                    return Product(tuple(map(tree, plain["product"])))
+                return Sum(tuple(map(tree, plain["sum"])))
+
+            def table(axes: Mapping[str, list[Any]]) -> dict[str, tuple[Axis, ...]]:
+                return {name: tuple(map(tree, found)) for name, found in axes.items()}
+
+            return cls(
+                groups,
+                table(content["axes"]),
+                table(content.get("features", {})),
+                frozenset(content.get("statistics", ())),
+                content.get("fixed", {}),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise MergeError(f"This is no specification of permutation groups: {error!r}.") from error
+
+    def order_shape(self, group: str) -> tuple[int, ...]:
+        """The shape of a group's part of a permutation: ``(n,)``, or ``(outer, n)`` within another group."""
+        found = self.groups[group]
+        return (found.size,) if found.within is None else (self.groups[found.within].size, found.size)
+
+    def identity_order(self, group: str) -> Tensor:
+        """The order of a group in which nothing moves."""
+        return torch.arange(self.groups[group].size).expand(self.order_shape(group)).clone()

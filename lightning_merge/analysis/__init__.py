@@ -1,0 +1,1 @@
+"""Diagnostics of merged models: functions that return numbers."""
