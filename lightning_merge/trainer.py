@@ -16,9 +16,10 @@ from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
-from lightning_merge.evaluation.benchmark import Benchmark, Pretrain, quiet_lightning
+from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.evaluation.held_out import BASE, check_names
+from lightning_merge.evaluation.jobs import quiet_lightning
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.matrices import Matrices

@@ -13,33 +13,32 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
 from __future__ import annotations
 
 import copy
-import hashlib
-import inspect
 import json
-import logging
 import os
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
-from tqdm import tqdm
+from lightning.pytorch import LightningModule
 
-from lightning_merge.checkpoints import Weights, open_weights, save_weights, write_text
+from lightning_merge.checkpoints import Weights, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
+from lightning_merge.evaluation.jobs import (
+    claim,
+    fit_expert,
+    is_done,
+    mark_done,
+    read_done,
+    rebuild,
+    run_jobs,
+    settings_of,
+)
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import check_search, search_coefficients
 from lightning_merge.evaluation.table import Table
@@ -51,26 +50,6 @@ from lightning_merge.sweeping import Grid
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
-
-_DONE = "done"
-_ELSEWHERE = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "logger",
-    "default_root_dir",
-    "callbacks",
-    "profiler",
-    "plugins",
-    "log_every_n_steps",
-    "barebones",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "enable_checkpointing",
-    "num_sanity_val_steps",
-)
-"""Arguments of the trainer that say where and how loudly it runs, and not what comes out."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +92,7 @@ class Benchmark:
             *((f"statistics {domain}", lambda domain=domain: self.collect(domain)) for domain in self._measured()),
             *((f"held out {domain}", lambda domain=domain: self.hold_out(domain)) for domain in self.domains),
         ]
-        for name, job in tqdm(
-            jobs, desc="benchmark", unit="job", disable=None if self.trainer.is_global_zero else True
-        ):
-            seed_everything(seed, workers=True, verbose=False)  # a job does not depend on those that ran before it
-            started = time.perf_counter()
-            try:
-                with quiet_lightning():
-                    job()
-            except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
-                rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
-                raise
-            rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")
+        run_jobs(self.trainer, jobs, seed)
         return self.write_results()
 
     # The jobs
@@ -140,26 +108,12 @@ class Benchmark:
         self._fit([domain], self._expert_folder(domain), {})
 
     def _fit(self, domains: Sequence[str], folder: Path, hparams: Mapping[str, Any], **arguments: Any) -> None:
-        if (folder / _DONE).exists():
+        if is_done(folder):
             return
-        model = copy.deepcopy(self.model) if not hparams else _rebuild(self.model, hparams)
+        model = copy.deepcopy(self.model) if not hparams else rebuild(self.model, hparams)
         if self.pretrain and folder != self.output / "base":
             model.load_state_dict(dict(self._base()))
-        trainer = self.trainer.again(
-            default_root_dir=str(folder),
-            logger=CSVLogger(folder, name="", version="logs"),
-            callbacks=copy.deepcopy(self.trainer.given_callbacks),
-            **arguments,
-        )
-        started = time.perf_counter()
-        trainer.fit(model, datamodule=self.datamodule.only(train=domains, test=domains))
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        weights = _best_weights(trainer) or model.state_dict()
-        if trainer.is_global_zero:
-            save_weights(folder / "expert.ckpt", weights, hyper_parameters=model.hparams)
-            _mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
-        trainer.strategy.barrier()
+        fit_expert(self.trainer, model, self.datamodule, domains, folder, **arguments)
 
     def collect(self, domain: str) -> None:
         """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
@@ -209,7 +163,7 @@ class Benchmark:
                 record |= {"grid": self.search[row], "chosen": chosen[row]}
         records = [record for record in done if record["row"] not in missing] + measured
         if self.trainer.is_global_zero:
-            _mark_done(folder, {"records": records})
+            mark_done(folder, {"records": records})
         self.trainer.strategy.barrier()
 
     # What is on disk
@@ -232,8 +186,7 @@ class Benchmark:
         return open_weights(self.output / "base" / "expert.ckpt") if self.pretrain else self.model.state_dict()
 
     def _records(self, domain: str) -> list[Record]:
-        marker = self.output / "held_out" / domain / _DONE
-        return json.loads(marker.read_text())["records"] if marker.exists() else []
+        return read_done(self.output / "held_out" / domain).get("records", [])
 
     def write_results(self) -> Table:
         """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
@@ -289,92 +242,11 @@ class Benchmark:
 
     def _claim_output(self, seed: int) -> None:
         """Note the settings in the output folder, or make sure that what is there was made with the same ones."""
-        arguments = self.trainer.arguments
         settings = {
-            "model": {"class": type(self.model).__name__, **dict(self.model.hparams)},
-            "data": self.datamodule.description() | {"test_on": self.datamodule.test_on},
-            "trainer": {name: v for name, v in arguments.items() if v is not None and name not in _ELSEWHERE},
-            "callbacks": [_describe_callback(callback) for callback in self.trainer.given_callbacks],
-            "weights": _fingerprint(self.model),
+            **settings_of(self.trainer, self.model, self.datamodule),
             "pretrain": asdict(self.pretrain) if self.pretrain else None,
             "statistics": asdict(self.statistics) if self.statistics else None,
             "domains": list(self.domains),
             "seed": seed,
         }
-        settings = json.loads(json.dumps(settings, default=str))
-        file = self.output / "settings.json"
-        if file.exists():
-            before, now = _flat(json.loads(file.read_text())), _flat(settings)
-            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-            if changed:
-                differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
-                raise MergeError(
-                    f"{self.output} holds results of other settings ({differences}); choose another output folder, "
-                    "or delete this one."
-                )
-        elif self.trainer.is_global_zero:
-            write_text(file, json.dumps(settings, indent=2) + "\n")
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning from introducing itself and giving the same advice in every job; other warnings are shown."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _best_weights(trainer: MergeTrainer) -> Weights | None:
-    """The checkpoint that a ModelCheckpoint with a monitored metric chose; None where nothing was monitored."""
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-        return open_weights(callback.best_model_path)
-    return None
-
-
-def _rebuild(model: LightningModule, hparams: Mapping[str, Any]) -> LightningModule:
-    """The same model with other hyper-parameters, and the same weights."""
-    accepted = inspect.signature(type(model).__init__).parameters
-    arguments = {name: value for name, value in model.hparams.items() if name in accepted}
-    rebuilt = type(model)(**{**arguments, **hparams})
-    rebuilt.load_state_dict(model.state_dict())
-    return rebuilt
-
-
-def _fingerprint(model: LightningModule) -> str:
-    """The sha256 of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _describe_callback(callback: Callback) -> dict[str, Any]:
-    """A callback's class and its plain settings."""
-    plain = {k: v for k, v in vars(callback).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
-    return {"class": type(callback).__name__, **plain}
-
-
-def _mark_done(folder: Path, content: Mapping[str, Any]) -> None:
-    write_text(folder / _DONE, json.dumps(content) + "\n")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        claim(self.output, settings, write=self.trainer.is_global_zero)

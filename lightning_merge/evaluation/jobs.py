@@ -1,0 +1,209 @@
+"""The jobs of a benchmark. Each leaves a marker when it is done, so that what was interrupted goes on there."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from tqdm import tqdm
+
+from lightning_merge.checkpoints import Weights, open_weights, save_weights, write_text
+from lightning_merge.data import DomainDataModule
+from lightning_merge.errors import MergeError
+
+if TYPE_CHECKING:
+    from lightning_merge.trainer import MergeTrainer
+
+Job = tuple[str, Callable[[], None]]
+"""What a job is called, and what it does."""
+
+_DONE = "done"
+_ELSEWHERE = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "logger",
+    "default_root_dir",
+    "callbacks",
+    "profiler",
+    "plugins",
+    "log_every_n_steps",
+    "barebones",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "enable_checkpointing",
+    "num_sanity_val_steps",
+)
+"""Arguments of the trainer that say where and how loudly it runs, and not what comes out."""
+
+
+def run_jobs(trainer: MergeTrainer, jobs: Sequence[Job], seed: int) -> None:
+    """Do jobs one after another, each from the same seed, so that none depends on those that ran before it."""
+    for name, job in tqdm(jobs, desc="benchmark", unit="job", disable=None if trainer.is_global_zero else True):
+        seed_everything(seed, workers=True, verbose=False)
+        started = time.perf_counter()
+        try:
+            with quiet_lightning():
+                job()
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
+            rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
+            raise
+        rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")
+
+
+def fit_expert(
+    trainer: MergeTrainer,
+    model: LightningModule,
+    datamodule: DomainDataModule,
+    domains: Sequence[str],
+    folder: Path,
+    **arguments: Any,
+) -> None:
+    """Fit a model on domains and write ``expert.ckpt`` into a folder: the best checkpoint if one is monitored.
+
+    Args:
+        trainer: Its settings and callbacks are used.
+        model: What is fitted; it is changed.
+        datamodule: Holds the domains.
+        domains: The domains to fit on.
+        folder: Where the expert and its logs go.
+        arguments: Arguments of the trainer that differ.
+    """
+    trainer = trainer.again(
+        default_root_dir=str(folder),
+        logger=CSVLogger(folder, name="", version="logs"),
+        callbacks=copy.deepcopy(trainer.given_callbacks),
+        **arguments,
+    )
+    started = time.perf_counter()
+    trainer.fit(model, datamodule=datamodule.only(train=domains, test=domains))
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    weights = _best_weights(trainer) or model.state_dict()
+    if trainer.is_global_zero:
+        save_weights(folder / "expert.ckpt", weights, hyper_parameters=model.hparams)
+        mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
+    trainer.strategy.barrier()
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the job of this folder is done."""
+    return (folder / _DONE).exists()
+
+
+def mark_done(folder: Path, content: Mapping[str, Any]) -> None:
+    """Say that the job of this folder is done, and what it found."""
+    write_text(folder / _DONE, json.dumps(content) + "\n")
+
+
+def read_done(folder: Path) -> dict[str, Any]:
+    """What the job of this folder found; nothing if it is not done."""
+    return json.loads((folder / _DONE).read_text()) if is_done(folder) else {}
+
+
+def settings_of(trainer: MergeTrainer, model: LightningModule, datamodule: DomainDataModule) -> dict[str, Any]:
+    """What results depend on: the model and its weights, the data, the trainer and its callbacks."""
+    return {
+        "model": {"class": type(model).__name__, **dict(model.hparams)},
+        "data": datamodule.description() | {"test_on": datamodule.test_on},
+        "trainer": {k: v for k, v in trainer.arguments.items() if v is not None and k not in _ELSEWHERE},
+        "callbacks": [_describe_callback(callback) for callback in trainer.given_callbacks],
+        "weights": _fingerprint(model),
+    }
+
+
+def claim(output: Path, settings: Mapping[str, Any], write: bool) -> None:
+    """Note the settings in the output folder, or make sure that what is there was made with the same ones.
+
+    Raises:
+        MergeError: If it was not.
+    """
+    settings = json.loads(json.dumps(settings, default=str))
+    file = output / "settings.json"
+    if file.exists():
+        before, now = _flat(json.loads(file.read_text())), _flat(settings)
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        if changed:
+            differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])
+            raise MergeError(
+                f"{output} holds results of other settings ({differences}); choose another output folder, "
+                "or delete this one."
+            )
+    elif write:
+        write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning from introducing itself and giving the same advice in every job; other warnings are shown."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _best_weights(trainer: MergeTrainer) -> Weights | None:
+    """The checkpoint that a ModelCheckpoint with a monitored metric chose; None where nothing was monitored."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+        return open_weights(callback.best_model_path)
+    return None
+
+
+def rebuild(model: LightningModule, hparams: Mapping[str, Any]) -> LightningModule:
+    """The same model with other hyper-parameters, and the same weights."""
+    accepted = inspect.signature(type(model).__init__).parameters
+    arguments = {name: value for name, value in model.hparams.items() if name in accepted}
+    rebuilt = type(model)(**{**arguments, **hparams})
+    rebuilt.load_state_dict(model.state_dict())
+    return rebuilt
+
+
+def _fingerprint(model: LightningModule) -> str:
+    """The sha256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe_callback(callback: Callback) -> dict[str, Any]:
+    """A callback's class and its plain settings."""
+    plain = {k: v for k, v in vars(callback).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
+    return {"class": type(callback).__name__, **plain}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
