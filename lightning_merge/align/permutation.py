@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_merge.align.axes import sources
+from lightning_merge.align.axes import groups_of, sources
 from lightning_merge.align.symmetries import Symmetries
 
 
@@ -43,11 +43,13 @@ class Permutation:
         return cls(symmetries, {name: draw(symmetries.order_shape(name)) for name in symmetries.groups})
 
     @cached_property
-    def _sources(self) -> dict[str, list[Tensor]]:
-        within = self.symmetries.within
-        return {
-            name: [sources(axis, self.orders, within) for axis in axes] for name, axes in self.symmetries.axes.items()
-        }
+    def _sources(self) -> dict[str, dict[int, Tensor]]:
+        """For every parameter the axes along which something moves, and where its entries are taken from."""
+        within, found = self.symmetries.within, {}
+        for name, axes in self.symmetries.axes.items():
+            every = {dim: sources(axis, self.orders, within) for dim, axis in enumerate(axes) if any(groups_of(axis))}
+            found[name] = {dim: s for dim, s in every.items() if not torch.equal(s, torch.arange(len(s)))}
+        return found
 
     def apply_to(self, name: str, tensor: Tensor, skip: int | None = None) -> Tensor:
         """Permute one parameter; those that no group orders are given back as they are.
@@ -57,8 +59,8 @@ class Permutation:
             tensor: Its values.
             skip: An axis that is left as it is.
         """
-        for dim, source in enumerate(self._sources.get(name, ())):
-            if dim != skip and not torch.equal(source, torch.arange(len(source))):
+        for dim, source in self._sources.get(name, {}).items():
+            if dim != skip:
                 tensor = tensor.index_select(dim, source.to(tensor.device))
         return tensor
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Symmetries:
         groups: The groups by name.
         axes: For every parameter and buffer that a group orders, its axes.
         features: The same for activations, by the name of their site, see :class:`lightning_merge.sites.Site`.
-        statistics: Names of buffers (running means and variances): permuted with the rest, but not compared.
+        statistics: Names of what is permuted with the rest, but not compared: running means and variances.
         fixed: What keeps channels from being permuted: the number of times by operator or reason.
     """
 
@@ -101,19 +102,34 @@ class Symmetries:
         ]
 
     def check(self, weights: Mapping[str, Tensor], name: str) -> None:
-        """Raise a :class:`MergeError` unless a model has all the parameters that are ordered here, in their shapes."""
+        """Raise a :class:`MergeError` unless a model has all the axes that are ordered here, in their sizes.
+
+        Axes that nothing orders may differ: a head may have other classes.
+        """
         meta = getattr(weights, "meta", weights)
         problems = []
         for parameter, axes in self.axes.items():
-            shape = tuple(axis.size for axis in axes)
-            if parameter not in meta:
+            shape = tuple(meta[parameter].shape) if parameter in meta else None
+            if shape is None:
                 problems.append(f"{name} lacks {parameter!r} of the model whose channels are aligned.")
-            elif tuple(meta[parameter].shape) != shape:
+            elif len(shape) != len(axes) or any(
+                size != axis.size for size, axis in zip(shape, axes, strict=True) if any(groups_of(axis))
+            ):
                 problems.append(
-                    f"{parameter!r} has shape {tuple(meta[parameter].shape)} in {name} and {shape} in the model whose "
-                    "channels are aligned; only models of one architecture can be aligned."
+                    f"{parameter!r} has shape {shape} in {name} and {tuple(axis.size for axis in axes)} in the model "
+                    "whose channels are aligned; only models of one architecture can be aligned."
                 )
         raise_all(problems)
+
+    def ignoring(self, patterns: Iterable[str]) -> Symmetries:
+        """The same groups, for comparisons of models that leave out some parameters (heads).
+
+        Args:
+            patterns: Shell patterns of names. What they match is permuted with the rest, but not compared.
+        """
+        patterns = list(patterns)
+        ignored = {name for name in self.axes if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        return replace(self, statistics=self.statistics | ignored)
 
     def to_json(self) -> str:
         """The groups and axes as text."""

@@ -60,3 +60,20 @@ def test_models_that_do_not_fit_are_refused_with_every_reason():
         Permutation.identity(HEADS).apply({"both": torch.randn(28)})
     with pytest.raises(MergeError, match=r"(?s)'b', which has 2 axes, not 1.*'P' has 3 channels, but 4 in 'c'"):
         Symmetries.from_axes({"a": ["P"], "b": ["P"], "c": ["P"]}, {"a": (3,), "b": (3, 2), "c": (4,)})
+
+
+def test_a_head_may_have_other_classes_but_not_other_inputs():
+    symmetries = Symmetries.from_axes({"body": ["P", None], "head": [None, "P"]}, {"body": (4, 3), "head": (10, 4)})
+    permutation = Permutation.random(symmetries, 0)
+    weights = {"body": torch.randn(4, 3), "head": torch.randn(2, 4)}
+    found = permutation.apply(weights)
+    assert torch.allclose(found["head"] @ found["body"], weights["head"] @ weights["body"])
+    with pytest.raises(MergeError, match="only models of one architecture can be aligned"):
+        permutation.apply(weights | {"head": torch.randn(10, 5)})
+
+
+def test_what_is_ignored_is_permuted_but_not_compared():
+    symmetries = Symmetries.from_axes({"a": ["P"], "head.weight": [None, "P"]}, {"a": (4,), "head.weight": (2, 4)})
+    assert symmetries.ignoring(["head.*"]).occurrences("P") == [("a", 0)]
+    assert symmetries.occurrences("P") == [("a", 0), ("head.weight", 1)]
+    assert symmetries.ignoring(["head.*"]).axes == symmetries.axes
