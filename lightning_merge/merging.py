@@ -272,7 +272,7 @@ def check_resumable(inputs: Iterable[Weights]) -> None:
         [
             f"A merge can only be resumed if all of its inputs are files, and {weights.name} is in memory; give a file."
             for weights in inputs
-            if weights.path is None
+            if not weights.inputs
         ]
     )
 
@@ -338,16 +338,12 @@ def make_manifest(
     statistics: Mapping[str, Weights],
 ) -> dict[str, Any]:
     """Record how a merge came to be: plain values only, so that it can be stored anywhere."""
-
-    def source(weights: Weights) -> dict[str, Any]:
-        return {"path": str(weights.path) if weights.path else None, "sha256": weights.fingerprint()}
-
     return {
         "method": method.describe(),
         **settings,
-        "base": source(base),
-        "experts": {name: source(weights) for name, weights in experts.items()},
-        "statistics": {name: source(weights) for name, weights in statistics.items()},
+        "base": base.provenance(),
+        "experts": {name: weights.provenance() for name, weights in experts.items()},
+        "statistics": {name: weights.provenance() for name, weights in statistics.items()},
         "versions": {
             "lightning_merge": __version__,
             "torch": str(torch.__version__),

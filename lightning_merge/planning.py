@@ -253,7 +253,7 @@ def _costs(
 ) -> Costs:
     everything = [models.base, *models.experts.values(), *models.statistics]
     whole = sum(map(_stored_bytes, everything))
-    hashed = sum(_stored_bytes(weights) for weights in everything if weights.path is not None)
+    hashed = sum(_stored_bytes(weights) for weights in everything if weights.inputs)
     passes = 1 + looks + bool(hashed)  # to merge, to look for values that are not finite, and for the sha256
     read = whole * (1 + looks) + hashed
     sizes = [models.base.meta[name].numel() for name in models.inventory.merged]

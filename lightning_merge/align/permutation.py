@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,14 @@ class Permutation:
             inner = order if name not in within else order[other.orders[within[name]]]
             orders[name] = inner.gather(-1, other.orders[name])
         return Permutation(self.symmetries, orders)
+
+    def digest(self) -> str:
+        """The sha256 of all orders: the same for the same permutation."""
+        digest = hashlib.sha256()
+        for name in sorted(self.orders):
+            digest.update(f"{name} {tuple(self.orders[name].shape)}\n".encode())
+            digest.update(self.orders[name].contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def moved(self) -> float:
         """The share of all channels that do not stay in their place."""

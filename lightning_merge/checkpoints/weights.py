@@ -86,6 +86,10 @@ class Weights(Mapping[str, Tensor]):
         digests = {file.path.name: file.fingerprint() for file in self.inputs}
         return digests if len(digests) > 1 else next(iter(digests.values()), None)
 
+    def provenance(self) -> dict[str, Any]:
+        """Where these weights are from, in plain values: the path and the sha256 of the file, if there is one."""
+        return {"path": str(self.path) if self.path else None, "sha256": self.fingerprint()}
+
     def digest(self) -> str:
         """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory."""
         digest = hashlib.sha256()
