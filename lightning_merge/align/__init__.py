@@ -3,5 +3,18 @@
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Group, Symmetries
+from lightning_merge.align.weight_matching import distance, match_weights, similarity
 
-__all__ = ["Axis", "Fixed", "Free", "Group", "Permutation", "Product", "Sum", "Symmetries"]
+__all__ = [
+    "Axis",
+    "Fixed",
+    "Free",
+    "Group",
+    "Permutation",
+    "Product",
+    "Sum",
+    "Symmetries",
+    "distance",
+    "match_weights",
+    "similarity",
+]
