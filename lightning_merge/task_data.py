@@ -61,8 +61,7 @@ class TaskData:
     @property
     def device(self) -> torch.device:
         """The device of the module."""
-        first = next(chain(self.module.parameters(), self.module.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        return device_of(self.module)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self._dtype if tensor.is_floating_point() else tensor.dtype)
@@ -70,28 +69,15 @@ class TaskData:
     @contextmanager
     def running(self) -> Iterator[TaskData]:
         """Put the module into evaluation mode and seed the data; afterwards all is as before."""
-        modes = {module: module.training for module in self.module.modules()}
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self._seed)
-            self.module.eval()
-            try:
-                yield self
-            finally:
-                for module, training in modes.items():
-                    module.training = training
+        with evaluating(self.module, self._seed):
+            yield self
 
     def batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images ``(N, …)`` once, batch by batch, on the module's device."""
         empty = True
         for batch in self._data[expert]:
             empty = False
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if not isinstance(images, Tensor):
-                raise MergeError(
-                    f"A batch of the data of expert {expert} holds a {type(images).__name__}; it must be images or "
-                    "(images, labels), as tensors."
-                )
-            yield self._moved(images)
+            yield self._moved(images_of(batch, f"the data of expert {expert}"))
         if empty:
             raise MergeError(f"The data of expert {expert} hold no batch; give at least one.")
 
@@ -111,6 +97,45 @@ class TaskData:
         complete = self._kept[expert] | {name: self._moved(tensor) for name, tensor in weights.items()}
         complete |= {alias: complete[owner] for alias, owner in self._tied.items() if owner in complete}
         return functional_call(self.module, complete, (images,))
+
+
+@contextmanager
+def evaluating(module: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Put a module into evaluation mode and seed PyTorch's generators; afterwards all is as before."""
+    modes = {part: part.training for part in module.modules()}
+    device = device_of(module)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes.items():
+                part.training = training
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter or buffer."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def images_of(batch: Any, data: str) -> Tensor:
+    """The images ``(N, …)`` of a batch, which is the images or ``(images, labels)``.
+
+    Args:
+        batch: The batch.
+        data: What the data are called in messages.
+
+    Raises:
+        MergeError: If it is something else.
+    """
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        raise MergeError(
+            f"A batch of {data} holds a {type(images).__name__}; it must be images or (images, labels), as tensors."
+        )
+    return images
 
 
 def plain(module: nn.Module) -> nn.Module:

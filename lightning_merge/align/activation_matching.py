@@ -1,0 +1,214 @@
+"""Activation matching: the permutation that brings each unit of a model to the unit that does the same on data.
+
+Li, Yosinski, Clune, Lipson, Hopcroft: Convergent Learning: Do Different Neural Networks Learn the Same
+Representations?, 2015; with Pearson's correlation as in Jordan, Sedghi, Saukh, Entezari, Neyshabur: REPAIR:
+REnormalizing Permuted Activations for Interpolation Repair, ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_merge.align.assignment import assign_family
+from lightning_merge.align.axes import Orders, groups_of
+from lightning_merge.align.correlations import CrossMoments
+from lightning_merge.align.descent import Descent
+from lightning_merge.align.entries import Entries, Key, aligned_but, entries_along, families, families_along
+from lightning_merge.align.permutation import Permutation
+from lightning_merge.align.running import DATA, check_batches, dtype_of, read_images, weights_of
+from lightning_merge.align.symmetries import Symmetries
+from lightning_merge.align.weight_matching import checked
+from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.sharing import Processes
+from lightning_merge.sites import Site, at_sites, split_name
+from lightning_merge.task_data import device_of, evaluating, plain
+
+AT_ONCE = 32  # samples: all watched activations of so many are in memory
+
+
+def match_activations(
+    module: nn.Module,
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    symmetries: Symmetries,
+    batches: Iterable[Any],
+    *,
+    epsilon: float = 0.0,
+    rest: Literal["weights", "identity"] = "weights",
+    seed: int = 0,
+    distributed: bool = False,
+) -> Permutation:
+    """Find the permutation of a model whose activations correlate best with those of a reference on the same data.
+
+    One linear assignment for each group (one in the other for heads and the channels within them): correlations of a
+    group do not depend on the order of another one. They are taken over all samples and places, and added up over the
+    activations that carry the group. Where an activation carries another group along another axis (the channels in
+    the middle of a token-mixing layer), the data are read a second time, when that one's order is known.
+
+    Args:
+        module: Runs both models; it is as before afterwards, and its own weights are not used.
+        reference: The model that stays as it is.
+        other: The model whose channels are put into order.
+        symmetries: The groups of both, with the activations that carry them (``features``).
+        batches: Images, or ``(images, labels)``, whose labels are not read. They may be read twice.
+        epsilon: See :meth:`lightning_merge.align.CrossMoments.correlation`.
+        rest: What happens to :func:`groups_without_features`: they are matched by their weights, or stay.
+        seed: Of data that are drawn from PyTorch's global generator, and of the matching by weights.
+        distributed: Whether the processes of a process group each read batches of their own, and all find the
+            permutation for all of them.
+
+    Returns:
+        The permutation: its ``apply(other)`` is next to ``reference``.
+
+    Raises:
+        MergeError: If the models, the module or the data do not fit, or if there are fewer than two samples.
+    """
+    processes, module = Processes(distributed), plain(module)
+    with processes.together():
+        known = {"weights", "identity"}
+        raise_all([] if rest in known else [f"rest={rest!r} must be 'weights' or 'identity'."])
+        a, b = checked(reference, symmetries, "the reference"), checked(other, symmetries, "the other model")
+        models = weights_of(module, reference, "the reference"), weights_of(module, other, "the other model")
+        readings = _readings(symmetries)
+        check_batches(batches, again=len(readings) > 1)
+    orders = dict(Permutation.identity(symmetries).orders)
+    for reading in readings:
+        with evaluating(module, seed), processes.together():
+            moments, samples = _watch(module, models, reading, batches, orders, symmetries)
+        _check_samples(sum(processes.gather(samples)))
+        orders |= _assign(reading, moments, symmetries, epsilon, processes)
+    rest_groups = groups_without_features(symmetries)
+    if rest == "weights" and rest_groups:
+        descent = Descent(a, b, Permutation(symmetries, orders), symmetries.groups.keys() - set(rest_groups))
+        descent.run(torch.Generator().manual_seed(seed), sweeps=100)
+        return descent.permutation
+    return Permutation(symmetries, orders)
+
+
+def groups_without_features(symmetries: Symmetries) -> list[str]:
+    """The groups that no activation carries in a way that says something about their order."""
+    carried = {group for reading in _readings(symmetries) for feature in reading for group in feature.entries.groups}
+    return [group for group in symmetries.groups if group not in carried]
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """Entries of an activation, along one axis, that a family of groups orders."""
+
+    site: Site
+    entries: Entries
+    others: frozenset[str]  # the other families along its axes
+
+    @property
+    def family(self) -> str:
+        return self.entries.groups[0]
+
+
+def _features(symmetries: Symmetries) -> Iterator[_Feature]:
+    within = symmetries.within
+    for name, axes in symmetries.features.items():
+        path, is_input = split_name(name)
+        along = [(dim, family) for dim, axis in enumerate(axes) for family in families_along(axis, within)]
+        for dim, axis in enumerate(axes[1:], start=1):  # the first one holds the samples
+            for entries in entries_along(axis, within):
+                others = frozenset(family for at, family in along if (at, family) != (dim, entries.groups[0]))
+                yield _Feature(Site(path, dim, is_input), entries, others)
+
+
+def _readings(symmetries: Symmetries) -> list[list[_Feature]]:
+    """Which activations are watched in which reading of the data, so that all that they depend on is known by then."""
+    features = list(_features(symmetries))
+    known: set[str] = set()
+    readings = []
+    while ready := [feature for feature in features if feature.family not in known and feature.others <= known]:
+        readings.append(ready)
+        known |= {feature.family for feature in ready}
+    return readings
+
+
+def _watch(
+    module: nn.Module,
+    models: tuple[dict[str, Tensor], dict[str, Tensor]],
+    reading: list[_Feature],
+    batches: Iterable[Any],
+    orders: Orders,
+    symmetries: Symmetries,
+) -> tuple[list[CrossMoments], int]:
+    """Run both models on all batches; return the moments of all features, and the number of samples."""
+    device, samples = device_of(module), 0
+    moments = [CrossMoments.empty(len(feature.entries.places), device=device) for feature in reading]
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+
+    def keep(site: Site, activation: Tensor) -> None:
+        seen[site.name].append(activation.clone())
+
+    def compare(site: Site, activation: Tensor) -> None:
+        first = seen[site.name].pop(0)
+        for feature, found in zip(reading, moments, strict=True):
+            if feature.site.name == site.name:
+                a, b = _rows(feature, first, {}, symmetries), _rows(feature, activation, orders, symmetries)
+                found.update(a, b)
+
+    sites = {feature.site.name: Site(feature.site.path, input=feature.site.input) for feature in reading}.values()
+    with torch.no_grad():
+        for images in read_images(batches, device, dtype_of(*models)):
+            samples += len(images)
+            for part in images.split(AT_ONCE):
+                for model, act in zip(models, (keep, compare), strict=True):
+                    with at_sites(module, sites, act):
+                        functional_call(module, model, (part,))
+                seen.clear()
+    return moments, samples
+
+
+def _rows(feature: _Feature, activation: Tensor, orders: Orders, symmetries: Symmetries) -> Tensor:
+    """The units of a feature: ``(samples and places, n)``."""
+    site, axes = feature.site, symmetries.features[feature.site.name]
+    ordered = {dim: axis.size for dim, axis in enumerate(axes) if any(groups_of(axis))}
+    if activation.dim() != len(axes) or any(activation.shape[dim] != size for dim, size in ordered.items()):
+        raise MergeError(
+            f"The activation of {site.name!r} has shape {tuple(activation.shape)} on {DATA}, but "
+            f"{tuple(axis.size for axis in axes)} where the permutation groups were found."
+        )
+    if feature.others:
+        activation = aligned_but(activation, axes, orders, symmetries.within, feature.family, site.axis)
+    return feature.entries.rows(activation, site.axis).T
+
+
+def _check_samples(samples: int) -> None:
+    if samples == 0:
+        raise MergeError(f"{DATA.capitalize()} hold no batch; give at least one.")
+    if samples == 1:
+        raise MergeError(f"{DATA.capitalize()} hold one sample; correlations need at least two, better a thousand.")
+
+
+def _assign(
+    reading: list[_Feature],
+    moments: list[CrossMoments],
+    symmetries: Symmetries,
+    epsilon: float,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Add up the moments of all processes, and the correlations of all features; solve every family."""
+    scores: dict[str, dict[Key, Tensor]] = defaultdict(dict)
+    for feature, own in zip(reading, moments, strict=True):
+        total, *others = processes.gather(own.to("cpu"))
+        for other in others:
+            total.merge(other)
+        if not bool(total.products.isfinite().all()):
+            raise MergeError(
+                f"The activation of {feature.site.name!r} is not finite on {DATA}; look at the models and the data."
+            )
+        found, key = scores[feature.family], feature.entries.groups
+        found[key] = total.correlation(epsilon) + found.get(key, 0.0)
+    by_name, orders = families(symmetries), {}
+    for name, found in scores.items():
+        orders |= assign_family(by_name[name], found)
+    return orders

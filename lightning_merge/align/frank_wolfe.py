@@ -1,0 +1,136 @@
+"""C²M³: the permutations of several models to a common order, all groups of all models at once.
+
+Crisostomi, Fumero, Baieri, Bernard, Rodolà: C²M³: Cycle-Consistent Multi-Model Merging, NeurIPS 2024, Algorithm 1. Each
+model has a matrix for every group, at first a permutation, later a mixture of permutations; each step goes from all of
+them towards those that raise the sum of the similarities of all pairs most (a linear assignment for each), as far as
+it grows. Groups within a group (the channels within a head) are mixed together with that one: a mixture of orders of
+all heads and of what is within them, whose steps :func:`lightning_merge.align.assignment.assign_family` finds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_merge.align.assignment import assign_family
+from lightning_merge.align.axes import Free, Orders, Product, sources
+from lightning_merge.align.descent import compared
+from lightning_merge.align.entries import Entries, Key, entries_along, families, keys_of
+from lightning_merge.align.permutation import Permutation
+from lightning_merge.align.symmetries import Symmetries
+
+STEPS = 200
+PATIENCE = 5  # steps that gain almost nothing, and then it ends
+TOLERANCE = 1e-9
+
+Mixtures = dict[Key, Tensor]
+"""For the entries of every key a mixture of their permutations ``(n, n)``: rows of the result, columns of the model."""
+
+
+def synchronize(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) -> list[Permutation]:
+    """Find the permutation of every model to a common order, which is none of the models' own.
+
+    Args:
+        models: The ordered parameters of every model.
+        symmetries: The groups of all models.
+    """
+    space = _Space(models, symmetries)
+    mixtures = [space.mixtures(Permutation.identity(symmetries).orders) for _ in models]
+    value, idle = space.value(mixtures), 0
+    for _ in range(STEPS):
+        corners = [space.mixtures(orders) for orders in space.best_orders(space.gradients(mixtures))]
+        mixtures = space.best_between(mixtures, corners)
+        before, value = value, space.value(mixtures)
+        idle = idle + 1 if value - before <= TOLERANCE * abs(value) else 0
+        if idle == PATIENCE:
+            break
+    identity = Permutation.identity(symmetries).orders
+    return [Permutation(symmetries, {**identity, **orders}) for orders in space.best_orders(mixtures)]
+
+
+class _Space:
+    """Mixtures of permutations of several models, and the sum of the similarities of all pairs of models."""
+
+    def __init__(self, models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) -> None:
+        self._within = symmetries.within
+        names = compared(symmetries)
+        self._models = [{name: model[name].double() for name in names} for model in models]
+        self._entries = {name: [entries_along(axis, self._within) for axis in symmetries.axes[name]] for name in names}
+        self._families = families(symmetries)
+        self._sizes = {name: group.size for name, group in symmetries.groups.items()}
+        self._keys = keys_of((axis for name in names for axis in symmetries.axes[name]), self._within)
+        self._degree = 2 * max((sum(map(len, found)) for found in self._entries.values()), default=1)
+
+    def mixtures(self, orders: Orders) -> Mixtures:
+        """A permutation as matrices."""
+        found = {}
+        for key in self._keys:
+            axis = Product(tuple(Free(group, self._sizes[group]) for group in key))
+            found[key] = torch.eye(axis.size, dtype=torch.float64)[sources(axis, orders, self._within)]
+        return found
+
+    def best_orders(self, scores: Sequence[Mixtures]) -> list[dict[str, Tensor]]:
+        """For every model the permutation with the largest inner product with some matrices."""
+        outer = {key[0] for key in self._keys}
+        found: list[dict[str, Tensor]] = []
+        for matrices in scores:
+            orders: dict[str, Tensor] = {}
+            for name in sorted(outer):
+                own = {key: matrix for key, matrix in matrices.items() if key[0] == name}
+                orders |= assign_family(self._families[name], own)
+            found.append(orders)
+        return found
+
+    def value(self, mixtures: Sequence[Mixtures]) -> float:
+        """The sum of the similarities of all pairs."""
+        total = 0.0
+        for name in self._entries:
+            tensors = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
+            total += float(sum(tensors).square().sum() - sum(tensor.square().sum() for tensor in tensors)) / 2
+        return total
+
+    def gradients(self, mixtures: Sequence[Mixtures]) -> list[Mixtures]:
+        """The derivative of the value by every matrix."""
+        found: list[Mixtures] = [defaultdict(float) for _ in mixtures]
+        for name in self._entries:
+            mixed = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
+            for model, own, result, gradient in zip(self._models, mixtures, mixed, found, strict=True):
+                others = sum(mixed) - result
+                for dim, entries in self._places(name):
+                    partial = self._mixed(model[name], name, own, but=(dim, entries))
+                    gradient[entries.groups] += entries.rows(others, dim) @ entries.rows(partial, dim).T
+        return [dict(gradient) for gradient in found]
+
+    def best_between(self, start: Sequence[Mixtures], end: Sequence[Mixtures]) -> list[Mixtures]:
+        """The best point of the line from one to the other, on which the value is a polynomial."""
+
+        def at(share: float) -> list[Mixtures]:
+            return [
+                {key: (1 - share) * matrix + share * last[key] for key, matrix in first.items()}
+                for first, last in zip(start, end, strict=True)
+            ]
+
+        points = (1 - np.cos(np.linspace(0, np.pi, self._degree + 1))) / 2
+        values = [self.value(at(float(share))) for share in points]
+        line = np.polynomial.Polynomial.fit(points, values, self._degree)
+        shares = np.linspace(0, 1, 1001)
+        return at(float(shares[line(shares).argmax()]))
+
+    def _places(self, name: str) -> Iterator[tuple[int, Entries]]:
+        for dim, found in enumerate(self._entries[name]):
+            for entries in found:
+                yield dim, entries
+
+    def _mixed(self, tensor: Tensor, name: str, own: Mixtures, but: tuple[int, Entries] | None = None) -> Tensor:
+        """Mix a tensor along all its axes, except some entries along one axis."""
+        for dim, entries in self._places(name):
+            if but is not None and but[0] == dim and but[1] is entries:
+                continue
+            rows = tensor.movedim(dim, 0).clone()
+            rows[entries.places] = torch.tensordot(own[entries.groups], rows[entries.places], dims=1)
+            tensor = rows.movedim(0, dim)
+        return tensor

@@ -1,0 +1,87 @@
+"""Git Re-Basin's weight matching: the permutation that brings a model's weights next to those of another one.
+
+Ainsworth, Hayase, Srinivasa: Git Re-Basin: Merging Models modulo Permutation Symmetries, ICLR 2023, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_merge.align.descent import Descent, compared, inner_product
+from lightning_merge.align.permutation import Permutation
+from lightning_merge.align.symmetries import Symmetries
+from lightning_merge.errors import raise_all
+
+
+def match_weights(
+    reference: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    symmetries: Symmetries,
+    *,
+    seed: int = 0,
+    restarts: int = 1,
+    sweeps: int = 100,
+) -> Permutation:
+    """Find the permutation of a model whose weights are the most similar to those of a reference.
+
+    Group after group is given its best order while the others keep theirs (a linear assignment, in float64), in a
+    random order, until no group's order gains anything. The heads of attention and the channels within them are
+    matched together, see :func:`lightning_merge.align.assignment.assign_family`.
+
+    Args:
+        reference: The model that stays as it is.
+        other: The model whose channels are put into order.
+        symmetries: The groups of both.
+        seed: Of the order in which the groups are visited, and of the starts.
+        restarts: How many times to do so; the first time from the order as it is, then from random ones. The result
+            with the largest similarity is kept.
+        sweeps: After how many visits of every group to stop at the latest.
+
+    Returns:
+        The permutation: its ``apply(other)`` is next to ``reference``.
+
+    Raises:
+        MergeError: If a model has other parameters or shapes, or values that are not finite.
+    """
+    raise_all([] if restarts > 0 else [f"restarts={restarts} must be at least 1."])
+    reference, other = checked(reference, symmetries, "the reference"), checked(other, symmetries, "the other model")
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for restart in range(restarts):
+        start = Permutation.random(symmetries, seed + restart) if restart else Permutation.identity(symmetries)
+        descent = Descent(reference, other, start)
+        descent.run(generator, sweeps)
+        found.append((descent.similarity, descent.permutation))
+    return max(found, key=lambda one: one[0])[1]
+
+
+def similarity(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], symmetries: Symmetries) -> float:
+    """The inner product of the ordered parameters of two models, in float64: what weight matching makes large."""
+    return sum(inner_product(reference[name], other[name]) for name in compared(symmetries))
+
+
+def distance(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], symmetries: Symmetries) -> float:
+    """The Euclidean distance of the ordered parameters of two models, in float64."""
+    return sum(float((reference[n].double() - other[n].double()).square().sum()) for n in compared(symmetries)) ** 0.5
+
+
+def checked(weights: Mapping[str, Tensor], symmetries: Symmetries, fallback: str) -> dict[str, Tensor]:
+    """Read the ordered parameters of a model.
+
+    Raises:
+        MergeError: If it has other parameters or shapes, or values that are not finite.
+    """
+    name = getattr(weights, "name", fallback)
+    symmetries.check(weights, name)
+    found = {parameter: weights[parameter].detach() for parameter in symmetries.axes}
+    raise_all(
+        [
+            f"{parameter!r} of {name} holds values that are not finite; such a model cannot be aligned."
+            for parameter, tensor in found.items()
+            if not bool(tensor.isfinite().all())
+        ]
+    )
+    return found
