@@ -23,7 +23,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 class VGG(nn.Module):
     """Convolutions with norm and ReLU, a max pool behind every stage, global average pooling, hidden layers.
 
-    The convolutions have no bias, as in TACT's VGG ("Non-Local Model Merging", 2024); the published one is
+    The convolutions have no bias. So is the VGG of "The Non-Local Model Merging Problem" (arXiv 2410.12766), which has
     ``stages=[[128, 128], [256, 256], [512] * 3, [1024] * 3, [1024] * 3], hidden=[4096, 4096]`` and a projection.
 
     Args:
