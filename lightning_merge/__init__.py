@@ -29,6 +29,7 @@ _HOME = {
     "MergeTrainer": "lightning_merge.trainer",
     "Merged": "lightning_merge.merged",
     "Plan": "lightning_merge.plans",
+    "TaskArrays": "lightning_merge.data",
     "merge": "lightning_merge.merging",
     "open_weights": "lightning_merge.checkpoints",
     "plan": "lightning_merge.planning",

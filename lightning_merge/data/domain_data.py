@@ -80,6 +80,10 @@ class DomainDataModule(LightningDataModule, ABC):
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of the labels."""
 
+    def class_names_of(self, domain: str) -> list[str]:
+        """The names of a domain's classes: the same for all of them, unless a subclass has tasks of several kinds."""
+        return self.class_names
+
     @abstractmethod
     def labels(self, domain: str) -> np.ndarray:
         """The labels of a domain's samples ``(N,)``."""

@@ -1,16 +1,18 @@
-"""Pretrained backbones from timm and open_clip, and the preprocessing that each was trained with."""
+"""Backbones from timm, open_clip and any Python package, and the preprocessing that each was trained with."""
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.errors import MergeError
+from lightning_merge.checkpoints import open_weights
+from lightning_merge.errors import MergeError, raise_all
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -41,13 +43,13 @@ def split_name(backbone: str) -> tuple[str, str]:
     """Split ``library/model`` into its parts.
 
     Raises:
-        MergeError: If the library is neither ``timm`` nor ``open_clip``.
+        MergeError: If the library is neither ``timm`` nor ``open_clip`` nor ``python``.
     """
     library, _, name = backbone.partition("/")
-    if library not in ("timm", "open_clip") or not name:
+    if library not in ("timm", "open_clip", "python") or not name:
         raise MergeError(
-            f"The backbone {backbone!r} names no library; write timm/MODEL or open_clip/MODEL, "
-            "such as timm/vit_base_patch16_224 or open_clip/ViT-B-32."
+            f"The backbone {backbone!r} names no library; write timm/MODEL or open_clip/MODEL, such as "
+            "timm/vit_base_patch16_224 or open_clip/ViT-B-32, or python/PACKAGE.MODULE.CLASS for one of your own."
         )
     return library, name
 
@@ -159,6 +161,75 @@ def _width(clip: CLIP) -> int:
     """The embedding width of a CLIP whose image tower does not say it (those built by timm)."""
     projection: Tensor | None = getattr(clip, "text_projection", None)
     return projection.shape[1] if projection is not None else clip.text.output_dim
+
+
+def python_backbone(path: str, pretrained: bool | str, **arguments: Any) -> tuple[nn.Module, int, Preprocessing]:
+    """Build a backbone of the user's own, as :func:`timm_backbone` returns one.
+
+    Args:
+        path: ``package.module.Callable``: a class, or a function that returns a module. The module maps images to
+            features ``(N, num_features)``; it has an attribute ``num_features`` and may have one ``preprocessing``.
+            Without it images are resized to the argument ``img_size`` or else to 224, with mean and std 0.5.
+        pretrained: False for what the callable returns, or a file of weights for it.
+        arguments: Keywords of the callable.
+    """
+    try:
+        model = _attribute(path)(**arguments)
+    except MergeError:
+        raise
+    except Exception as error:  # the callable is the user's own
+        raise MergeError(f"{path} could not be called with {arguments or 'no arguments'}: {error!r}.") from error
+    features = getattr(model, "num_features", None)
+    if not isinstance(model, nn.Module) or not isinstance(features, int):
+        raise MergeError(
+            f"{path} returned a {type(model).__name__} without num_features; a backbone is an nn.Module with an "
+            "attribute num_features, the width of what it returns."
+        )
+    if pretrained is True:
+        raise MergeError(f"{path} has no pretrained weights to download; set pretrained to false or to a file.")
+    if pretrained:
+        load_exactly(model, pretrained)
+    size, channels = arguments.get("img_size", 224), arguments.get("in_chans", 3)
+    default = Preprocessing(
+        (size, size) if isinstance(size, int) else tuple(size), (0.5,) * channels, (0.5,) * channels
+    )
+    return model, features, getattr(model, "preprocessing", default)
+
+
+def _attribute(path: str) -> Callable[..., Any]:
+    """Import what ``package.module.Callable`` names."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise MergeError(f"The backbone python/{path} names no module; write python/PACKAGE.MODULE.CLASS.")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise MergeError(
+            f"The module of the backbone python/{path} cannot be imported: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise MergeError(f"The module {module} has no class or function {name!r} for the backbone python/{path}.")
+    return found
+
+
+def load_exactly(model: nn.Module, path: str) -> None:
+    """Put the weights of a file into a model.
+
+    Raises:
+        MergeError: If it does not hold exactly the parameters of this model.
+    """
+    weights = open_weights(require_file(path))
+    own = model.state_dict()
+    raise_all(
+        [f"{path} lacks {name!r} of this model; is it of another backbone or head?" for name in own.keys() - weights]
+        + [f"{path} has {name!r}, which this model lacks." for name in weights.keys() - own.keys()]
+        + [
+            f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path} and {tuple(own[name].shape)} here."
+            for name in own
+            if name in weights and weights.meta[name].shape != own[name].shape
+        ]
+    )
+    model.load_state_dict(dict(weights))
 
 
 def require_file(path: str) -> str:

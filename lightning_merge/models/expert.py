@@ -12,9 +12,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.models.backbones import image_tower, load_clip, split_name, timm_backbone
+from lightning_merge.errors import MergeError
+from lightning_merge.models.backbones import (
+    image_tower,
+    load_clip,
+    load_exactly,
+    python_backbone,
+    split_name,
+    timm_backbone,
+)
 from lightning_merge.models.heads import LinearHead, zero_shot_head
 from lightning_merge.models.metrics import classification_metrics
 
@@ -26,12 +32,15 @@ class Expert(LightningModule):
     at norm 1 (``trainer.gradient_clip_val: 1.0``) and uses batches of 128 (``data.batch_size``).
 
     Args:
-        backbone: ``timm/MODEL`` or ``open_clip/MODEL`` (its image tower).
+        backbone: ``timm/MODEL``, ``open_clip/MODEL`` (its image tower), or ``python/PACKAGE.MODULE.CLASS``: any class
+            or function that returns a module with an attribute ``num_features``, such as
+            ``python/lightning_merge.models.vgg.VGG``.
         num_classes: Number of classes; may be left out where ``class_names`` are given.
         class_names: The classes in the order of the labels; the zero-shot head is built from them.
         pretrained: For timm: True for its own weights, False for none. For open_clip: a tag such as ``openai``.
-            For both: a file of weights for this backbone.
-        backbone_args: Further keywords for ``timm.create_model`` or ``open_clip.create_model``, such as ``img_size``.
+            For python: False. For all: a file of weights for this backbone.
+        backbone_args: Further keywords for ``timm.create_model``, ``open_clip.create_model`` or the class, such as
+            ``img_size``.
         head: ``linear`` starts from zero; ``zero_shot`` is made of open_clip's text embeddings and is never trained.
         templates: Prompts for the zero-shot head, each with one ``{}``; by default CLIP's 80 for ImageNet.
         freeze_head: Train the backbone only. The zero-shot head is always frozen.
@@ -74,10 +83,11 @@ class Expert(LightningModule):
     def _build(self, backbone: str, pretrained: bool | str, head: str, templates: Sequence[str]):
         library, name = split_name(backbone)
         arguments = self.hparams.backbone_args or {}
-        if library == "timm":
+        if library != "open_clip":
             if head == "zero_shot":
                 raise MergeError(f"{backbone} has no text tower to build a zero-shot head from; use open_clip/….")
-            model, num_features, preprocessing = timm_backbone(name, pretrained, **arguments)
+            build = timm_backbone if library == "timm" else python_backbone
+            model, num_features, preprocessing = build(name, pretrained, **arguments)
             return model, LinearHead(num_features, self.num_classes), preprocessing
         clip = load_clip(name, pretrained, **arguments)
         model, num_features, preprocessing = image_tower(clip)
@@ -93,21 +103,7 @@ class Expert(LightningModule):
         Raises:
             MergeError: If it does not hold exactly the parameters of this model.
         """
-        weights = open_weights(path)
-        own = self.state_dict()
-        raise_all(
-            [
-                f"{path} lacks {name!r} of this model; is it of another backbone or head?"
-                for name in own.keys() - weights
-            ]
-            + [f"{path} has {name!r}, which this model lacks." for name in weights.keys() - own.keys()]
-            + [
-                f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path} and {tuple(own[name].shape)} here."
-                for name in own
-                if name in weights and weights.meta[name].shape != own[name].shape
-            ]
-        )
-        self.load_state_dict(dict(weights))
+        load_exactly(self, path)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``(N, C, H, W)`` to logits ``(N, classes)``."""

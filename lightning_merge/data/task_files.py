@@ -1,0 +1,114 @@
+"""The file of a task, and its images as a data set."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from lightning_merge.errors import MergeError, raise_all
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
+
+Part = tuple[Any, np.ndarray]
+"""Images, as an array or a tensor, and their labels."""
+
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the file of a task holds.
+
+    Args:
+        classes: The names of the classes, in the order of the labels.
+        train: Images and labels to train and validate on.
+        test: Images and labels to test on.
+    """
+
+    classes: list[str]
+    train: Part
+    test: Part
+
+
+def read_task(path: Path) -> Task:
+    """Read a task's file and check what it holds.
+
+    Raises:
+        MergeError: If it cannot be read, lacks an array, or if arrays do not fit each other.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in _ARRAYS if name in file}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise MergeError(f"The task file {path} cannot be read ({error}); write it with numpy.savez.") from error
+    missing = [name for name in _ARRAYS if name not in arrays]
+    raise_all([f"{path} lacks the array {name!r}; it needs {', '.join(_ARRAYS)}." for name in missing])
+    classes = [str(name) for name in arrays["classes"].tolist()]
+    train, test = ((arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test"))
+    raise_all(
+        [
+            *_part_problems(path, "train", *train, classes=len(classes)),
+            *_part_problems(path, "test", *test, classes=len(classes)),
+        ]
+    )
+    return Task(classes, (train[0], train[1].astype(np.int64)), (test[0], test[1].astype(np.int64)))
+
+
+def _part_problems(path: Path, split: str, images: np.ndarray, labels: np.ndarray, classes: int) -> list[str]:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        return [
+            f"{split}_images of {path} are {images.dtype} of shape {images.shape}; they should be uint8, (N, H, W) or "
+            "(N, H, W, C) with 1 or 3 channels."
+        ]
+    if labels.ndim != 1 or labels.dtype.kind not in "ui" or len(labels) != len(images):
+        return [
+            f"{split}_labels of {path} are {labels.dtype} of shape {labels.shape}; they should be {len(images)} "
+            "integers, one for each image."
+        ]
+    if images.size == 0:
+        return [f"The {split} split of {path} is empty; every task needs training and test images."]
+    outside = labels[(labels < 0) | (labels >= classes)].tolist()
+    return [f"{split}_labels of {path} hold {outside[0]}, but it names {classes} classes."] if outside else []
+
+
+def resized(images: np.ndarray, size: int, channels: int) -> Tensor:
+    """From ``(N, H, W)`` or ``(N, H, W, C)`` to uint8 ``(N, channels, size, size)``, bilinear with antialiasing."""
+    found = torch.as_tensor(images)
+    found = found[:, None] if found.dim() == 3 else found.movedim(3, 1)
+    if found.shape[1] == 3 and channels == 1:
+        found = (found.float() * torch.tensor(_GREY)[:, None, None]).sum(dim=1, keepdim=True).round().byte()
+    if found.shape[2:] != (size, size):
+        found = F.interpolate(found.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+    return found.expand(-1, channels, -1, -1).contiguous()
+
+
+class ShiftedImages(Dataset):
+    """Images that are shifted at random by up to ``shift`` pixels each way; what enters repeats the border.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        labels: ``(N,)``.
+        shift: How far, in pixels.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, shift: int) -> None:
+        self.size = images.shape[-2:]
+        self.images = F.pad(images, (shift,) * 4, mode="replicate") if shift else images
+        self.labels = labels
+        self.shift = shift
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        top, left = torch.randint(2 * self.shift + 1, (2,)).tolist() if self.shift else (0, 0)
+        height, width = self.size
+        return self.images[index, :, top : top + height, left : left + width], self.labels[index]
