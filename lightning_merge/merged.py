@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inventory import Inventory
 from lightning_merge.sharing import Processes
 from lightning_merge.streaming import SHARD_SIZE, StreamedModel
+
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""Takes complete weights and gives others."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Merged:
         hyper_parameters: The arguments of the base's LightningModule (else the first expert's), if its file has them.
         paths: How often this process has decomposed matrices in which way, see ``lightning_merge.linalg.paths_taken``.
         computation: What gives the models of the tasks, and other scales, where they are not these weights.
+        repairs: What is done to the model of an expert's task, where it was repaired after the merge.
+        unrepaired: The merged parameters as they were before a repair that ``weights`` have, too.
     """
 
     weights: Mapping[str, Tensor]
@@ -43,12 +48,16 @@ class Merged:
     hyper_parameters: dict[str, Any]
     paths: Mapping[str, int] = field(default_factory=dict)
     computation: Computation | None = field(default=None, repr=False)
+    repairs: Mapping[str, Change] = field(default_factory=dict, repr=False)
+    unrepaired: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:
         """Return the model for one expert's task.
 
-        That is the merged model with the expert's own excluded parameters (its head), and, where the method keeps a
-        model for each task, with its update for this task.
+        That is the merged model with the expert's own excluded parameters (its head); where the method keeps a model
+        for each task, with its update for this task; where the model was repaired for each task, with its correction,
+        folded into the weights, or, where that would not be exact, as parameters of the modules that
+        :func:`lightning_merge.repair.insert` puts into the module.
 
         Raises:
             MergeError: If there is no such expert.
@@ -58,7 +67,9 @@ class Merged:
         source = self.experts[expert]
         own = self.computation.for_task(list(self.experts).index(expert)) if self.computation else {}
         private = {name: source[name].clone() for name in self.inventory.private[source.name]}
-        return {**self.weights, **own, **private}
+        shared = self.weights if self.unrepaired is None else self.unrepaired
+        weights = {**shared, **own, **private}
+        return self.repairs[expert](weights) if expert in self.repairs else weights
 
     def rescaled(self, scale: float) -> Merged:
         """Return the same merge with another scaling coefficient, bit for bit, without merging again.
@@ -66,6 +77,8 @@ class Merged:
         Raises:
             MergeError: If the update was not kept.
         """
+        if self.repairs:
+            raise MergeError("This model was repaired after the merge; rescale first and repair what comes out.")
         if self.computation is None or self.computation.updates is None:
             raise MergeError("The update of this merge is gone; keep it with merge(…, keep_update=True) to rescale it.")
         computation = self.computation.rescaled(scale)

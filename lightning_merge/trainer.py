@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from lightning_merge.aligning import Align
 from lightning_merge.checkpoints import check_suffix, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
@@ -18,10 +19,14 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.candidates import check_fit
+from lightning_merge.evaluation.foundations import Foundations, FoundationsBenchmark
+from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.evaluation.jobs import quiet_lightning
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
+from lightning_merge.evaluation.several_foundations import SeveralFoundations
+from lightning_merge.evaluation.task_models import evaluate_merged
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.merging import merge
@@ -29,6 +34,7 @@ from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.planning import plan as make_plan
 from lightning_merge.plans import Plan
 from lightning_merge.recording import record_statistics
+from lightning_merge.repairing import Repair
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
 
@@ -89,6 +95,8 @@ class MergeTrainer(Trainer):
         resume: bool = False,
         shard_size: int = SHARD_SIZE,
         plan: bool = False,
+        align: Align | None = None,
+        repair: Repair | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Merged | Plan:
@@ -120,6 +128,10 @@ class MergeTrainer(Trainer):
             shard_size: The most bytes of one file where the output is a folder.
             plan: Only say what would be merged, what stands in the way, and about what it costs, from the files'
                 headers; nothing is merged or written. The exit status is 1 if anything stands in the way.
+            align: For experts of several foundations: put their channels into one order first. The base is the mean of
+                the foundations then.
+            repair: What is corrected once the model is merged, on training images of the domains that the experts are
+                named after: REPAIR, TACT, BatchNorm's statistics, or the experts' heads.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -128,13 +140,18 @@ class MergeTrainer(Trainer):
         """
         if not experts:
             raise MergeError("There is nothing to merge: give the experts' checkpoints with --experts.")
-        if base is None and model is None:
+        if base is None and model is None and align is None:
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
         method = method or SCORE()
-        source = base if base is not None else model.state_dict()
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
+        several = SeveralFoundations(self, model, domains, align, repair, tuple(exclude or ()), seed)
+        several.check(experts, base, method, resume)
+        if align is not None:
+            source, experts = several.align(experts, only_look=plan)
+        else:
+            source = base if base is not None else model.state_dict()
         options = {
             "statistics": statistics,
             "scale": scale,
@@ -153,10 +170,17 @@ class MergeTrainer(Trainer):
         if self.plan is not None:
             return self.plan
         origin = open_weights(source, name="base")
+        if repair is not None:
+            options["output"] = None
         merged = merge(origin, experts, method, distributed=self._join_processes(), **options)
+        if repair is not None:
+            merged = several.repair(merged)
+            if self.is_global_zero:
+                several.save(merged, output, shard_size)
+            self.strategy.barrier()
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
-            self.table = self._evaluate(model, domains, {BASE: origin, "merged": merged.weights}, {})
+            self.table = Table(evaluate_merged(self, model, domains, origin, merged))
         return merged
 
     def _join_processes(self) -> bool:
@@ -352,9 +376,10 @@ class MergeTrainer(Trainer):
         pretrain: Pretrain | None = None,
         statistics: Recipe | None = None,
         search: dict[str, dict[str, list[GridValue]]] | None = None,
+        foundations: Foundations | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-    ) -> Table:
+    ) -> Table | FoundationsTable:
         """Leave each domain out in turn: merge the other domains' experts by every method and evaluate on it.
 
         Experts that are missing are fitted with this trainer's settings; what is done already is not done again.
@@ -371,6 +396,8 @@ class MergeTrainer(Trainer):
             statistics: How the experts' statistics are collected, for methods that need them; the kinds are theirs.
             search: Methods whose fields are chosen first, on the validation splits of the domains that are merged: the
                 name of the row, and for every field the values to try, ``{}`` for the scaling coefficients 0.1 to 3.
+            foundations: Leave no domain out: fit several foundations, take the domains for tasks whose experts are
+                fitted from the foundations in turn, merge them in several ways, and test on the tasks of the experts.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -379,6 +406,11 @@ class MergeTrainer(Trainer):
         """
         if model is None or not isinstance(datamodule, DomainDataModule):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
+        if foundations is not None:
+            self.table = self._benchmark_foundations(
+                model, datamodule, methods, output, domains, foundations, {"pretrain": pretrain, "search": search}
+            )
+            return self.table
         base_domains = pretrain.domains if pretrain else ()
         self.table = Benchmark(
             trainer=self,
@@ -392,3 +424,12 @@ class MergeTrainer(Trainer):
             search=search or {},
         ).run()
         return self.table
+
+    def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others) -> FoundationsTable:
+        unused = [name for name, value in others.items() if value]
+        if unused:
+            raise MergeError(f"`{unused[0]}` belongs to a benchmark of one base; leave it or `foundations` out.")
+        rest = [domain for domain in datamodule.domains if domain not in options.domains]
+        return FoundationsBenchmark(
+            self, model, datamodule, methods or {}, Path(output), domains or rest, options
+        ).run()

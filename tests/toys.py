@@ -122,3 +122,36 @@ def quiet_trainer(**arguments) -> MergeTrainer:
         "enable_model_summary": False,
     }
     return MergeTrainer(**{"accelerator": "cpu", "devices": 1, **quiet, **arguments})
+
+
+def tiny_vgg(**arguments) -> Expert:
+    """An expert with a small VGG for 8 × 8 grey images."""
+    backbone = {"stages": [[8], [12]], "hidden": [16], "in_chans": 1, "img_size": 8}
+    settings = {"num_classes": 10, "pretrained": False, "backbone_args": backbone, "warmup_steps": 2}
+    settings |= {"learning_rate": 3e-3, "weight_decay": 0.0}
+    return Expert("python/lightning_merge.models.vgg.VGG", **{**settings, **arguments})
+
+
+def digit_tasks(folder: Path) -> Path:
+    """Write four tasks made of scikit-learn's digits, which do not all have the same classes: ``folder/TASK.npz``."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    tasks = {
+        "upright": (images, labels, [str(i) for i in range(10)]),
+        "inverted": (255 - images, labels, [str(i) for i in range(10)]),
+        "parity": (images, labels % 2, ["even", "odd"]),
+        "halves": (images[:, ::-1], (labels > 4).astype(int), ["small", "large"]),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (pictures, targets, classes) in tasks.items():
+        np.savez(
+            folder / f"{name}.npz",
+            train_images=pictures[:400],
+            train_labels=targets[:400],
+            test_images=pictures[400:600],
+            test_labels=targets[400:600],
+            classes=np.array(classes),
+        )
+    return folder

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.matrices import matches
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Symmetries:
             patterns: Shell patterns of names. What they match is permuted with the rest, but not compared.
         """
         patterns = list(patterns)
-        ignored = {name for name in self.axes if any(fnmatchcase(name, pattern) for pattern in patterns)}
+        ignored = {name for name in self.axes if matches(name, patterns)}
         return replace(self, statistics=self.statistics | ignored)
 
     def to_json(self) -> str:

@@ -1,9 +1,10 @@
-"""What methods that run the model while they merge are given, where there is a data module."""
+"""What methods and repairs that run the model while they merge are given, where there is a data module."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge.errors import MergeError
@@ -41,13 +42,45 @@ def module_and_data(
     if not method.needs_data or model is None or datamodule is None:
         return {}
     experts = list(experts)
+    check_named_after_domains(type(method).__name__, datamodule, experts)
+    return {"module": on_device(trainer, model), "data": datamodule.training_images(experts, model)}
+
+
+def check_named_after_domains(who: str, datamodule: DomainDataModule, experts: Sequence[str]) -> None:
+    """Raise a :class:`MergeError` if the data of an expert cannot be found by its name."""
     unknown = [name for name in experts if name not in datamodule.domains]
     if unknown:
         raise MergeError(
-            f"{type(method).__name__} reads images of every expert's domain, and there is no domain {unknown[0]!r}; "
+            f"{who} reads images of every expert's domain, and there is no domain {unknown[0]!r}; "
             f"name the experts after their domains ({', '.join(datamodule.domains)}), as in --experts '{{"
             f"{datamodule.domains[0]}: PATH, …}}'."
         )
+
+
+def calibration_images(
+    who: str,
+    datamodule: DomainDataModule,
+    experts: Sequence[str],
+    model: LightningModule,
+    batches: int,
+    batch_size: int,
+) -> dict[str, list[Any]]:
+    """For each expert a few batches of its domain's training images and labels, the same ones on every process.
+
+    Args:
+        who: What needs them, for messages.
+        datamodule: Holds the domains.
+        experts: The experts, which are named after their domains.
+        model: What the images are prepared for.
+        batches: The most batches of a domain.
+        batch_size: Images of a batch.
+    """
+    check_named_after_domains(who, datamodule, experts)
+    loaders = datamodule.training_images(experts, model, batch_size)
+    return {name: list(islice(loader, batches)) for name, loader in loaders.items()}
+
+
+def on_device(trainer: MergeTrainer, model: LightningModule) -> LightningModule:
+    """The model on the trainer's device: itself if it is there, else a copy."""
     device = trainer.strategy.root_device
-    module = model if model.device == device else copy.deepcopy(model).to(device)
-    return {"module": module, "data": datamodule.training_images(experts, model)}
+    return model if model.device == device else copy.deepcopy(model).to(device)

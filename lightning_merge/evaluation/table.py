@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_merge.checkpoints import write_text
 from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT, is_method
+from lightning_merge.evaluation.markdown import markdown_table
 from lightning_merge.models.metrics import METRICS
 
 _LOWER_IS_BETTER = ("calibration_error",)
@@ -106,15 +107,8 @@ class Table:
             text = f"{100 * value:.1f}"
             return f"**{text}**" if row in methods and len(methods) > 1 and value == best[i] else text
 
-        body = [[row.replace("|", "\\|"), *(cell(row, i) for i in range(len(best)))] for row in lines]
-        widths = [max(len(line[i]) for line in [self.header, *body]) for i in range(len(self.header))]
-
-        def join(cells: Sequence[str]) -> str:
-            padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-            return f"| {' | '.join([cells[0].ljust(widths[0]), *padded[1:]])} |"
-
-        rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-        return "\n".join([join(self.header), rule, *map(join, body), "", self.caption])
+        body = [[row, *(cell(row, i) for i in range(len(best)))] for row in lines]
+        return f"{markdown_table(self.header, body)}\n\n{self.caption}"
 
     @property
     def caption(self) -> str:

@@ -1,0 +1,313 @@
+"""Merge experts of several foundations: fit foundations and experts, align, merge, repair, and measure on every task.
+
+Every job leaves a ``done`` marker in its folder, so that a benchmark that was interrupted goes on where it stopped::
+
+    output/settings.json
+    output/seed 0/foundations/a/expert.ckpt      the foundations a, b, …, from different seeds
+    output/seed 0/experts/TASK/expert.ckpt       an expert for each task, from the foundations in turn
+    output/seed 0/merged/2/done                  what was measured when the first two tasks' experts are merged
+    output/results.jsonl, table.md, table.csv
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch import LightningModule, seed_everything
+from torch import Tensor
+
+from lightning_merge.align.foundations import Aligned
+from lightning_merge.align.symmetries import Symmetries
+from lightning_merge.aligning import Align, align, find
+from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.data import DomainDataModule
+from lightning_merge.errors import raise_all
+from lightning_merge.evaluation.candidates import Record, evaluate_candidates
+from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.jobs import claim, fit_expert, is_done, mark_done, read_done, run_jobs, settings_of
+from lightning_merge.evaluation.merge_data import calibration_images, on_device
+from lightning_merge.evaluation.task_models import model_of_task, start_from
+from lightning_merge.matrices import matches
+from lightning_merge.merging import merge
+from lightning_merge.methods import MergeMethod
+from lightning_merge.repairing import Repair, Targets, repair
+
+if TYPE_CHECKING:
+    from lightning_merge.trainer import MergeTrainer
+
+_OWN = "own expert"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go from experts of several foundations to a model.
+
+    Args:
+        align: What the foundations' channels are matched by; ``nothing``: they stay where they are.
+        repair: What is corrected after the merge; null: nothing.
+    """
+
+    align: Literal["weights", "activations", "nothing"] = "weights"
+    repair: Repair | None = None
+
+
+@dataclass(frozen=True)
+class Foundations:
+    """How foundations are fitted, and what is done with their experts.
+
+    Args:
+        domains: The tasks that the foundations are fitted on; no expert is of them.
+        arms: The ways to be compared, by the name of their rows.
+        merged: How many experts are merged, the first ones of the domains: 2, 3, ….
+        count: How many foundations; the experts are fitted from them in turn.
+        seeds: The whole is done once for each; the numbers are means over them.
+        max_epochs: Epochs of a foundation, if not as many as of an expert.
+        hparams: Hyper-parameters of a foundation's model that differ from an expert's.
+        private: Shell patterns of the parameters that every expert keeps to itself.
+        batches: The most batches of each task's training images that are looked at to align and to repair.
+        batch_size: Images of such a batch.
+        restarts: Searches of weight matching, of which the best one counts.
+    """
+
+    domains: Sequence[str]
+    arms: dict[str, Arm]
+    merged: Sequence[int] = (2,)
+    count: int = 2
+    seeds: Sequence[int] = (0,)
+    max_epochs: int | None = None
+    hparams: dict[str, Any] = field(default_factory=dict)
+    private: Sequence[str] = ("head.*",)
+    batches: int = 8
+    batch_size: int = 64
+    restarts: int = 1
+
+
+@dataclass
+class FoundationsBenchmark:
+    """The jobs of a benchmark over several foundations.
+
+    Args:
+        trainer: Fits and evaluates.
+        model: The module of foundations and experts, as it is configured; its weights are not used.
+        datamodule: The data of all tasks.
+        methods: The methods to compare, by name.
+        output: The folder for everything.
+        domains: The tasks of the experts.
+        options: How.
+    """
+
+    trainer: MergeTrainer
+    model: LightningModule
+    datamodule: DomainDataModule
+    methods: Mapping[str, MergeMethod]
+    output: Path
+    domains: Sequence[str]
+    options: Foundations
+
+    def run(self) -> FoundationsTable:
+        """Do every job that is not done, and write the results."""
+        self._check()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        settings = {
+            **settings_of(self.trainer, self.model, self.datamodule),
+            "foundations": {k: v for k, v in asdict(self.options).items() if k not in ("merged", "seeds")},
+            "methods": {name: method.describe() for name, method in self.methods.items()},
+            "domains": list(self.domains),
+            "seed": seed,
+        }
+        del settings["weights"]
+        claim(self.output, settings, write=self.trainer.is_global_zero)
+        jobs = []
+        for study in self.options.seeds:
+            for i, name in enumerate(self.names):
+                jobs.append((f"seed {study}, foundation {name}", self._job(self.fit_foundation, study, i)))
+            for i, task in enumerate(self.used):
+                jobs.append((f"seed {study}, expert {task}", self._job(self.fit_expert, study, i)))
+            for count in self.options.merged:
+                jobs.append((f"seed {study}, {count} tasks", self._job(self.measure, study, count)))
+        run_jobs(self.trainer, jobs, seed)
+        return self.write_results()
+
+    @staticmethod
+    def _job(work, *arguments):
+        return lambda: work(*arguments)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the foundations: a, b, …."""
+        return list(ascii_lowercase[: self.options.count])
+
+    @property
+    def used(self) -> list[str]:
+        """The tasks whose experts are needed."""
+        return list(self.domains)[: max(self.options.merged)]
+
+    def foundation_of(self, tasks: Sequence[str]) -> dict[str, str]:
+        """The foundation of every task's expert: they take turns."""
+        return {task: self.names[i % len(self.names)] for i, task in enumerate(tasks)}
+
+    @cached_property
+    def symmetries(self) -> Symmetries:
+        """The permutation groups of the model."""
+        return find(self.model)
+
+    # The jobs
+
+    def fit_foundation(self, study: int, index: int) -> None:
+        """Fit a foundation from random weights of its own seed."""
+        folder = self._folder(study) / "foundations" / self.names[index]
+        if is_done(folder):
+            return
+        seed_everything(1000 * study + index, workers=True, verbose=False)
+        first = self.options.domains[0]
+        model = model_of_task(self.model, self.datamodule, first, self.options.hparams)
+        epochs = {"max_epochs": self.options.max_epochs} if self.options.max_epochs else {}
+        fit_expert(self.trainer, model, self.datamodule, self.options.domains, folder, **epochs)
+
+    def fit_expert(self, study: int, index: int) -> None:
+        """Fit a task's expert from its foundation, with a head of its own."""
+        task = self.used[index]
+        folder = self._folder(study) / "experts" / task
+        if is_done(folder):
+            return
+        seed_everything(1000 * study + 100 + index, workers=True, verbose=False)
+        model = model_of_task(self.model, self.datamodule, task)
+        start_from(model, self._foundations(study)[self.foundation_of(self.used)[task]], self.options.private)
+        fit_expert(self.trainer, model, self.datamodule, [task], folder)
+
+    def measure(self, study: int, count: int) -> None:
+        """Merge the first experts in every way and test the models on every task."""
+        folder = self._folder(study) / "merged" / str(count)
+        if is_done(folder):
+            return
+        tasks = self.used[:count]
+        experts = {task: open_weights(self._folder(study) / "experts" / task / "expert.ckpt") for task in tasks}
+        candidates: dict[str, dict[str, Mapping[str, Tensor]]] = {task: {_OWN: experts[task]} for task in tasks}
+        for arm, method, task, weights in self._models(study, tasks, experts):
+            candidates[task][f"{arm}/{method}"] = weights
+        records = []
+        for task in tasks:
+            data = self.datamodule.only(train=[], test=[task])
+            model = model_of_task(self.model, self.datamodule, task)
+            found = {
+                r["row"]: r["accuracy"]
+                for r in evaluate_candidates(self.trainer.again(), model, data, candidates[task])
+            }
+            records += [
+                {
+                    "seed": study,
+                    "merged": count,
+                    "arm": arm,
+                    "method": method,
+                    "task": task,
+                    "accuracy": found[f"{arm}/{method}"],
+                    "expert": found[_OWN],
+                }
+                for arm in self.options.arms
+                for method in self.methods
+            ]
+        if self.trainer.is_global_zero:
+            mark_done(folder, {"records": records})
+        self.trainer.strategy.barrier()
+
+    def _models(
+        self, study: int, tasks: Sequence[str], experts: Mapping[str, Weights]
+    ) -> Iterator[tuple[str, str, str, Mapping[str, Tensor]]]:
+        """Every model: its arm, its method, the task, and the weights for it."""
+        options, module = self.options, on_device(self.trainer, self.model)
+        data = calibration_images("The benchmark", self.datamodule, tasks, module, options.batches, options.batch_size)
+        for kind in dict.fromkeys(arm.align for arm in options.arms.values()):
+            aligned = self._align(kind, study, tasks, experts, data)
+            targets = Targets(module, aligned.experts, data)
+            for name, method in self.methods.items():
+                merged = merge(aligned.base, aligned.experts, method, exclude=options.private, seed=study)
+                for row, arm in options.arms.items():
+                    if arm.align != kind:
+                        continue
+                    repaired = merged if arm.repair is None else repair(arm.repair, merged, module, data, targets)
+                    for task in tasks:
+                        yield row, name, task, repaired.for_task(task)
+
+    def _align(
+        self,
+        by: Literal["weights", "activations", "nothing"],
+        study: int,
+        tasks: Sequence[str],
+        experts: Mapping[str, Weights],
+        data: Mapping[str, Sequence[Any]],
+    ) -> Aligned:
+        paths = {name: str(weights.path) for name, weights in self._foundations(study).items()}
+        options = Align(paths, self.foundation_of(tasks), by=by, restarts=self.options.restarts)
+        return align(
+            options,
+            experts,
+            self.model,
+            data,
+            private=self.options.private,
+            symmetries=None if by == "nothing" else self.symmetries,
+            seed=study,
+        )
+
+    # What is on disk
+
+    def _folder(self, study: int) -> Path:
+        return self.output / f"seed {study}"
+
+    def _foundations(self, study: int) -> dict[str, Weights]:
+        folder = self._folder(study) / "foundations"
+        return {name: open_weights(folder / name / "expert.ckpt") for name in self.names}
+
+    def write_results(self) -> FoundationsTable:
+        """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
+        records: list[Record] = []
+        for study in self.options.seeds:
+            for count in self.options.merged:
+                records += read_done(self._folder(study) / "merged" / str(count))["records"]
+        table = FoundationsTable(records)
+        if self.trainer.is_global_zero:
+            table.save(self.output)
+        return table
+
+    def _check(self) -> None:
+        options, known = self.options, self.datamodule.domains
+        problems = [
+            f"There is no task {domain!r}; the tasks are {', '.join(known)}."
+            for domain in [*self.domains, *options.domains]
+            if domain not in known
+        ]
+        problems += [
+            f"The foundations would be fitted on {domain!r}, which an expert is of; take it out of one."
+            for domain in options.domains
+            if domain in self.domains
+        ]
+        if not options.domains:
+            problems.append("Say what the foundations are fitted on: foundations.domains.")
+        if not self.methods:
+            problems.append("There are no methods to compare; give at least one.")
+        if not options.arms:
+            problems.append("There is no way to merge to compare; give foundations.arms.")
+        if not 1 <= options.count <= len(ascii_lowercase):
+            problems.append(f"There can be 1 to {len(ascii_lowercase)} foundations, not {options.count}.")
+        if not options.merged or min(options.merged) < 1 or max(options.merged) > len(self.domains):
+            problems.append(
+                f"foundations.merged says how many of the {len(self.domains)} tasks are merged; got "
+                f"{list(options.merged)}."
+            )
+        if not options.seeds:
+            problems.append("Give at least one seed: foundations.seeds.")
+        if self.trainer.arguments.get("limit_test_batches") == 0:
+            problems.append("Nothing would be tested; leave limit_test_batches out.")
+        state = self.model.state_dict()
+        if not any(matches(name, options.private) for name in state):
+            problems.append(
+                f"No parameter of the model matches foundations.private ({', '.join(options.private)}); it has "
+                f"{', '.join(list(state)[-3:])}."
+            )
+        raise_all(problems)
+        self.datamodule.check([*self.used, *options.domains])

@@ -1,0 +1,117 @@
+"""What a merge does before and after, where its experts have several foundations or its result is repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_merge.aligning import Align, align
+from lightning_merge.checkpoints import Weights, check_suffix
+from lightning_merge.data import DomainDataModule
+from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
+from lightning_merge.folders import is_folder
+from lightning_merge.merged import Merged
+from lightning_merge.methods import MergeMethod
+from lightning_merge.repair import save_corrections
+from lightning_merge.repairing import Repair, repair
+
+if TYPE_CHECKING:
+    from lightning_merge.trainer import MergeTrainer
+
+_IMAGES = 64
+"""Images of a batch that the model is run on."""
+
+
+@dataclass(frozen=True)
+class SeveralFoundations:
+    """The sections ``align`` and ``repair`` of the verb ``merge``.
+
+    Args:
+        trainer: The model is run on its device.
+        model: The experts' module.
+        datamodule: The data of the experts' domains.
+        alignment: How channels are aligned; None if they are not.
+        correction: What is repaired; None if nothing is.
+        private: Shell patterns of the parameters that are left out of the merge.
+        seed: Of all draws.
+    """
+
+    trainer: MergeTrainer
+    model: LightningModule | None
+    datamodule: DomainDataModule | None
+    alignment: Align | None
+    correction: Repair | None
+    private: tuple[str, ...]
+    seed: int
+
+    def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool) -> None:
+        """Raise a :class:`MergeError` if it can be seen before any work that the merge cannot be done like this."""
+        problems = []
+        if self.alignment is not None and base is not None:
+            problems.append("With `align` the base is the mean of the foundations; leave --base out.")
+        if self.alignment is not None and method.needs:
+            problems.append(
+                f"{type(method).__name__} weighs parameters by statistics, which know nothing of a new order of "
+                "channels; merge experts of several foundations by another method."
+            )
+        if (self.alignment or self.correction) and not isinstance(experts, Mapping):
+            problems.append("Aligned and repaired experts need names; give --experts '{NAME: PATH, …}'.")
+        if self.correction is not None and (self.model is None or self.datamodule is None):
+            problems.append("A repair runs the model on images; give --model and --data with a domain for each expert.")
+        if self.correction is not None and resume:
+            problems.append("A merge that is repaired is written when it is complete, so that there is no resume.")
+        raise_all(problems)
+        if self._needs_images:
+            assert self.datamodule is not None
+            check_named_after_domains("Aligning by activations" if not self.correction else "A repair", self.datamodule, list(experts))
+
+    @property
+    def _needs_images(self) -> bool:
+        by_activations = self.alignment is not None and self.alignment.by == "activations"
+        return self.datamodule is not None and (by_activations or self.correction is not None)
+
+    def align(self, experts: Mapping[str, str], only_look: bool) -> tuple[Weights, dict[str, Weights]]:
+        """The common initialisation and the experts in one order of channels.
+
+        Args:
+            experts: The experts' files.
+            only_look: Compare nothing: for a plan, to which the order of channels makes no difference.
+        """
+        assert self.alignment is not None
+        options = replace(self.alignment, by="nothing") if only_look else self.alignment
+        images = None
+        if options.by == "activations" and self.datamodule is not None:
+            images = self._images("Aligning by activations", list(experts), options.batches)
+        found = align(options, experts, self._module, images, private=self.private, seed=self.seed)
+        return found.base, found.experts
+
+    def repair(self, merged: Merged) -> Merged:
+        """The merged model, repaired."""
+        assert self.correction is not None
+        images = self._images("A repair", list(merged.experts), self.correction.batches)
+        return repair(self.correction, merged, self._module, images)
+
+    def save(self, merged: Merged, output: str, shard_size: int) -> None:
+        """Write the merged model, and the corrections of the tasks beside it."""
+        merged.save(output, shard_size)
+        if merged.corrections:
+            save_corrections(corrections_file(output), merged.corrections)
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return None if self.model is None else on_device(self.trainer, self.model)
+
+    def _images(self, who: str, experts: list[str], batches: int) -> dict[str, list[Any]]:
+        assert self.datamodule is not None and self.model is not None
+        return calibration_images(who, self.datamodule, experts, self.model, batches, _IMAGES)
+
+
+def corrections_file(output: str) -> Path:
+    """Where the corrections of a merged model are: beside its file, or in its folder."""
+    path = Path(output)
+    return path / "corrections.safetensors" if is_folder(output) else path.with_suffix(".corrections.safetensors")
