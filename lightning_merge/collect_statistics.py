@@ -23,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
+from lightning_merge.inventory import is_running_statistic
 from lightning_merge.layer_inputs import watch_inputs, watchable
 from lightning_merge.task_vectors import wide
 
@@ -32,7 +33,6 @@ Labelled = list[tuple[Tensor, Tensor]]
 """Ways to label a batch: for each the labels ``(N,)`` and the weights ``(N,)`` of the examples under them."""
 
 _MOST_GRADIENTS = 1 << 27  # entries of per-example gradients at a time, 512 MiB in float32
-_RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def collect_statistics(
 
 def _is_parameter(name: str, tensor: Tensor) -> bool:
     """Whether it is merged as a task vector: BatchNorm's running statistics and integers are not."""
-    return tensor.is_floating_point() and name.rpartition(".")[2] not in _RUNNING_STATISTICS
+    return tensor.is_floating_point() and not is_running_statistic(name)
 
 
 def _distinct_names(module: nn.Module) -> Iterator[str]:

@@ -80,7 +80,7 @@ def compare(
     for name in names:
         if left_out(name) or not base.meta[name].is_floating_point():
             copied.append(name)
-        elif name.rpartition(".")[2] in _RUNNING_STATISTICS:
+        elif is_running_statistic(name):
             averaged.append(name)
         else:
             merged.append(name)
@@ -180,3 +180,8 @@ def _pattern(name: str) -> str:
     """The pattern that leaves out the module of a parameter: ``head.weight -> head.*``."""
     module, dot, _ = name.rpartition(".")
     return f"{module}.*" if dot else name
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a name is that of BatchNorm's running mean or variance."""
+    return name.rpartition(".")[2] in _RUNNING_STATISTICS

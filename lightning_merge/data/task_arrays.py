@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_merge.data.domain_data import DomainDataModule, Split
-from lightning_merge.data.task_files import Part, ShiftedImages, Task, read_task, resized
+from lightning_merge.data.task_files import Part, ShiftedImages, Task, draw_by_class, read_task, resized
 from lightning_merge.errors import MergeError, problems_of, raise_all
 
 
@@ -168,17 +168,13 @@ class TaskArrays(DomainDataModule):
         """At most ``count`` images, drawn by class, resized and converted."""
         images, labels = part
         if count is not None and count < len(labels):
-            from sklearn.model_selection import train_test_split
-
-            try:
-                order = np.arange(len(labels))
-                kept, _ = train_test_split(order, train_size=count, stratify=labels, random_state=self.split_seed)
-            except ValueError as error:
+            classes = len(set(labels.tolist()))
+            if count < classes:
                 raise MergeError(
-                    f"{argument}={count} images of the task {task!r} cannot hold all of its {len(set(labels))} "
-                    "classes; raise it."
-                ) from error
-            images, labels = images[np.sort(kept)], labels[np.sort(kept)]
+                    f"{argument}={count} images of the task {task!r} cannot hold all of its {classes} classes; raise it."
+                )
+            kept = draw_by_class(labels, count, self.split_seed)
+            images, labels = images[kept], labels[kept]
         return resized(images, self.image_size, self.channels), labels
 
     def check(self, domains: Sequence[str]) -> None:
@@ -241,9 +237,10 @@ class TaskArrays(DomainDataModule):
     def description(self) -> dict[str, Any]:
         """What the results depend on: plain values."""
         own = ("image_size", "channels", "max_train", "max_test", "mean", "std", "val_fraction", "split_seed")
+        used = list(dict.fromkeys([*self.train_domains, *self.test_domains]))
         return {
             "class": type(self).__name__,
-            "domains": self.domains,
-            "classes": {task: self.class_names_of(task) for task in self.domains},
+            "domains": used,
+            "classes": {task: self.class_names_of(task) for task in used},
             "batch_size": self.batch_size,
         } | {name: getattr(self, name) for name in own}

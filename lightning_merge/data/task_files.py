@@ -79,6 +79,16 @@ def _part_problems(path: Path, split: str, images: np.ndarray, labels: np.ndarra
     return [f"{split}_labels of {path} hold {outside[0]}, but it names {classes} classes."] if outside else []
 
 
+def draw_by_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The indices of ``count`` samples in ascending order, drawn at random so that every class keeps its share."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    places = np.empty(len(labels))  # how far down its class every sample stands, in (0, 1)
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        places[own] = (np.arange(len(own)) + 0.5) / len(own)
+    return np.sort(order[np.argsort(places[order], kind="stable")[:count]])
+
+
 def resized(images: np.ndarray, size: int, channels: int) -> Tensor:
     """From ``(N, H, W)`` or ``(N, H, W, C)`` to uint8 ``(N, channels, size, size)``, bilinear with antialiasing."""
     found = torch.as_tensor(images)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
 from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT, is_method
 from lightning_merge.evaluation.markdown import markdown_table
@@ -67,13 +68,11 @@ class Table:
 
     def normalized(self, row: str) -> float | None:
         """The mean over the domains of the value divided by that of the domain's own expert."""
-        ratios = []
-        for domain in self.domains:
-            value, reference = self.value(row, domain), self.value(OWN_EXPERT, domain)
-            if value is None or not reference:
-                return None
-            ratios.append(value / reference)
-        return sum(ratios) / len(ratios)
+        accuracies = {domain: self.value(row, domain) for domain in self.domains}
+        experts = {domain: self.value(OWN_EXPERT, domain) for domain in self.domains}
+        if None in accuracies.values() or not all(experts.values()):
+            return None
+        return normalized_accuracy(accuracies, experts).average
 
     @property
     def header(self) -> list[str]:

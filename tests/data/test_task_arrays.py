@@ -81,6 +81,7 @@ def test_a_draw_is_stratified_and_reproducible(root):
     expected = np.bincount(arrays()["train_labels"]) / 3
     assert abs(np.bincount(data.labels("grey")[:100]) - expected).max() <= 1
     everything = np.arange(120)
+    assert len(lm.TaskArrays(root, max_test=49).split("grey", "test")) == 49
     one, two = (d.dataset("grey", everything, augment=False).images for d in (data, again))
     assert torch.equal(one, two)
     other = lm.TaskArrays(root, max_train=100, max_test=20, image_size=8, split_seed=1)

@@ -1,0 +1,126 @@
+"""How far a merged model's activations are from an expert's, site by site, and how much of their variance is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.analysis.running import check_weights, device_of, evaluating, read_batches, run
+from lightning_merge.sites import Site, at_sites
+
+
+@dataclass(frozen=True)
+class SiteDifference:
+    """What is measured at a site (Figure 3 of arXiv 2410.12766).
+
+    Args:
+        site: The site.
+        distance: The mean over the samples of ``||h_merged - h_expert||``, over all channels and places.
+        relative_distance: That, divided by the mean of ``||h_expert||``.
+        variance_ratio: The mean over the channels of the merged model's variance, divided by that of the expert's.
+            Below 1 the activations have collapsed.
+        median_variance_ratio: The median over the channels of the ratio of their variances; channels that do not vary
+            in the expert are left out.
+    """
+
+    site: Site
+    distance: float
+    relative_distance: float
+    variance_ratio: float
+    median_variance_ratio: float
+
+
+def compare_activations(
+    module: nn.Module,
+    merged: Mapping[str, Tensor],
+    expert: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    sites: Sequence[Site],
+    merged_module: nn.Module | None = None,
+) -> list[SiteDifference]:
+    """Compare the activations of a merged model with those of an expert on the expert's data.
+
+    Args:
+        module: The models' module.
+        merged: The merged model; what it lacks (a head) is the module's own.
+        expert: The expert, permuted if the merged model was made of permuted experts: channels are compared one by one.
+        batches: Images ``(N, …)`` or ``(images, labels)``.
+        sites: Where to look.
+        merged_module: Runs the merged model in the module's place, such as a copy with corrections.
+
+    Returns:
+        A record for each site, in their order.
+
+    Raises:
+        MergeError: If a site does not exist, if the data are empty, or if a model does not fit its module.
+    """
+    runs = ((merged_module or module, merged, "the merged model"), (module, expert, "the expert"))
+    for own, weights, name in runs:
+        check_weights(own, weights, name)
+    found = {site: _Differences() for site in sites}
+    for images, _ in read_batches(batches, device_of(module)):
+        ours, theirs = (activations_at(own, weights, images, sites) for own, weights, _ in runs)
+        for site, differences in found.items():
+            differences.add(site, ours[site], theirs[site])
+    return [differences.record(site) for site, differences in found.items()]
+
+
+def activations_at(
+    module: nn.Module, weights: Mapping[str, Tensor], images: Tensor, sites: Iterable[Site]
+) -> dict[Site, Tensor]:
+    """The activations of a model on images, at each site that it computes."""
+    found: dict[Site, Tensor] = {}
+
+    def keep(site: Site, activation: Tensor) -> None:
+        found[site] = activation.clone()
+
+    with evaluating(module), at_sites(module, sites, keep):
+        run(module, weights, images)
+    return found
+
+
+class _Differences:
+    """Sums over the samples, in float64."""
+
+    def __init__(self) -> None:
+        self.samples = self.rows = 0
+        self.distance = self.norm = 0.0
+        self.sums: Tensor | None = None  # (2, 2, channels): merged and expert; values and squares
+
+    def add(self, site: Site, merged: Tensor, expert: Tensor) -> None:
+        merged, expert = merged.double(), expert.double()
+        self.samples += len(merged)
+        self.distance += (merged - expert).flatten(1).norm(dim=1).sum().item()
+        self.norm += expert.flatten(1).norm(dim=1).sum().item()
+        rows = torch.stack([site.channels_last(merged), site.channels_last(expert)])  # (2, rows, channels)
+        self.rows += rows.shape[1]
+        sums = torch.stack([rows.sum(dim=1), rows.square().sum(dim=1)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def record(self, site: Site) -> SiteDifference:
+        means, squares = self.sums / self.rows
+        ours, theirs = (squares - means.square()).clamp_min(0)  # (channels,)
+        varying = theirs > _DEAD * squares[1]
+        ratios = (ours / theirs)[varying]
+        return SiteDifference(
+            site,
+            self.distance / self.samples,
+            _ratio(self.distance, self.norm),
+            _ratio(ours.mean().item(), theirs.mean().item() if bool(varying.any()) else 0.0),
+            ratios.median().item() if len(ratios) else 1.0,
+        )
+
+
+_DEAD = 1e-12  # a channel whose variance is below this share of its mean square is constant up to rounding
+
+
+def _ratio(value: float, reference: float) -> float:
+    """Their ratio: 1 for two zeros, infinite for one in the denominator alone."""
+    if reference > 0:
+        return value / reference
+    return 1.0 if value == 0 else math.inf

@@ -1,0 +1,76 @@
+"""Embeddings of several models in one picture (Figure 4 of arXiv 2410.12766)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.analysis.activations import activations_at
+from lightning_merge.analysis.running import check_weights, device_of, read_batches
+from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.sites import Site
+
+
+def embed(
+    module: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], site: Site
+) -> tuple[Tensor, Tensor | None]:
+    """The activations of a model at a site, averaged over the places of a feature map or the tokens.
+
+    Args:
+        module: The model's module.
+        weights: The model; what it lacks is the module's own.
+        batches: Images ``(N, …)`` or ``(images, labels)``, in the same order for all models that are compared.
+        site: Where to look.
+
+    Returns:
+        The features ``(N, channels)`` and the labels ``(N,)``, or None if the data have none.
+
+    Raises:
+        MergeError: If the site does not exist, if the data are empty, or if the model does not fit the module.
+    """
+    check_weights(module, weights)
+    features, labels = [], []
+    for images, own in read_batches(batches, device_of(module)):
+        activation = activations_at(module, weights, images, [site])[site].movedim(site.axis, -1)
+        features.append(activation.reshape(len(activation), -1, activation.shape[-1]).mean(dim=1).float().cpu())
+        labels += [] if own is None else [own.cpu()]
+    return torch.cat(features), torch.cat(labels) if labels else None
+
+
+def project(
+    features: Mapping[str, Tensor], method: Literal["tsne", "pca"] = "tsne", seed: int = 0
+) -> dict[str, Tensor]:
+    """Lay the features of several models into one plane, by one fit to all of them.
+
+    Args:
+        features: For each model ``(N, channels)``.
+        method: t-SNE (van der Maaten and Hinton, 2008), or the two principal components.
+        seed: Seed of t-SNE.
+
+    Returns:
+        For each model ``(N, 2)``.
+
+    Raises:
+        MergeError: If the models have other numbers of channels, or if there are too few samples.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    widths = {name: own.shape[1] for name, own in features.items()}
+    count = sum(len(own) for own in features.values())
+    problems = [f"The method must be tsne or pca, got {method!r}."] if method not in ("tsne", "pca") else []
+    if len(set(widths.values())) > 1:
+        problems.append(f"The models have features of different widths ({widths}); they cannot share a plane.")
+    if count < 5 or min(widths.values(), default=0) < 2:
+        problems.append(f"A plane needs at least 5 samples of 2 channels, got {count} of {widths}.")
+    raise_all(problems)
+    together = torch.cat(list(features.values())).double().numpy()
+    if not bool(torch.isfinite(torch.from_numpy(together)).all()):
+        raise MergeError("The features hold values that are not finite; did a model diverge?")
+    perplexity = min(30.0, (count - 1) / 4)
+    fit = PCA(2) if method == "pca" else TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    places = torch.from_numpy(fit.fit_transform(together)).float()
+    return dict(zip(features, places.split([len(own) for own in features.values()]), strict=True))

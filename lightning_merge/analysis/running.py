@@ -1,0 +1,116 @@
+"""Run a module with one model's weights after the other's, on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lightning_merge.errors import MergeError, raise_all
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, without gradients; afterwards it is as before."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def run(module: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """What a module computes with these weights; parameters that they lack are the module's own."""
+    return functional_call(module, dict(weights), (images,), tie_weights=False)
+
+
+def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Read images ``(N, …)`` and labels ``(N,)``, if there are any.
+
+    Raises:
+        MergeError: If there is no batch, or if one holds something else.
+    """
+    empty = True
+    for batch in batches:
+        images, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        if not isinstance(images, Tensor) or not isinstance(labels, (Tensor, type(None))):
+            raise MergeError(
+                f"A batch of the data holds a {type(images).__name__}; it must be images or (images, labels), as "
+                "tensors."
+            )
+        empty = empty and len(images) == 0
+        if len(images):
+            yield images.to(device), None if labels is None else labels.to(device)
+    if empty:
+        raise MergeError(
+            "The data hold no sample; give at least one batch, and a list or a DataLoader to read them twice."
+        )
+
+
+def loss_and_accuracy(module: nn.Module, batches: Iterable[Any], weights: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The mean cross-entropy and the accuracy of a model on ``(images, labels)``.
+
+    Args:
+        module: Maps images to logits ``(N, classes)``.
+        batches: The data; a list or a DataLoader, if they are read for several models.
+        weights: The model.
+
+    Raises:
+        MergeError: If the data are empty or have no labels, or if weights have another shape than the module's.
+    """
+    check_weights(module, weights)
+    loss = hits = count = 0.0
+    with evaluating(module):
+        for images, labels in read_batches(batches, device_of(module)):
+            if labels is None:
+                raise MergeError("The data have no labels to compute a loss from; give batches of (images, labels).")
+            logits = run(module, weights, images).float()
+            loss += F.cross_entropy(logits, labels.long(), reduction="sum").item()
+            hits += (logits.argmax(dim=1) == labels).sum().item()
+            count += len(labels)
+    return loss / count, hits / count
+
+
+def check_weights(module: nn.Module, weights: Mapping[str, Tensor], name: str = "the model") -> None:
+    """Raise a :class:`MergeError` unless a module can be run with these weights."""
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    raise_all(
+        [
+            f"{key!r} of {name} is no parameter of the module; give the models' own module."
+            for key in weights
+            if key not in own
+        ]
+        + [
+            f"{key!r} has shape {tuple(tensor.shape)} in {name} and {tuple(own[key].shape)} in the module."
+            for key, tensor in weights.items()
+            if key in own and own[key].shape != tensor.shape
+        ]
+    )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def check_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")) -> None:
+    """Raise a :class:`MergeError` unless two models have the same parameters, in the same shapes."""
+    first, second = names
+    raise_all(
+        [f"The {first} model lacks {key!r}, which the {second} one has." for key in b if key not in a]
+        + [f"The {second} model lacks {key!r}, which the {first} one has." for key in a if key not in b]
+        + [
+            f"{key!r} has shape {tuple(a[key].shape)} in the {first} model, {tuple(b[key].shape)} in the {second} one."
+            for key in a
+            if key in b and a[key].shape != b[key].shape
+        ]
+    )
