@@ -15,6 +15,7 @@ from lightning_merge.computation import Computation
 from lightning_merge.errors import MergeError
 from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inventory import Inventory
+from lightning_merge.repair.corrections import Correction
 from lightning_merge.sharing import Processes
 from lightning_merge.streaming import SHARD_SIZE, StreamedModel
 
@@ -38,6 +39,8 @@ class Merged:
         computation: What gives the models of the tasks, and other scales, where they are not these weights.
         repairs: What is done to the model of an expert's task, where it was repaired after the merge.
         unrepaired: The merged parameters as they were before a repair that ``weights`` have, too.
+        corrections: The corrections of activations that the weights do not hold, by task.
+        heads: The heads that were trained anew, by task.
     """
 
     weights: Mapping[str, Tensor]
@@ -50,6 +53,8 @@ class Merged:
     computation: Computation | None = field(default=None, repr=False)
     repairs: Mapping[str, Change] = field(default_factory=dict, repr=False)
     unrepaired: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:
         """Return the model for one expert's task.

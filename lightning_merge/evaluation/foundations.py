@@ -36,7 +36,7 @@ from lightning_merge.evaluation.task_models import model_of_task, start_from
 from lightning_merge.matrices import matches
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
-from lightning_merge.repairing import Repair, Targets, repair
+from lightning_merge.repairing import Repair, repair
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -224,13 +224,12 @@ class FoundationsBenchmark:
         data = calibration_images("The benchmark", self.datamodule, tasks, module, options.batches, options.batch_size)
         for kind in dict.fromkeys(arm.align for arm in options.arms.values()):
             aligned = self._align(kind, study, tasks, experts, data)
-            targets = Targets(module, aligned.experts, data)
             for name, method in self.methods.items():
                 merged = merge(aligned.base, aligned.experts, method, exclude=options.private, seed=study)
                 for row, arm in options.arms.items():
                     if arm.align != kind:
                         continue
-                    repaired = merged if arm.repair is None else repair(arm.repair, merged, module, data, targets)
+                    repaired = merged if arm.repair is None else repair(arm.repair, merged, module, data)
                     for task in tasks:
                         yield row, name, task, repaired.for_task(task)
 

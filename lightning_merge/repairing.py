@@ -1,0 +1,98 @@
+"""Repair a merged model on data: the section ``repair`` of a merge, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lightning_merge.errors import MergeError
+from lightning_merge.merged import Change, Merged
+from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
+from lightning_merge.repair import repair as shared_repair
+from lightning_merge.task_data import Data
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What is corrected once a model is merged.
+
+    Args:
+        by: ``tact``: the activations of every task, towards those of its expert. ``repair``: those of all tasks in one
+            way, towards the mean over the experts (REPAIR). ``batch_norm``: only the running statistics of BatchNorm.
+            ``probe``: the head of every task, trained anew on the merged model's features; needs labels.
+        batches: The most batches of each task's training images.
+        max_gain: The most that a channel is scaled by.
+        sites: The activations that are corrected, by name; by default they are found in the model.
+    """
+
+    by: Literal["tact", "repair", "batch_norm", "probe"] = "tact"
+    batches: int = 16
+    max_gain: float = 10.0
+    sites: Sequence[str] | None = None
+
+
+def repair(options: Repair, merged: Merged, module: nn.Module, data: Data, *, seed: int = 0) -> Merged:
+    """Repair a merged model.
+
+    Args:
+        options: How.
+        merged: The merged model; it is not changed.
+        module: The module that its weights are of, on the device where it is run.
+        data: For each expert's name batches of its images, with labels for ``probe``, that can be read again.
+        seed: Of data that are drawn from PyTorch's global generator.
+
+    Returns:
+        The repaired model: its ``weights`` where one correction serves all tasks, its ``for_task`` in any case.
+
+    Raises:
+        MergeError: If data are missing or too few, or if there is nothing to repair.
+    """
+    missing = [name for name in merged.experts if name not in data]
+    if missing:
+        raise MergeError(f"There are no data of the expert {missing[0]}; give data={{{missing[0]!r}: loader}}.")
+    if merged.repairs:
+        raise MergeError("This model was repaired already; repair what was merged.")
+    if options.by == "probe":
+        return _probed(options, merged, module, data, seed)
+    if options.by == "batch_norm":
+        return _with_new_statistics(options, merged, module, data, seed)
+    arguments = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain, "seed": seed}
+    if options.by == "repair":
+        correction = shared_repair(module, merged.weights, merged.experts, data, **arguments)
+        change = partial(corrected_weights, module, correction=correction)
+        _, rest = fold(module, merged.weights, correction)
+        return replace(_for_all_tasks(merged, change), corrections={"all tasks": rest} if rest else {})
+    found = tact(module, merged.for_task, merged.experts, data, **arguments)
+    changes = {task: partial(corrected_weights, module, correction=correction) for task, correction in found.items()}
+    return replace(merged, repairs=changes, corrections=found)
+
+
+def _probed(options: Repair, merged: Merged, module: nn.Module, data: Data, seed: int) -> Merged:
+    heads = {
+        task: probe_head(module, merged.for_task(task), data[task], batches=options.batches, seed=seed)
+        for task in merged.experts
+    }
+    return replace(merged, repairs={task: partial(_replaced, own=head) for task, head in heads.items()}, heads=heads)
+
+
+def _with_new_statistics(options: Repair, merged: Merged, module: nn.Module, data: Data, seed: int) -> Merged:
+    complete = {**next(iter(merged.experts.values())), **merged.weights}
+    renewed = reestimate_batch_norm(module, complete, Pool(data), batches=options.batches, seed=seed)
+    statistics = {name: tensor for name, tensor in renewed.items() if tensor is not complete[name]}
+    return _for_all_tasks(merged, partial(_replaced, own=statistics))
+
+
+def _for_all_tasks(merged: Merged, change: Change) -> Merged:
+    """A model in which one change serves all tasks."""
+    weights = change(dict(merged.weights))
+    return replace(
+        merged, weights=weights, unrepaired=merged.weights, repairs=dict.fromkeys(merged.experts, change)
+    )
+
+
+def _replaced(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**weights, **own}
