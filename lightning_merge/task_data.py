@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.func import functional_call
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.running import device_of, evaluating, read_images, seeded
 
 if TYPE_CHECKING:
     from lightning_merge.inventory import Inventory
@@ -61,8 +61,7 @@ class TaskData:
     @property
     def device(self) -> torch.device:
         """The device of the module."""
-        first = next(chain(self.module.parameters(), self.module.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        return device_of(self.module)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self._dtype if tensor.is_floating_point() else tensor.dtype)
@@ -70,30 +69,12 @@ class TaskData:
     @contextmanager
     def running(self) -> Iterator[TaskData]:
         """Put the module into evaluation mode and seed the data; afterwards all is as before."""
-        modes = {module: module.training for module in self.module.modules()}
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self._seed)
-            self.module.eval()
-            try:
-                yield self
-            finally:
-                for module, training in modes.items():
-                    module.training = training
+        with seeded(self._seed, self.device), evaluating(self.module):
+            yield self
 
     def batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images ``(N, …)`` once, batch by batch, on the module's device."""
-        empty = True
-        for batch in self._data[expert]:
-            empty = False
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if not isinstance(images, Tensor):
-                raise MergeError(
-                    f"A batch of the data of expert {expert} holds a {type(images).__name__}; it must be images or "
-                    "(images, labels), as tensors."
-                )
-            yield self._moved(images)
-        if empty:
-            raise MergeError(f"The data of expert {expert} hold no batch; give at least one.")
+        return map(self._moved, read_images(self._data[expert], expert))
 
     def endless_batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images again and again."""
