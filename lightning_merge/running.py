@@ -90,10 +90,15 @@ def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) 
         [f"{what} lacks {name!r} of the module; is it another model?" for name, o in owners.items() if o not in weights]
     )
     found = {owner: weights[owner] for owner in dict.fromkeys(owners.values())}
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in found.values()) else torch.float32
-    device = device_of(module)
+    dtype, device = common_dtype(found), device_of(module)
     moved = {
         name: tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in found.items()
     }
     return {name: moved[owner] for name, owner in owners.items()}
+
+
+def common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """What a model is computed in: float64 if any of its weights are, else float32."""
+    is_double = any(tensor.dtype == torch.float64 for tensor in weights.values())
+    return torch.float64 if is_double else torch.float32

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.moments import Moments
-from lightning_merge.running import complete_state, device_of, evaluating, read_images, seeded
+from lightning_merge.running import common_dtype, complete_state, device_of, evaluating, read_images, seeded
 from lightning_merge.sharing import Processes
 from lightning_merge.sites import Act, Site, at_sites
 from lightning_merge.task_data import plain
@@ -76,6 +76,10 @@ class Calibration:
         for images, size in pending:
             yield self._checked(images, size)
 
+    def first_images(self) -> Tensor:
+        """The images of the first batch."""
+        return next(read_images(self.batches, self.task))
+
     def _sized(self) -> Iterator[tuple[Tensor, int]]:
         """The batches, each with the number of its images over all processes."""
         once = (read_images(islice(self.batches, self.limit), self.task) for _ in range(self.passes))
@@ -119,7 +123,8 @@ def observe(
     def act(site: Site, activation: Tensor) -> None:
         _add(found, site, activation, data, new)
 
-    _run(module, weights, sites, data, act)
+    sites = list(sites)
+    run_at(module, weights, sites, data.read(), act, data.task, data.seed)
     return _each(found, sites, data)
 
 
@@ -158,25 +163,39 @@ class Goals:
 
 
 def correct_in_turn(
-    module: nn.Module, weights: Mapping[str, Tensor], goals: Goals, data: Calibration, new: NewMoments = Moments
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    sites: Iterable[Site],
+    affine: Callable[[Site, Moments], tuple[Tensor, Tensor]],
+    data: Calibration,
+    new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
     """The statistics at every site, when all sites before it are corrected: in one pass, as BatchNorm trains.
 
-    In each batch every site is normalised by the statistics of this batch over all processes, and takes those of the
-    goal; what comes behind it sees that.
+    In each batch every site is corrected by the statistics of this batch over all processes; what comes behind it sees
+    that.
+
+    Args:
+        module: Maps images to logits.
+        weights: The weights that it is run with.
+        sites: Which activations.
+        affine: The scale and the shift for the statistics that a site has, ``(channels,)`` each.
+        data: What it is run on.
+        new: Makes what adds up the batches.
 
     Raises:
         MergeError: If an activation is not finite, or if the data cannot be read.
     """
     found: dict[Site, Moments] = {}
+    sites = list(sites)
 
     def act(site: Site, activation: Tensor) -> Tensor:
         batch = _add(found, site, activation, data, new)
-        scale, shift = (site.along(values.to(activation), activation) for values in goals.affine(site, batch))
+        scale, shift = (site.along(values.to(activation), activation) for values in affine(site, batch))
         return activation * scale + shift
 
-    _run(module, weights, goals.mean, data, act)
-    return _each(found, goals.mean, data)
+    run_at(module, weights, sites, data.read(), act, data.task, data.seed)
+    return _each(found, sites, data)
 
 
 def _add(found: dict[Site, Moments], site: Site, activation: Tensor, data: Calibration, new: NewMoments) -> Moments:
@@ -191,22 +210,40 @@ def _add(found: dict[Site, Moments], site: Site, activation: Tensor, data: Calib
     return batch
 
 
-def _run(module: nn.Module, weights: Mapping[str, Tensor], sites: Iterable[Site], data: Calibration, act: Act) -> None:
-    raise_all(data.problems())
+def run_at(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    sites: Iterable[Site],
+    images: Iterable[Tensor],
+    act: Act,
+    task: str,
+    seed: int,
+) -> None:
+    """Run a module with other weights on all images, and call ``act`` with the activations at some sites.
+
+    Args:
+        module: Maps images to logits; it is as before afterwards.
+        weights: The weights that it is run with, in float32 (float64 if one of them is).
+        sites: Which activations.
+        images: Batches ``(N, …)``, read while the global generator is seeded.
+        act: What is done, see :func:`lightning_merge.sites.at_sites`.
+        task: What to call the weights in messages.
+        seed: The seed.
+    """
     module = plain(module)
     device = device_of(module)
-    state = complete_state(module, weights, f"the model for {data.task}")
-    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    state = complete_state(module, weights, f"the model for {task}")
+    dtype = common_dtype(state)
     with (
-        seeded(data.seed, device),
+        seeded(seed, device),
         evaluating(module),
         torch.autocast(device.type, enabled=False),
         torch.no_grad(),
         at_sites(module, sites, act),
     ):
-        for images in data.read():
-            images = images.to(device, dtype if images.is_floating_point() else images.dtype)
-            functional_call(module, state, (images,), tie_weights=False)
+        for batch in images:
+            batch = batch.to(device, dtype if batch.is_floating_point() else batch.dtype)
+            functional_call(module, state, (batch,), tie_weights=False)
 
 
 def _each(found: Mapping[Site, Moments], sites: Iterable[Site], data: Calibration) -> dict[Site, Moments]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_merge.errors import MergeError
-from lightning_merge.running import evaluating
+from lightning_merge.running import device_of, evaluating
 from lightning_merge.task_data import plain
 
 Kind = Literal["input", "layer", "norm", "attention", "sum", "activation", "plain"]
@@ -150,11 +150,14 @@ def trace(module: nn.Module, images: Tensor) -> Flow:
     Raises:
         MergeError: If it cannot be run on the images.
     """
-    recorder = _Recorder(plain(module))
+    module = plain(module)
+    dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), images.dtype)
+    images = images.to(device_of(module), dtype if images.is_floating_point() else images.dtype)
+    recorder = _Recorder(module)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's fused encoder layer calls none of its parts
     try:
-        with evaluating(recorder.flow.module), torch.no_grad(), recorder:
+        with evaluating(module), torch.no_grad(), recorder:
             recorder.run(images)
         recorder.remove_hooks()
         recorder.find_axes()
@@ -181,7 +184,7 @@ def affine_axis(part: nn.Module, x: Tensor) -> int | None:
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or bias.dim() != 1:
         return None
     ramp = -torch.arange(1, len(bias) + 1).to(bias)
-    with torch.no_grad():
+    with evaluating(part), torch.no_grad():
         output = torch.func.functional_call(part, {"weight": torch.zeros_like(weight), "bias": ramp}, (x,))
     for axis in (1, -1) if isinstance(output, Tensor) and output.dim() > 1 else ():
         last = output.movedim(axis, -1)
@@ -248,7 +251,7 @@ class _Recorder(TorchDispatchMode):
         ]
 
     def find_axes(self) -> None:
-        """Find the axes of the channels: of layers and normalisations, and of what leaves the channels in their place."""
+        """Find the axes of the channels, of layers, normalisations, and what leaves the channels in their place."""
         parts = dict(self.flow.module.named_modules())
         for step in self.flow.steps:
             if step in self._seen:
