@@ -20,7 +20,8 @@ from lightning_merge.align.weight_matching import match_weights
 from lightning_merge.checkpoints import Source
 from lightning_merge.errors import MergeError
 from lightning_merge.matrices import matches
-from lightning_merge.task_data import Data, images_of, plain
+from lightning_merge.running import images_of
+from lightning_merge.task_data import Data, plain
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,12 @@ class Merged:
         weights = {**shared, **own, **private}
         return self.repairs[expert](weights) if expert in self.repairs else weights
 
+    @property
+    def knows_tasks(self) -> bool:
+        """Whether the model for an expert's task may differ from ``weights``."""
+        per_task = self.computation is not None and self.computation.method.per_task
+        return per_task or bool(self.repairs) or any(self.inventory.private.values())
+
     def rescaled(self, scale: float) -> Merged:
         """Return the same merge with another scaling coefficient, bit for bit, without merging again.
 

@@ -28,7 +28,8 @@ from lightning_merge.align.weight_matching import checked
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.sharing import Processes
 from lightning_merge.sites import Site, at_sites, split_name
-from lightning_merge.task_data import device_of, evaluating, plain
+from lightning_merge.running import device_of, evaluating, seeded
+from lightning_merge.task_data import plain
 
 AT_ONCE = 32  # samples: all watched activations of so many are in memory
 
@@ -80,7 +81,7 @@ def match_activations(
         check_batches(batches, again=len(readings) > 1)
     orders = dict(Permutation.identity(symmetries).orders)
     for reading in readings:
-        with evaluating(module, seed), processes.together():
+        with evaluating(module), seeded(seed, device_of(module)), processes.together():
             moments, samples = _watch(module, models, reading, batches, orders, symmetries)
         _check_samples(sum(processes.gather(samples)))
         orders |= _assign(reading, moments, symmetries, epsilon, processes)

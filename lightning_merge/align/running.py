@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.task_data import device_of, images_of
+from lightning_merge.running import device_of, images_of
 
 DATA = "the data for the alignment"
 

@@ -19,7 +19,8 @@ from lightning_merge.align.running import DATA, check_batches, dtype_of, weights
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.task_data import device_of, evaluating, images_of, plain
+from lightning_merge.running import device_of, evaluating, images_of, seeded
+from lightning_merge.task_data import plain
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -84,7 +85,7 @@ def refine_straight_through(
             ]
         return sum(count * value for count, value in losses) / sum(count for count, _ in losses)
 
-    with evaluating(module, seed):
+    with evaluating(module), seeded(seed, device_of(module)):
         best = current = seen = permutation
         smallest = total(best)
         guide = {name: tensor.clone().requires_grad_() for name, tensor in a.items() if tensor.is_floating_point()}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.analysis.running import check_weights, device_of, evaluating, read_batches, run
+from lightning_merge.analysis.running import check_weights, read_batches, run
+from lightning_merge.running import device_of, evaluating
 from lightning_merge.sites import Site, at_sites
 
 
@@ -79,7 +80,7 @@ def activations_at(
     def keep(site: Site, activation: Tensor) -> None:
         found[site] = activation.clone()
 
-    with evaluating(module), at_sites(module, sites, keep):
+    with evaluating(module), torch.no_grad(), at_sites(module, sites, keep):
         run(module, weights, images)
     return found
 

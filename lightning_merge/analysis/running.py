@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,19 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_merge.errors import MergeError, raise_all
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, without gradients; afterwards it is as before."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
+from lightning_merge.running import device_of, evaluating
 
 
 def run(module: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -68,7 +55,7 @@ def loss_and_accuracy(module: nn.Module, batches: Iterable[Any], weights: Mappin
     """
     check_weights(module, weights)
     loss = hits = count = 0.0
-    with evaluating(module):
+    with evaluating(module), torch.no_grad():
         for images, labels in read_batches(batches, device_of(module)):
             if labels is None:
                 raise MergeError("The data have no labels to compute a loss from; give batches of (images, labels).")
@@ -94,12 +81,6 @@ def check_weights(module: nn.Module, weights: Mapping[str, Tensor], name: str = 
             if key in own and own[key].shape != tensor.shape
         ]
     )
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter."""
-    first = next(module.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
 
 
 def check_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")) -> None:

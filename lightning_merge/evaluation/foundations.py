@@ -195,10 +195,8 @@ class FoundationsBenchmark:
         for task in tasks:
             data = self.datamodule.only(train=[], test=[task])
             model = model_of_task(self.model, self.datamodule, task)
-            found = {
-                r["row"]: r["accuracy"]
-                for r in evaluate_candidates(self.trainer.again(), model, data, candidates[task])
-            }
+            measured = evaluate_candidates(self.trainer.again(), model, data, candidates[task])
+            found = {record["row"]: record["accuracy"] for record in measured}
             records += [
                 {
                     "seed": study,

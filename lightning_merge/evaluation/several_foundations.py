@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule
 
 from lightning_merge.aligning import Align, align
-from lightning_merge.checkpoints import Weights, check_suffix
+from lightning_merge.checkpoints import Weights, save_weights
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
@@ -68,7 +68,8 @@ class SeveralFoundations:
         raise_all(problems)
         if self._needs_images:
             assert self.datamodule is not None
-            check_named_after_domains("Aligning by activations" if not self.correction else "A repair", self.datamodule, list(experts))
+            who = "A repair" if self.correction else "Aligning by activations"
+            check_named_after_domains(who, self.datamodule, list(experts))
 
     @property
     def _needs_images(self) -> bool:
@@ -100,7 +101,10 @@ class SeveralFoundations:
         """Write the merged model, and the corrections of the tasks beside it."""
         merged.save(output, shard_size)
         if merged.corrections:
-            save_corrections(corrections_file(output), merged.corrections)
+            save_corrections(_beside(output, "corrections"), merged.corrections)
+        if merged.heads:
+            heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
+            save_weights(_beside(output, "heads"), heads)
 
     @property
     def _module(self) -> LightningModule | None:
@@ -111,7 +115,7 @@ class SeveralFoundations:
         return calibration_images(who, self.datamodule, experts, self.model, batches, _IMAGES)
 
 
-def corrections_file(output: str) -> Path:
-    """Where the corrections of a merged model are: beside its file, or in its folder."""
+def _beside(output: str, what: str) -> Path:
+    """Where else something of a merged model is: beside its file, or in its folder."""
     path = Path(output)
-    return path / "corrections.safetensors" if is_folder(output) else path.with_suffix(".corrections.safetensors")
+    return path / f"{what}.safetensors" if is_folder(output) else path.with_suffix(f".{what}.safetensors")

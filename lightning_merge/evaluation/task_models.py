@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.candidates import Record
+from lightning_merge.evaluation.held_out import BASE, evaluate_domain
 from lightning_merge.matrices import matches
+from lightning_merge.merged import Merged
+from lightning_merge.repair import insert
+
+if TYPE_CHECKING:
+    from lightning_merge.trainer import MergeTrainer
+
+_TASK_KNOWN = "merged, task known"
 
 
 def model_of_task(
@@ -36,8 +45,8 @@ def model_of_task(
         arguments |= {"class_names": None} if "class_names" in accepted else {}
     elif len(classes) != len(datamodule.class_names_of(datamodule.domains[0])):
         raise MergeError(
-            f"{type(model).__name__} takes no num_classes, so that it cannot have a head for the {len(classes)} classes "
-            f"of {task!r}; let its constructor take num_classes."
+            f"{type(model).__name__} takes no num_classes, so that it cannot have a head for the {len(classes)} "
+            f"classes of {task!r}; let its constructor take num_classes."
         )
     return type(model)(**{**arguments, **(hparams or {})})
 
@@ -53,3 +62,38 @@ def start_from(model: LightningModule, weights: Mapping[str, Tensor], private: S
     own = model.state_dict()
     taken = {name: tensor if matches(name, private) else weights[name] for name, tensor in own.items()}
     model.load_state_dict(taken)
+
+
+def evaluate_merged(
+    trainer: MergeTrainer,
+    model: LightningModule,
+    datamodule: DomainDataModule,
+    base: Mapping[str, Tensor],
+    merged: Merged,
+) -> list[Record]:
+    """Evaluate a merged model on the test domains, and what it is for a task on those that experts are named after.
+
+    Args:
+        trainer: Its settings are used.
+        model: The experts' module.
+        datamodule: The data.
+        base: What the experts were merged onto.
+        merged: The merged model.
+
+    Returns:
+        A record for the rows ``base`` and ``merged``, and for ``merged, task known`` where the model for the task is
+        another one. Where the experts keep their heads to themselves, only that one says something about their tasks.
+    """
+    records = []
+    for domain in datamodule.test_domains:
+        is_task = domain in merged.experts
+        if not (is_task and any(merged.inventory.private.values())):
+            rows = {BASE: base, "merged": merged.weights}
+            records += evaluate_domain(trainer, _fitting(model, merged.weights), datamodule, domain, rows, {})
+        if is_task and merged.knows_tasks:
+            weights, own = merged.for_task(domain), model
+            if any(weights[name].shape != tensor.shape for name, tensor in model.state_dict().items()):
+                own = model_of_task(model, datamodule, domain)
+            rows = {_TASK_KNOWN: weights}
+            records += evaluate_domain(trainer, _fitting(own, weights), datamodule, domain, rows, {})
+    return records
