@@ -15,6 +15,9 @@ from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, re
 from lightning_merge.repair import repair as shared_repair
 from lightning_merge.task_data import Data
 
+ALL_TASKS = "all tasks"
+"""The name of a correction that serves every task."""
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -65,7 +68,7 @@ def repair(options: Repair, merged: Merged, module: nn.Module, data: Data, *, se
         correction = shared_repair(module, merged.weights, merged.experts, data, **arguments)
         change = partial(corrected_weights, module, correction=correction)
         _, rest = fold(module, merged.weights, correction)
-        return replace(_for_all_tasks(merged, change), corrections={"all tasks": rest} if rest else {})
+        return replace(_for_all_tasks(merged, change), corrections={ALL_TASKS: rest} if rest else {})
     found = tact(module, merged.for_task, merged.experts, data, **arguments)
     changes = {task: partial(corrected_weights, module, correction=correction) for task, correction in found.items()}
     return replace(merged, repairs=changes, corrections=found)
@@ -89,9 +92,7 @@ def _with_new_statistics(options: Repair, merged: Merged, module: nn.Module, dat
 def _for_all_tasks(merged: Merged, change: Change) -> Merged:
     """A model in which one change serves all tasks."""
     weights = change(dict(merged.weights))
-    return replace(
-        merged, weights=weights, unrepaired=merged.weights, repairs=dict.fromkeys(merged.experts, change)
-    )
+    return replace(merged, weights=weights, unrepaired=merged.weights, repairs=dict.fromkeys(merged.experts, change))
 
 
 def _replaced(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

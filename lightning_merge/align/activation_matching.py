@@ -26,9 +26,9 @@ from lightning_merge.align.running import DATA, check_batches, dtype_of, read_im
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.running import device_of, evaluating, seeded
 from lightning_merge.sharing import Processes
 from lightning_merge.sites import Site, at_sites, split_name
-from lightning_merge.running import device_of, evaluating, seeded
 from lightning_merge.task_data import plain
 
 AT_ONCE = 32  # samples: all watched activations of so many are in memory

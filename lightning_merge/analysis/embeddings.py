@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_merge.analysis.activations import activations_at
 from lightning_merge.analysis.running import check_weights, read_batches
-from lightning_merge.running import device_of
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.running import device_of
 from lightning_merge.sites import Site
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning_merge.aligning import Align, align
 from lightning_merge.checkpoints import Weights, save_weights
 from lightning_merge.data import DomainDataModule
-from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.errors import raise_all
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
 from lightning_merge.folders import is_folder
 from lightning_merge.merged import Merged
@@ -111,7 +111,8 @@ class SeveralFoundations:
         return None if self.model is None else on_device(self.trainer, self.model)
 
     def _images(self, who: str, experts: list[str], batches: int) -> dict[str, list[Any]]:
-        assert self.datamodule is not None and self.model is not None
+        assert self.datamodule is not None
+        assert self.model is not None
         return calibration_images(who, self.datamodule, experts, self.model, batches, _IMAGES)
 
 

@@ -15,7 +15,8 @@ from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.held_out import BASE, evaluate_domain
 from lightning_merge.matrices import matches
 from lightning_merge.merged import Merged
-from lightning_merge.repair import insert
+from lightning_merge.repair import Correction, fold, insert
+from lightning_merge.repairing import ALL_TASKS
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -88,12 +89,18 @@ def evaluate_merged(
     for domain in datamodule.test_domains:
         is_task = domain in merged.experts
         if not (is_task and any(merged.inventory.private.values())):
-            rows = {BASE: base, "merged": merged.weights}
-            records += evaluate_domain(trainer, _fitting(model, merged.weights), datamodule, domain, rows, {})
+            rest = merged.corrections.get(ALL_TASKS, Correction())
+            rows = {BASE: {**rest.identity().state, **base}, "merged": merged.weights}
+            records += evaluate_domain(trainer, insert(model, rest), datamodule, domain, rows, {})
         if is_task and merged.knows_tasks:
-            weights, own = merged.for_task(domain), model
-            if any(weights[name].shape != tensor.shape for name, tensor in model.state_dict().items()):
-                own = model_of_task(model, datamodule, domain)
+            weights = merged.for_task(domain)
+            own = model if _fits(model, weights) else model_of_task(model, datamodule, domain)
+            correction = merged.corrections.get(domain) or merged.corrections.get(ALL_TASKS, Correction())
+            _, rest = fold(own, weights, correction)
             rows = {_TASK_KNOWN: weights}
-            records += evaluate_domain(trainer, _fitting(own, weights), datamodule, domain, rows, {})
+            records += evaluate_domain(trainer, insert(own, rest), datamodule, domain, rows, {})
     return records
+
+
+def _fits(model: LightningModule, weights: Mapping[str, Tensor]) -> bool:
+    return all(weights[name].shape == tensor.shape for name, tensor in model.state_dict().items())

@@ -6,12 +6,13 @@ from lightning_merge.repair.find_sites import find_head, find_sites
 from lightning_merge.repair.folding import corrected_weights, fold
 from lightning_merge.repair.linear_probe import probe_head
 from lightning_merge.repair.moments import Moments
-from lightning_merge.repair.repair import repair
+from lightning_merge.repair.repair import Pool, repair
 from lightning_merge.repair.tact import tact
 
 __all__ = [
     "Correction",
     "Moments",
+    "Pool",
     "corrected_weights",
     "find_head",
     "find_sites",

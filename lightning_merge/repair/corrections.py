@@ -62,6 +62,11 @@ class Correction:
         sites = list(sites)
         return Correction({site: self.scale[site] for site in sites}, {site: self.shift[site] for site in sites})
 
+    def identity(self) -> Correction:
+        """The correction of the same sites that changes nothing."""
+        ones = {site: torch.ones_like(scale) for site, scale in self.scale.items()}
+        return Correction(ones, {site: torch.zeros_like(shift) for site, shift in self.shift.items()})
+
     def apply(self, site: Site, activation: Tensor) -> Tensor:
         """Correct the activation of a site."""
         return _apply(site, activation, self.scale[site], self.shift[site])

@@ -73,9 +73,9 @@ def fold(
 
 
 def corrected_weights(module: nn.Module, weights: Mapping[str, Tensor], correction: Correction) -> dict[str, Tensor]:
-    """The weights of one task: what can be folded is, and the rest are entries ``….correction.scale`` and ``….shift``.
+    """The weights of one task: what can be folded is, and the rest are entries ``….correction.scale``, ``….shift``.
 
-    They load strictly into :func:`insert`\\ ``(module, rest)``, with the rest that :func:`fold` returns.
+    They load strictly into ``insert(module, rest)``, with the rest that :func:`fold` returns.
     """
     folded, rest = fold(module, weights, correction)
     return folded | rest.state

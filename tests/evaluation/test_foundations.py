@@ -33,7 +33,11 @@ def run(tmp_path: Path, methods=METHODS, **changes):
     data = lm.TaskArrays(str(digit_tasks(tmp_path / "tasks")), image_size=8, channels=1, batch_size=32)
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=6, **changes.pop("trainer", {}))
     return trainer.benchmark(
-        tiny_vgg(), data, methods=methods, output=str(tmp_path / "out"), foundations=Foundations(**{**options, **changes})
+        tiny_vgg(),
+        data,
+        methods=methods,
+        output=str(tmp_path / "out"),
+        foundations=Foundations(**{**options, **changes}),
     )
 
 
@@ -65,7 +69,7 @@ def test_every_number_is_that_of_a_merge_by_hand(tmp_path):
     assert record["accuracy"] == by_hand["aligned"]
     assert record["expert"] == by_hand["own"]
     foundations = [lm.open_weights(path) for path in options.foundations.values()]
-    assert not torch.equal(*(weights["backbone.features.0.0.weight"] for weights in foundations))
+    assert not torch.equal(*(weights["backbone.stages.0.weight"] for weights in foundations))
 
 
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
