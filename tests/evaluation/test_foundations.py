@@ -28,7 +28,7 @@ ARMS = {
 METHODS = {"TA": TaskArithmetic(scale=0.4), "average": WeightAverage()}
 
 
-def run(tmp_path: Path, methods=METHODS, **changes):
+def run(tmp_path: Path, methods=METHODS, tasks=None, **changes):
     options = {"domains": ["upright"], "arms": ARMS, "merged": [2, 3], "max_epochs": 2, "batches": 2, "batch_size": 32}
     data = lm.TaskArrays(str(digit_tasks(tmp_path / "tasks")), image_size=8, channels=1, batch_size=32)
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=6, **changes.pop("trainer", {}))
@@ -37,6 +37,7 @@ def run(tmp_path: Path, methods=METHODS, **changes):
         data,
         methods=methods,
         output=str(tmp_path / "out"),
+        domains=tasks,
         foundations=Foundations(**{**options, **changes}),
     )
 
@@ -87,7 +88,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"domains": ["halves"]}, "fitted on 'halves', which an expert is of"),
+        ({"tasks": ["halves", "upright"]}, "fitted on 'upright', which an expert is of"),
         ({"domains": ["faces"]}, "no task 'faces'"),
         ({"domains": []}, "Say what the foundations are fitted on"),
         ({"merged": [9]}, r"how many of the 3 tasks are merged; got \[9\]"),
