@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,8 @@ class SeveralFoundations:
         """The merged model, repaired."""
         assert self.correction is not None
         images = self._images("A repair", list(merged.experts), self.correction.batches)
-        return repair(self.correction, merged, self._module, images)
+        repaired = repair(self.correction, merged, self._module, images, seed=self.seed)
+        return replace(repaired, manifest=merged.manifest | {"repair": asdict(self.correction)})
 
     def save(self, merged: Merged, output: str, shard_size: int) -> None:
         """Write the merged model, and the corrections of the tasks beside it."""

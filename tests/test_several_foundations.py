@@ -1,0 +1,238 @@
+"""The sections ``align`` and ``repair`` of a merge: experts of two foundations, from files to one model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_merge as lm
+from lightning_merge.align import Symmetries, find_symmetries
+from lightning_merge.aligning import Align, align, example_images
+from lightning_merge.cli import main
+from lightning_merge.errors import MergeError
+from lightning_merge.methods import TALLMask, TaskArithmetic
+from lightning_merge.repair import corrected_weights, load_corrections
+from lightning_merge.repairing import Repair, repair
+from tests.conftest import ROOT
+from tests.toys import digit_tasks, tiny_vgg
+
+ORIGIN = {"inverted": "a", "parity": "b"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two foundations, and an expert of each with a head of its own: random weights do."""
+    folder = tmp_path_factory.mktemp("experts")
+    digit_tasks(folder / "tasks")
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        lm.save_weights(folder / f"{name}.ckpt", tiny_vgg().state_dict())
+    for seed, (name, foundation) in enumerate(ORIGIN.items()):
+        torch.manual_seed(10 + seed)
+        model = tiny_vgg(num_classes=2 if name == "parity" else 10)
+        start = lm.open_weights(folder / f"{foundation}.ckpt")
+        moved = {
+            key: torch.randn_like(tensor) if key.startswith("head") else start[key] + 0.02 * torch.randn_like(tensor)
+            for key, tensor in model.state_dict().items()
+        }
+        lm.save_weights(folder / f"{name}.ckpt", moved, hyper_parameters=model.hparams)
+    return folder
+
+
+@pytest.fixture
+def experts(folder) -> dict[str, str]:
+    return {name: str(folder / f"{name}.ckpt") for name in ORIGIN}
+
+
+@pytest.fixture
+def options(folder) -> Align:
+    return Align({name: str(folder / f"{name}.ckpt") for name in "ab"}, ORIGIN)
+
+
+def images(folder: Path) -> dict[str, list]:
+    data = lm.TaskArrays(str(folder / "tasks"), image_size=8, channels=1)
+    return {name: list(loader)[:4] for name, loader in data.training_images(list(ORIGIN), tiny_vgg(), 32).items()}
+
+
+def merged_of(options, experts, method=None):
+    found = align(options, experts, tiny_vgg(), private=["head.*"])
+    return lm.merge(found.base, found.experts, method or TaskArithmetic(scale=0.4), exclude=["head.*"])
+
+
+def command(folder: Path, experts: dict[str, str], *more: str) -> list[str]:
+    foundations = {name: str(folder / f"{name}.ckpt") for name in "ab"}
+    return [
+        "merge",
+        f"--config={ROOT / 'configs/merge/foundations.yaml'}",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--model=Expert",
+        "--model.backbone=python/lightning_merge.models.vgg.VGG",
+        "--model.backbone_args={stages: [[8], [12]], hidden: [16], in_chans: 1, img_size: 8}",
+        "--model.pretrained=false",
+        "--model.num_classes=10",
+        "--data=TaskArrays",
+        f"--data.root={folder / 'tasks'}",
+        "--data.image_size=8",
+        "--data.channels=1",
+        "--data.test_domains=[inverted, parity]",
+        f"--experts={json.dumps(experts)}",
+        f"--align.foundations={json.dumps(foundations)}",
+        f"--align.foundation_of={json.dumps(ORIGIN)}",
+        *more,
+    ]
+
+
+class TestCommandLine:
+    def test_merge_align_and_correct(self, folder, experts, options, capsys):
+        main(command(folder, experts, "--output=merged.ckpt"))
+        shown = capsys.readouterr().out
+        assert "TaskArithmetic of 2 experts (inverted, parity)" in shown
+        assert "merged, task known" in shown
+        by_hand = merged_of(options, experts)
+        written = lm.open_weights("merged.ckpt")
+        assert all(torch.equal(written[name], tensor) for name, tensor in by_hand.weights.items())
+        manifest = written.header["merge"]
+        assert list(manifest["base"]["mean_of"]) == ["a", "b"]
+        assert manifest["repair"]["by"] == "tact"
+        corrections = load_corrections("merged.corrections.safetensors")
+        assert list(corrections) == ["inverted", "parity"]
+        module = tiny_vgg(num_classes=2)
+        module.load_state_dict(corrected_weights(module, by_hand.for_task("parity"), corrections["parity"]))
+
+    def test_a_plan_compares_nothing_and_writes_nothing(self, folder, experts, capsys):
+        with pytest.raises(SystemExit) as exit:
+            main(command(folder, experts, "--output=merged.ckpt", "--plan"))
+        assert exit.value.code == 0
+        assert "TaskArithmetic" in capsys.readouterr().out
+        assert not Path("merged.ckpt").exists()
+
+    @pytest.mark.parametrize("by", ["repair", "probe"])
+    def test_other_repairs(self, folder, experts, by, capsys):
+        main(command(folder, experts, "--output=merged.safetensors", f"--repair.by={by}", "--align.by=activations"))
+        assert "merged, task known" in capsys.readouterr().out
+        assert Path("merged.heads.safetensors").exists() == (by == "probe")
+        assert not Path("merged.corrections.safetensors").exists()  # all of REPAIR's are in the weights
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--base=x.ckpt"], "leave --base out"),
+            (["--method=Fisher", "--method.scale=null"], "know nothing of a new order of channels"),
+            (["--resume=true"], "there is no resume"),
+            (["--repair.by=batch_norm"], "no BatchNorm with running statistics"),
+            (["--align.foundation_of={inverted: a}"], "foundation of the expert 'parity' is not told"),
+            (["--align.symmetries=none.json"], "cannot be read from none.json"),
+            (["--experts=[a.ckpt]"], "need names"),
+        ],
+    )
+    def test_what_cannot_work_ends_in_one_sentence(self, folder, experts, more, message, capsys):
+        with pytest.raises(SystemExit) as exit:
+            main(command(folder, experts, "--output=merged.ckpt", *more))
+        assert exit.value.code == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+        assert not list(Path().glob("merged*"))
+
+
+class TestAlign:
+    def test_groups_from_a_file_need_no_module(self, options, experts, tmp_path):
+        module = tiny_vgg()
+        groups = find_symmetries(module, example_images(module))
+        (tmp_path / "groups.json").write_text(groups.to_json())
+        from dataclasses import replace
+
+        found = align(replace(options, symmetries=str(tmp_path / "groups.json")), experts, private=["head.*"])
+        again = align(options, experts, module, private=["head.*"])
+        for name in found.permutations:
+            assert found.permutations[name].digest() == again.permutations[name].digest()
+
+    def test_aligned_experts_compute_what_they_did(self, options, experts):
+        module, x = tiny_vgg(num_classes=2).eval(), torch.randn(4, 1, 8, 8)
+        module.load_state_dict(dict(lm.open_weights(experts["parity"])))
+        before = module(x)
+        found = align(options, experts, tiny_vgg(), private=["head.*"])
+        assert found.permutations["b"].moved() > 0.3
+        module.load_state_dict(dict(found.experts["parity"]))
+        torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
+
+    def test_alignment_brings_the_foundations_closer(self, options, experts):
+        from dataclasses import replace
+
+        module = tiny_vgg()
+        groups = find_symmetries(module, example_images(module)).ignoring(["head.*"])
+        naive = align(replace(options, by="nothing"), experts, module)
+        aligned = align(options, experts, module, private=["head.*"])
+
+        def distance(found) -> float:
+            return lm.align.distance(found.foundations["a"], found.foundations["b"], groups)
+
+        assert distance(aligned) < 0.97 * distance(naive)
+
+    def test_three_foundations_at_once(self, folder, options, experts):
+        from dataclasses import replace
+
+        torch.manual_seed(2)
+        lm.save_weights(folder / "c.ckpt", tiny_vgg().state_dict())
+        for together in ("reference", "mean", "frank_wolfe"):
+            three = replace(options, foundations=options.foundations | {"c": str(folder / "c.ckpt")}, together=together)
+            found = align(three, experts, tiny_vgg(), private=["head.*"])
+            assert set(found.permutations) == {"a", "b", "c"}
+            assert isinstance(found.permutations["c"].symmetries, Symmetries)
+
+    @pytest.mark.parametrize(
+        ("changes", "module", "message"),
+        [
+            ({}, None, "aligned by the permutation groups of their module"),
+            ({"by": "activations"}, tiny_vgg(), "compared on the experts' images"),
+            ({}, torch.nn.Linear(3, 2), "what inputs Linear takes"),
+        ],
+    )
+    def test_what_is_missing_is_said(self, options, experts, changes, module, message):
+        from dataclasses import replace
+
+        with pytest.raises(MergeError, match=message):
+            align(replace(options, **changes), experts, module)
+
+
+class TestRepair:
+    def test_every_task_has_its_own_model(self, folder, options, experts):
+        merged, data, module = merged_of(options, experts), images(folder), tiny_vgg()
+        before = {name: tensor.clone() for name, tensor in merged.weights.items()}
+        for by in ("tact", "probe"):
+            repaired = repair(Repair(by=by), merged, module, data)
+            assert all(torch.equal(repaired.weights[name], tensor) for name, tensor in before.items())
+            own = repaired.for_task("parity")
+            changed = {name for name, tensor in own.items() if not torch.equal(tensor, merged.for_task("parity")[name])}
+            assert changed
+            assert changed <= {"head.weight", "head.bias"} if by == "probe" else "head.weight" not in changed
+
+    def test_repair_serves_all_tasks(self, folder, options, experts):
+        merged, data = merged_of(options, experts), images(folder)
+        repaired = repair(Repair(by="repair"), merged, tiny_vgg(), data)
+        body = [name for name in repaired.weights if not name.startswith("head")]
+        one, two = (repaired.for_task(task) for task in ORIGIN)
+        assert all(torch.equal(one[name], two[name]) for name in body)
+        assert all(torch.equal(one[name], repaired.weights[name]) for name in body)
+        assert any(not torch.equal(one[name], merged.weights[name]) for name in body)
+        with pytest.raises(MergeError, match="repaired already"):
+            repair(Repair(), repaired, tiny_vgg(), data)
+        with pytest.raises(MergeError, match="rescale first"):
+            repaired.rescaled(0.3)
+
+    def test_methods_that_know_the_task_are_corrected_for_it(self, folder, options, experts):
+        merged = merged_of(options, experts, TALLMask())
+        repaired = repair(Repair(), merged, tiny_vgg(), images(folder))
+        own, core = repaired.for_task("inverted"), merged.for_task("inverted")
+        assert torch.equal(own["backbone.stages.0.weight"], core["backbone.stages.0.weight"])
+        assert not torch.equal(own["backbone.stages.1.weight"], core["backbone.stages.1.weight"])
+
+    def test_missing_data_are_named(self, folder, options, experts):
+        data = images(folder)
+        del data["parity"]
+        with pytest.raises(MergeError, match="no data of the expert parity"):
+            repair(Repair(), merged_of(options, experts), tiny_vgg(), data)
