@@ -171,7 +171,7 @@ class TaskArrays(DomainDataModule):
             classes = len(set(labels.tolist()))
             if count < classes:
                 raise MergeError(
-                    f"{argument}={count} images of the task {task!r} cannot hold all of its {classes} classes; raise it."
+                    f"{argument}={count} images of the task {task!r} cannot hold all {classes} classes; raise it."
                 )
             kept = draw_by_class(labels, count, self.split_seed)
             images, labels = images[kept], labels[kept]

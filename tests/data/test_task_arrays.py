@@ -189,7 +189,7 @@ def test_files_that_are_no_archives(tmp_path):
         (lambda root: lm.TaskArrays(root, test_on="all"), "own file"),
         (lambda root: lm.TaskArrays(root).only(["few"], ["grey"], "all"), "own file"),
         (lambda root: lm.TaskArrays(root).split("few", "all"), "own file"),
-        (lambda root: lm.TaskArrays(root, max_train=5).labels("grey"), "max_train=5 .* all of its 10 classes"),
+        (lambda root: lm.TaskArrays(root, max_train=5).labels("grey"), "max_train=5 .* all 10 classes"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_sentence(root, make, message):
