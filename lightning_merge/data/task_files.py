@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 Part = tuple[Any, np.ndarray]
 """Images, as an array or a tensor, and their labels."""
 
+_UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error)  # by np.load
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 
 
@@ -47,7 +49,7 @@ def read_task(path: Path) -> Task:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS if name in file}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise MergeError(f"The task file {path} cannot be read ({error}); write it with numpy.savez.") from error
     missing = [name for name in _ARRAYS if name not in arrays]
     raise_all([f"{path} lacks the array {name!r}; it needs {', '.join(_ARRAYS)}." for name in missing])

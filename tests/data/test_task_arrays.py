@@ -167,11 +167,15 @@ def test_files_that_are_no_archives(tmp_path):
     np.savez(tmp_path / "cut.npz", **arrays())
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:2000])
     (tmp_path / "text.npz").write_text("no archive")
+    np.savez_compressed(tmp_path / "flipped.npz", **arrays())
+    content = bytearray((tmp_path / "flipped.npz").read_bytes())
+    content[300:340] = bytes(40)
+    (tmp_path / "flipped.npz").write_bytes(content)
     np.savez(tmp_path / "objects.npz", **(arrays() | {"classes": np.array([{}, {}], dtype=object)}))
     with pytest.raises(lm.MergeError) as raised:
         lm.TaskArrays(str(tmp_path)).setup("fit")
     assert [problem.split("(")[0].split("/")[-1] for problem in raised.value.problems] == [
-        f"{name}.npz cannot be read " for name in ("cut", "objects", "text")
+        f"{name}.npz cannot be read " for name in ("cut", "flipped", "objects", "text")
     ]
 
 
