@@ -103,19 +103,20 @@ def resized(images: np.ndarray, size: int, channels: int) -> Tensor:
 
 
 class ShiftedImages(Dataset):
-    """Images that are shifted at random by up to ``shift`` pixels each way; what enters repeats the border.
+    """Images that are shifted at random, and flipped; what enters repeats the border.
 
     Args:
         images: ``(N, C, H, W)``.
         labels: ``(N,)``.
-        shift: How far, in pixels.
+        shift: How far at most, in pixels each way.
+        flip: Whether half of them are flipped left to right.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, shift: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, shift: int, flip: bool) -> None:
         self.size = images.shape[-2:]
         self.images = F.pad(images, (shift,) * 4, mode="replicate") if shift else images
         self.labels = labels
-        self.shift = shift
+        self.shift, self.flip = shift, flip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,4 +124,7 @@ class ShiftedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         top, left = torch.randint(2 * self.shift + 1, (2,)).tolist() if self.shift else (0, 0)
         height, width = self.size
-        return self.images[index, :, top : top + height, left : left + width], self.labels[index]
+        image = self.images[index, :, top : top + height, left : left + width]
+        if self.flip and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return image, self.labels[index]
