@@ -16,7 +16,8 @@ from lightning_merge.running import device_of, evaluating
 
 def run(module: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """What a module computes with these weights; parameters that they lack are the module's own."""
-    return functional_call(module, dict(weights), (images,), tie_weights=False)
+    moved = {name: tensor.to(images.device) for name, tensor in weights.items()}
+    return functional_call(module, moved, (images,), tie_weights=False)
 
 
 def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -27,7 +28,7 @@ def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> 
     """
     empty = True
     for batch in batches:
-        images, labels = (*batch, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+        images, labels = (*batch, None, None)[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         if not isinstance(images, Tensor) or not isinstance(labels, (Tensor, type(None))):
             raise MergeError(
                 f"A batch of the data holds a {type(images).__name__}; it must be images or (images, labels), as "

@@ -22,7 +22,7 @@ class TaskArrays(DomainDataModule):
     ``root/TASK.npz`` holds ``train_images`` and ``test_images``, uint8 ``(N, H, W)`` or ``(N, H, W, C)`` of any size;
     ``train_labels`` and ``test_labels``, integers; and ``classes``, their names. A task is what the other data modules
     call a domain. The test split is the file's own; the validation split is taken from its training images. In
-    training, images are shifted by up to two pixels, and never flipped.
+    training, images are shifted at random, and flipped if that is asked for: digits and letters should not be.
 
     Args:
         root: The folder of the files.
@@ -37,6 +37,8 @@ class TaskArrays(DomainDataModule):
         max_test: Use at most this many of its test images.
         mean: Mean per channel; by default that of the model's backbone, or 0.5.
         std: Standard deviation per channel; by default that of the model's backbone, or 0.5.
+        shift: How far images are shifted in training at most, in pixels each way.
+        flip: Flip half of the images in training.
         split_seed: Seed of the split and of the draw.
         batch_size: Images of a batch, over all processes.
         num_workers: Processes that prepare images.
@@ -56,6 +58,8 @@ class TaskArrays(DomainDataModule):
         max_test: int | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        shift: int = 2,
+        flip: bool = False,
         split_seed: int = 17,
         batch_size: int = 128,
         num_workers: int = 0,
@@ -76,6 +80,7 @@ class TaskArrays(DomainDataModule):
         self.image_size, self.channels = image_size, channels
         self.max_train, self.max_test = max_train, max_test
         self.mean, self.std = mean, std
+        self.shift, self.flip = shift, flip
         self._tasks: dict[str, Task] = {}  # shared by the copies that `only` makes
         self._check_arguments()
 
@@ -92,6 +97,8 @@ class TaskArrays(DomainDataModule):
             given = getattr(self, name)
             if given is not None and len(given) != self.channels:
                 problems.append(f"{name} has {len(given)} values and the images have channels={self.channels}.")
+        if self.shift < 0:
+            problems.append(f"shift must not be negative, got {self.shift}.")
         raise_all(problems)
         self._refuse_all(self.test_on)
 
@@ -171,8 +178,7 @@ class TaskArrays(DomainDataModule):
             classes = len(set(labels.tolist()))
             if count < classes:
                 raise MergeError(
-                    f"{argument}={count} images of the task {task!r} cannot hold all of its {classes} classes; raise "
-                    "it."
+                    f"{argument}={count} images of the task {task!r} cannot hold all {classes} classes; raise it."
                 )
             kept = draw_by_class(labels, count, self.split_seed)
             images, labels = images[kept], labels[kept]
@@ -220,7 +226,9 @@ class TaskArrays(DomainDataModule):
         task, mean, std = self._task(domain), *self._normalisation()
         picked = torch.as_tensor(indices)
         images = torch.cat([task.train[0], task.test[0]])[picked].float() / 255
-        return ShiftedImages((images - mean) / std, torch.as_tensor(self.labels(domain)[indices]), 2 if augment else 0)
+        labels = torch.as_tensor(self.labels(domain)[indices])
+        shift, flip = (self.shift, self.flip) if augment else (0, False)
+        return ShiftedImages((images - mean) / std, labels, shift, flip)
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation ``(C, 1, 1)``: what was set here, the backbone's, or 0.5."""
@@ -237,7 +245,8 @@ class TaskArrays(DomainDataModule):
 
     def description(self) -> dict[str, Any]:
         """What the results depend on: plain values."""
-        own = ("image_size", "channels", "max_train", "max_test", "mean", "std", "val_fraction", "split_seed")
+        own = ("image_size", "channels", "max_train", "max_test", "mean", "std", "shift", "flip")
+        own += ("val_fraction", "split_seed")
         used = list(dict.fromkeys([*self.train_domains, *self.test_domains]))
         return {
             "class": type(self).__name__,

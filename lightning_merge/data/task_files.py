@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 Part = tuple[Any, np.ndarray]
 """Images, as an array or a tensor, and their labels."""
 
+_UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error)  # by np.load
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 
 
@@ -47,7 +49,7 @@ def read_task(path: Path) -> Task:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS if name in file}
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise MergeError(f"The task file {path} cannot be read ({error}); write it with numpy.savez.") from error
     missing = [name for name in _ARRAYS if name not in arrays]
     raise_all([f"{path} lacks the array {name!r}; it needs {', '.join(_ARRAYS)}." for name in missing])
@@ -101,19 +103,20 @@ def resized(images: np.ndarray, size: int, channels: int) -> Tensor:
 
 
 class ShiftedImages(Dataset):
-    """Images that are shifted at random by up to ``shift`` pixels each way; what enters repeats the border.
+    """Images that are shifted at random, and flipped; what enters repeats the border.
 
     Args:
         images: ``(N, C, H, W)``.
         labels: ``(N,)``.
-        shift: How far, in pixels.
+        shift: How far at most, in pixels each way.
+        flip: Whether half of them are flipped left to right.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, shift: int) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, shift: int, flip: bool) -> None:
         self.size = images.shape[-2:]
         self.images = F.pad(images, (shift,) * 4, mode="replicate") if shift else images
         self.labels = labels
-        self.shift = shift
+        self.shift, self.flip = shift, flip
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -121,4 +124,7 @@ class ShiftedImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         top, left = torch.randint(2 * self.shift + 1, (2,)).tolist() if self.shift else (0, 0)
         height, width = self.size
-        return self.images[index, :, top : top + height, left : left + width], self.labels[index]
+        image = self.images[index, :, top : top + height, left : left + width]
+        if self.flip and torch.rand(()) < 0.5:
+            image = image.flip(-1)
+        return image, self.labels[index]

@@ -105,6 +105,17 @@ def test_training_images_are_shifted_by_up_to_two_pixels_and_no_others_are(root)
         assert torch.equal(next(iter(loader))[0], next(iter(loader))[0])
 
 
+def test_images_are_flipped_if_that_is_asked_for(root):
+    data = lm.TaskArrays(root, image_size=8, shift=0, flip=True)
+    plain, flipped = (data.dataset("grey", np.arange(40), augment=augment) for augment in (False, True))
+    kinds = []
+    for i in range(40):
+        image = flipped[i][0]
+        kinds.append(torch.equal(image, plain[i][0]))
+        assert kinds[-1] or torch.equal(image, plain[i][0].flip(-1))
+    assert 8 < sum(kinds) < 32
+
+
 def test_normalisation_is_what_is_set_or_the_model_s_or_half(root):
     def first(data: lm.TaskArrays) -> torch.Tensor:
         return data.dataset("grey", np.arange(1), augment=False)[0][0]
@@ -167,11 +178,15 @@ def test_files_that_are_no_archives(tmp_path):
     np.savez(tmp_path / "cut.npz", **arrays())
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:2000])
     (tmp_path / "text.npz").write_text("no archive")
+    np.savez_compressed(tmp_path / "flipped.npz", **arrays())
+    content = bytearray((tmp_path / "flipped.npz").read_bytes())
+    content[300:340] = bytes(40)
+    (tmp_path / "flipped.npz").write_bytes(content)
     np.savez(tmp_path / "objects.npz", **(arrays() | {"classes": np.array([{}, {}], dtype=object)}))
     with pytest.raises(lm.MergeError) as raised:
         lm.TaskArrays(str(tmp_path)).setup("fit")
     assert [problem.split("(")[0].split("/")[-1] for problem in raised.value.problems] == [
-        f"{name}.npz cannot be read " for name in ("cut", "objects", "text")
+        f"{name}.npz cannot be read " for name in ("cut", "flipped", "objects", "text")
     ]
 
 
@@ -185,11 +200,12 @@ def test_files_that_are_no_archives(tmp_path):
         (lambda root: lm.TaskArrays(root, channels=2), "channels must be 1 .* or 3"),
         (lambda root: lm.TaskArrays(root, image_size=0), "image_size must be at least 1"),
         (lambda root: lm.TaskArrays(root, channels=1, mean=(0.5,) * 3), "mean has 3 values"),
+        (lambda root: lm.TaskArrays(root, shift=-1), "shift must not be negative"),
         (lambda root: lm.TaskArrays(root, val_fraction=0.6), "between 0 and 0.5"),
         (lambda root: lm.TaskArrays(root, test_on="all"), "own file"),
         (lambda root: lm.TaskArrays(root).only(["few"], ["grey"], "all"), "own file"),
         (lambda root: lm.TaskArrays(root).split("few", "all"), "own file"),
-        (lambda root: lm.TaskArrays(root, max_train=5).labels("grey"), "max_train=5 .* all of its 10 classes"),
+        (lambda root: lm.TaskArrays(root, max_train=5).labels("grey"), "max_train=5 .* all 10 classes"),
     ],
 )
 def test_what_cannot_work_is_said_in_a_sentence(root, make, message):
