@@ -59,9 +59,9 @@ class Propagation:
             return frozen(node, "the inputs" if node.name in signature.user_inputs else "constants")
         same = [other for other, tensor in self.owners.items() if tensor is self.owners[name]]
         if name not in self.stored and node.users:
-            statistic = _is_statistic(node)
-            movable = node.name in signature.inputs_to_parameters or statistic
-            dims = free(self.owners[name].shape) if movable else frozen(node, "buffers")
+            parameter = node.name in signature.inputs_to_parameters
+            statistic = not parameter and _is_statistic(node)
+            dims = free(self.owners[name].shape) if parameter or statistic else frozen(node, "buffers")
             if self.immovable.intersection(same):
                 _freeze_all(dims, "as asked")
             self.stored.update(dict.fromkeys(same, dims))
