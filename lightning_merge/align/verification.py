@@ -58,8 +58,9 @@ class Trial:
                     raise
             else:
                 break
-        self.scale = max((float(out.abs().max()) for out in self.outputs if out.numel()), default=0.0)
-        if not 0 < self.scale < float("inf"):
+        finite = all(bool(out.isfinite().all()) for out in self.outputs)
+        self.scale = max((float(out.abs().max()) for out in self.outputs if out.numel()), default=0.0) if finite else 0
+        if self.scale == 0:
             raise MergeError(
                 "The permutation groups cannot be verified, since the module's outputs on random inputs are zero or "
                 "not finite; give other example inputs, or verify=False."
@@ -75,7 +76,8 @@ class Trial:
     def error(self, permutation: Permutation) -> float:
         """The largest change of an output that a permutation makes, relative to the largest output."""
         found = self.run(permutation.apply(self.module.state_dict()))
-        return max(float((new - old).abs().max()) for new, old in zip(found, self.outputs, strict=True)) / self.scale
+        changes = [(new - old).abs().max() for new, old in zip(found, self.outputs, strict=True) if new.numel()]
+        return float(torch.stack(changes).max()) / self.scale
 
     def culprits(self, symmetries: Symmetries, names: list[str]) -> list[str]:
         """The groups among some that change what is computed, by bisection."""

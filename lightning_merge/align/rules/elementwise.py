@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_merge.align.dimensions import Dim, factor, fixed, free, freeze
+from lightning_merge.align.dimensions import Dim, fixed, free, freeze
 from lightning_merge.align.rules.registry import Call, Result, broadcast, in_place, places, rule, tensors
+from lightning_merge.align.unification import factor
 
 
 @rule(
