@@ -92,7 +92,7 @@ def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
             around,
             parts[around],
             False,
-        )  # a normalisation with an activation, which comes first in it
+        )  # a normalisation with an activation behind it
     elif is_norm(part) and (is_input or not _ends_affine(part, site.axis)):
         return None
     is_linear = isinstance(part, nn.Linear)
