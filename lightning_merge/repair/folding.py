@@ -75,7 +75,7 @@ def fold(
 def corrected_weights(module: nn.Module, weights: Mapping[str, Tensor], correction: Correction) -> dict[str, Tensor]:
     """The weights of one task: what can be folded is, and the rest are entries ``….correction.scale`` and ``….shift``.
 
-    They load strictly into :func:`insert`\\ ``(module, rest)``, with the rest that :func:`fold` returns.
+    They load strictly into ``insert(module, rest)``, with the rest that :func:`fold` returns.
     """
     folded, rest = fold(module, weights, correction)
     return folded | rest.state
@@ -88,11 +88,7 @@ def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
     if isinstance(part, nn.MultiheadAttention) and not is_input:
         path, part = f"{path}.out_proj", part.out_proj
     elif is_input and is_norm(parts[around]) and next(parts[around].children(), None) is part:
-        path, part, is_input = (
-            around,
-            parts[around],
-            False,
-        )  # a normalisation with an activation behind it
+        path, part, is_input = around, parts[around], False  # a normalisation with an activation behind it
     elif is_norm(part) and (is_input or not _ends_affine(part, site.axis)):
         return None
     is_linear = isinstance(part, nn.Linear)
