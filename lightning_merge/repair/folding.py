@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.repair.corrections import Correction
-from lightning_merge.repair.flow import affine_axis, is_norm
+from lightning_merge.repair.tracing import affine_axis, is_norm
 from lightning_merge.sites import Site
 from lightning_merge.task_data import plain
 

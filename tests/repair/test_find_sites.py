@@ -47,7 +47,7 @@ def test_resnets_have_every_norm_and_every_block():
     found = [site.name for site in sites]
     assert found[:4] == ["bn1", "layer1.0.bn1", "layer1.0.bn2", "layer1.0.downsample.1"]
     assert found[4:8] == ["layer1.0", "layer1.1.bn1", "layer1.1.bn2", "layer1.1"]
-    assert len(found) == 1 + 8 * 3 + 3  # three blocks change the number of channels
+    assert len(found) == 1 + 8 * 3 + 4  # four blocks bring the input to other channels
     assert {site.axis for site in sites} == {1}
     found = names(
         timm.models.ResNet(timm.models.resnet.Bottleneck, (1, 1, 1, 1), num_classes=3), torch.randn(2, 3, 32, 32)

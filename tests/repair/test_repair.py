@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused():
         repair(module, state, {}, [images(4)])
     with pytest.raises(MergeError, match="images of the tasks have different shapes"):
         repair(module, state, {"a": state}, {"a": [images(4)], "b": [images(4, 16)]})
-    with pytest.raises(MergeError, match="data of b can be read only once"):
+    with pytest.raises(MergeError, match="data of task b can be read only once"):
         repair(module, state, {"a": state}, {"b": iter([images(4)])})
     with pytest.raises(MergeError, match="hold no batch"):
         repair(module, state, {"a": state}, [])

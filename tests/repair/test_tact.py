@@ -153,22 +153,37 @@ def test_two_processes_give_the_correction_of_one():
         torch.testing.assert_close(alone.shift[site], torch.tensor(shift).double(), rtol=1e-6, atol=1e-6)
 
 
-def test_processes_with_different_numbers_of_batches_all_stop():
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ([images(4), images(4)], "different numbers of batches of expert a"),
+        ([images(4) * float("inf")], "not finite on the data of expert a"),
+        ([None], "holds a NoneType"),
+    ],
+)
+def test_what_one_process_cannot_do_stops_all(theirs, message):
     module = VGG()
     experts, merged, _ = make(module)
 
     def work(rank: int) -> None:
-        tact(module, merged, {"a": experts["a"]}, {"a": [images(4)] * (1 + rank)}, distributed=True)
+        tact(
+            module,
+            merged,
+            {"a": experts["a"]},
+            {"a": theirs if rank else [images(4)]},
+            sites=["unit"],
+            distributed=True,
+        )
 
     _, errors = on_processes(2, work)
-    assert all("different numbers of batches of a" in error for error in errors)
+    assert all(message in error for error in errors)
 
 
 def test_a_last_batch_that_is_too_small_joins_the_one_before():
-    sizes = [len(batch) for batch in Calibration("a", images(23).split(10)).read()]
+    sizes = [len(batch) for batch in Calibration("expert a", images(23).split(10)).read()]
     assert sizes == [10, 13]
-    assert [len(batch) for batch in Calibration("a", images(15).split(10)).read()] == [10, 5]
-    assert [len(batch) for batch in Calibration("a", images(23).split(10), limit=2, passes=2).read()] == [10] * 4
+    assert [len(batch) for batch in Calibration("expert a", images(15).split(10)).read()] == [10, 5]
+    assert [len(batch) for batch in Calibration("expert a", images(23).split(10), limit=2, passes=2).read()] == [10] * 4
 
 
 def test_the_caller_s_module_and_tensors_stay_as_they_were():
@@ -216,10 +231,10 @@ def test_dead_channels_and_gains_stay_finite():
     ("data", "message"),
     [
         ([], "data of expert a hold no batch"),
-        ([images(1)], "A batch of the data of a holds 1 image, which has no variance"),
+        ([images(1)], "A batch of the data of expert a holds 1 image, which has no variance"),
         (list(images(3).split(1)), "holds 1 image, which has no variance"),
-        ([images(4) * float("nan")], r"activations at features\.1 are not finite on the data of a"),
-        (iter([images(4)]), "data of a can be read only once"),
+        ([images(4) * float("nan")], r"activations at features\.1 are not finite on the data of expert a"),
+        (iter([images(4)]), "data of expert a can be read only once"),
         ([{"images": images(4)}], "holds a dict"),
     ],
     ids=["empty", "one image", "batches of one", "NaN", "read once", "no tensors"],
@@ -239,7 +254,7 @@ def test_arguments_that_do_not_fit_are_refused():
         tact(module, state, {"a": state}, {"a": data}, batches=0)
     with pytest.raises(MergeError, match="max_gain and eps must be positive"):
         tact(module, state, {"a": state}, {"a": data}, max_gain=0)
-    with pytest.raises(MergeError, match=r"model for a lacks 'hidden\.0\.weight'"):
+    with pytest.raises(MergeError, match=r"expert a lacks 'hidden\.0\.weight'"):
         tact(module, {}, {"a": {k: v for k, v in state.items() if k != "hidden.0.weight"}}, {"a": data})
     with pytest.raises(MergeError, match="there is none"):
         tact(module, state, {"a": state}, {"a": data}, distributed=True)
