@@ -58,8 +58,12 @@ def images_of(batch: Any, data: str) -> Tensor:
     return images
 
 
-def read_images(batches: Iterable[Any], expert: str) -> Iterator[Tensor]:
+def read_images(batches: Iterable[Any], task: str) -> Iterator[Tensor]:
     """Read images ``(N, …)`` batch by batch; of ``(images, labels)`` the labels are not read.
+
+    Args:
+        batches: Batches of images or ``(images, labels)``.
+        task: What to call them in messages.
 
     Raises:
         MergeError: If a batch holds no images, or if there is none.
@@ -67,9 +71,9 @@ def read_images(batches: Iterable[Any], expert: str) -> Iterator[Tensor]:
     empty = True
     for batch in batches:
         empty = False
-        yield images_of(batch, f"the data of expert {expert}")
+        yield images_of(batch, f"the data of {task}")
     if empty:
-        raise MergeError(f"The data of expert {expert} hold no batch; give at least one.")
+        raise MergeError(f"The data of {task} hold no batch; give at least one.")
 
 
 def distinct_names(module: nn.Module) -> Iterator[str]:
@@ -94,13 +98,8 @@ def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) 
     Raises:
         MergeError: If parameters are missing.
     """
-    tied = open_weights(module.state_dict(), "the module").tied
-    names = set(module.state_dict())
-    owners = {name: name if name in weights else tied.get(name, name) for name in distinct_names(module)}
-    owners = {name: owner for name, owner in owners.items() if name in names}
-    raise_all(
-        [f"{what} lacks {name!r} of the module; is it another model?" for name, o in owners.items() if o not in weights]
-    )
+    raise_all(lacking(module, weights, what))
+    owners = _owners(module, weights)
     found = {owner: weights[owner] for owner in dict.fromkeys(owners.values())}
     dtype, device = common_dtype(found), device_of(module)
     moved = {
@@ -108,6 +107,23 @@ def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) 
         for name, tensor in found.items()
     }
     return {name: moved[owner] for name, owner in owners.items()}
+
+
+def lacking(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> list[str]:
+    """What weights lack of a module, in sentences."""
+    return [
+        f"{what} lacks {name!r} of the module; is it another model?"
+        for name, owner in _owners(module, weights).items()
+        if owner not in weights
+    ]
+
+
+def _owners(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """For every place of a module the name under which its value is among weights, or should be."""
+    state = module.state_dict()
+    tied = open_weights(state, "the module").tied
+    names = [name for name in distinct_names(module) if name in state]
+    return {name: name if name in weights else tied.get(name, name) for name in names}
 
 
 def common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:

@@ -74,7 +74,7 @@ class TaskData:
 
     def batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images ``(N, …)`` once, batch by batch, on the module's device."""
-        return map(self._moved, read_images(self._data[expert], expert))
+        return map(self._moved, read_images(self._data[expert], f"expert {expert}"))
 
     def endless_batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images again and again."""
@@ -118,13 +118,14 @@ def check_task_data(
             f"{method} runs the model on images of every expert's task while it merges; give "
             f"merge(…, module=model, data={{{example}}}), or on the command line --model and --data."
         )
-    raise_all([*_data_problems(data, experts), *_module_problems(plain(module), base, experts, inventory)])
+    raise_all([*data_problems(data, experts, "merge"), *_module_problems(plain(module), base, experts, inventory)])
 
 
-def _data_problems(data: Data, experts: Mapping[str, Weights]) -> list[str]:
+def data_problems(data: Data, experts: Iterable[str], call: str) -> list[str]:
+    """What is wrong with the data of some experts, which are given to a function, in sentences."""
     return [
         *(
-            f"There are no data of expert {name}; give merge(…, data={{{name!r}: loader}})."
+            f"There are no data of expert {name}; give {call}(…, data={{{name!r}: loader}})."
             for name in experts
             if name not in data
         ),

@@ -26,7 +26,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.repair.flow import Call, Flow, Step, axis_of_kind, is_norm, trace
+from lightning_merge.repair.flow import Call, Flow, Step
+from lightning_merge.repair.tracing import axis_of_kind, is_norm, trace
 from lightning_merge.sites import Site, split_name
 from lightning_merge.task_data import plain
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.repair.corrections import Correction
-from lightning_merge.repair.flow import affine_axis, is_norm
+from lightning_merge.repair.tracing import affine_axis, is_norm
 from lightning_merge.sites import Site
 from lightning_merge.task_data import plain
 
@@ -88,11 +88,7 @@ def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
     if isinstance(part, nn.MultiheadAttention) and not is_input:
         path, part = f"{path}.out_proj", part.out_proj
     elif is_input and is_norm(parts[around]) and next(parts[around].children(), None) is part:
-        path, part, is_input = (
-            around,
-            parts[around],
-            False,
-        )  # a normalisation with an activation, which comes first in it
+        path, part, is_input = around, parts[around], False  # a normalisation with an activation behind it
     elif is_norm(part) and (is_input or not _ends_affine(part, site.axis)):
         return None
     is_linear = isinstance(part, nn.Linear)

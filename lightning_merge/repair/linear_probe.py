@@ -75,7 +75,7 @@ def probe_head(
 def fit_logistic_regression(
     x: Tensor, y: Tensor, classes: int, has_bias: bool, decay: float, steps: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Multinomial logistic regression: features ``(N, n)``, labels ``(N,)`` to ``(classes, n)`` and ``(classes,)``."""
+    """Multinomial logistic regression: from ``(N, n)`` and labels ``(N,)`` to ``(classes, n)`` and ``(classes,)``."""
     weight = x.new_zeros(classes, x.shape[1]).requires_grad_()
     bias = x.new_zeros(classes).requires_grad_() if has_bias else None
     parameters = [weight] if bias is None else [weight, bias]

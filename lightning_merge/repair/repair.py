@@ -19,9 +19,10 @@ from lightning_merge.repair.calibration import Calibration, Goals, NewMoments, c
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
-from lightning_merge.running import common_dtype, read_images
+from lightning_merge.running import common_dtype, lacking, read_images
 from lightning_merge.sharing import Processes
 from lightning_merge.sites import Site
+from lightning_merge.task_data import plain
 
 Weights = Mapping[str, Tensor]
 
@@ -71,11 +72,14 @@ def repair(
             not finite.
     """
     pool = Pool(data) if isinstance(data, Mapping) else data
-    calibration = Calibration("all tasks", pool, batches, passes, seed, Processes(distributed))
+    processes = Processes(distributed)
+    calibration = Calibration("all tasks", pool, batches, passes, seed, processes)
     weights = list(alpha) if alpha is not None else [1 / max(len(experts), 1)] * len(experts)
-    raise_all([*_problems(experts, data, weights), *calibration.problems()])
-    Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
-    found = find_sites(module, calibration.first_images(), sites)
+    problems = [line for name, expert in experts.items() for line in lacking(plain(module), expert, f"expert {name}")]
+    with processes.together():
+        raise_all([*_problems(experts, data, weights), *calibration.problems(), *problems])
+        Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
+        found = find_sites(module, calibration.first_images(), sites)
     mean = dict.fromkeys(found, torch.tensor(0.0))
     std = dict(mean)
     for expert, weight in zip(experts.values(), weights, strict=True):
@@ -99,7 +103,7 @@ class Pool:
     data: Mapping[str, Iterable[Any]]
 
     def __iter__(self) -> Iterator[Tensor]:
-        for images in zip_longest(*(read_images(batches, task) for task, batches in self.data.items())):
+        for images in zip_longest(*(read_images(batches, f"task {task}") for task, batches in self.data.items())):
             some = [batch for batch in images if batch is not None]
             if len({batch.shape[1:] for batch in some}) > 1:
                 shapes = ", ".join(str(tuple(batch.shape[1:])) for batch in some)
@@ -115,7 +119,7 @@ def _problems(experts: Mapping[str, Weights], data: Any, alpha: Sequence[float])
         found.append(f"alpha must be at least 0 and add up to 1, got {list(alpha)}.")
     if isinstance(data, Mapping):
         found += [
-            f"The data of {task} can be read only once; give a DataLoader or a list of batches."
+            f"The data of task {task} can be read only once; give a DataLoader or a list of batches."
             for task, batches in data.items()
             if isinstance(batches, Iterator)
         ]

@@ -16,9 +16,10 @@ from lightning_merge.repair.calibration import Calibration, Goals, NewMoments, c
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
-from lightning_merge.running import common_dtype
+from lightning_merge.running import common_dtype, lacking
 from lightning_merge.sharing import Processes
 from lightning_merge.sites import Site
+from lightning_merge.task_data import data_problems, plain
 
 Weights = Mapping[str, Tensor]
 
@@ -72,16 +73,19 @@ def tact(
         MergeError: If there are no data for an expert, if they are too few, or if an activation is not finite.
     """
     processes = Processes(distributed)
-    calibrations = {task: Calibration(task, data.get(task, ()), batches, passes, seed, processes) for task in experts}
-    raise_all(_problems(experts, data, calibrations))
-    Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
-    found = None
+    calibrations = {
+        task: Calibration(f"expert {task}", data.get(task, ()), batches, passes, seed, processes) for task in experts
+    }
+    problems = [problem for calibration in calibrations.values() for problem in calibration.problems()]
+    problems += [line for task, expert in experts.items() for line in lacking(plain(module), expert, f"expert {task}")]
+    problems += [] if experts else ["experts: give the weights of at least one expert."]
+    with processes.together():
+        raise_all(list(dict.fromkeys([*data_problems(data, experts, "tact"), *problems])))
+        Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
+        found = find_sites(module, next(iter(calibrations.values())).first_images(), sites)
     corrections = {}
     for task, expert in experts.items():
-        if found is None:
-            found = find_sites(module, calibrations[task].first_images(), sites)
-        own = merged(task) if callable(merged) else merged
-        complete = {**expert, **own}
+        complete = {**expert, **(merged(task) if callable(merged) else merged)}
         goal = observe(module, expert, found, calibrations[task], statistics)
         mean = {site: moments.mean for site, moments in goal.items()}
         std = {site: moments.std for site, moments in goal.items()}
@@ -89,18 +93,3 @@ def tact(
         now = correct_in_turn(module, complete, found, goals.affine, calibrations[task], statistics)
         corrections[task] = correction_towards(goals, now, common_dtype(complete))
     return corrections
-
-
-def _problems(
-    experts: Mapping[str, Weights], data: Mapping[str, Iterable[Any]], calibrations: Mapping[str, Calibration]
-) -> list[str]:
-    found = [] if experts else ["experts: give the weights of at least one expert."]
-    found += [
-        f"There are no data of expert {task}; give data={{{task!r}: loader}}." for task in experts if task not in data
-    ]
-    found += [
-        f"There are data for {task!r}, which is no expert; the experts are {', '.join(experts)}."
-        for task in data
-        if task not in experts
-    ]
-    return found + [problem for calibration in calibrations.values() for problem in calibration.problems()]
