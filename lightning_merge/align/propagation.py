@@ -56,7 +56,9 @@ class Propagation:
         signature = program.graph_signature
         name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
         if name is None or name not in self.owners:
-            return frozen(node, "the inputs" if node.name in signature.user_inputs else "constants")
+            name = name or signature.inputs_to_lifted_tensor_constants.get(node.name)
+            constant = program.constants.get(name)
+            return frozen(node, "the inputs") if not isinstance(constant, Tensor) else _constant(constant)
         same = [other for other, tensor in self.owners.items() if tensor is self.owners[name]]
         if name not in self.stored and node.users:
             parameter = node.name in signature.inputs_to_parameters
@@ -143,6 +145,12 @@ def _freeze_all(dims: Iterable[Dim], why: str) -> None:
 def frozen(node: fx.Node, why: str) -> Any:
     """Dimensions of their own for the output of a node, or each of them, that stay as they are."""
     return pytree.tree_map_only(Tensor, lambda tensor: fixed(map(int, tensor.shape), why), node.meta.get("val"))
+
+
+def _constant(tensor: Tensor) -> Dims:
+    """The dimensions of a tensor that is no parameter: axes along which all is equal may be in any order."""
+    equal = [bool((tensor == tensor.narrow(axis, 0, 1)).all()) for axis in range(tensor.dim() if tensor.numel() else 0)]
+    return [Dim(size, "" if same else "constants") for size, same in zip(tensor.shape, equal, strict=True)]
 
 
 def _each(sizes: Any) -> list[Any]:

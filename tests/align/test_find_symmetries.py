@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_merge.align import Fixed, Free, Group, Permutation, Product, Sum, Symmetries, describe, find_symmetries
+from lightning_merge.align import (
+    Fixed,
+    Free,
+    Group,
+    Permutation,
+    Product,
+    Sum,
+    Symmetries,
+    describe,
+    find_symmetries,
+    verification,
+)
 from lightning_merge.align.axes import groups_of, sources
 from lightning_merge.align.find_symmetries import propagated
 from lightning_merge.align.tracing import copied, decomposed, exported
@@ -249,3 +260,15 @@ def test_outputs_that_show_nothing_are_refused():
 
     with pytest.raises(MergeError, match="zero or not finite"):
         find_symmetries(Nothing(), torch.randn(2, 4))
+
+
+def test_layers_that_compute_in_single_precision_are_no_reason_to_fix_a_group():
+    class Rounds(Sorts):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.second(self.first(x).relu())
+            return self.third(nn.functional.normalize(h.float(), dim=-1).to(h.dtype))
+
+    symmetries = find_symmetries(Rounds(), torch.randn(2, 4))
+    assert len(symmetries.groups) == 2
+    assert verification.Trial(copied(Rounds()), (torch.randn(2, 4),)).tolerance == verification.ROUNDED
+    assert verification.Trial(copied(Sorts()), (torch.randn(2, 4),)).tolerance == verification.EXACT

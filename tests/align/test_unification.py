@@ -48,7 +48,7 @@ def test_a_sum_meets_a_product_where_whole_blocks_are_cut():
     factor(blocks, [4, 3])
     cut(parts, [9, 3])
     unify(blocks, parts)
-    assert sizes(parts) == [3, 3, 1, 3]  # three heads and one, with the same inner channels
+    assert sizes(parts) == [3, 3, 3]  # three blocks and one, with the same inner channels
     first, second = parts.children
     assert find(find(first).children[1]) is find(second)
 

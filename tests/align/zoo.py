@@ -204,6 +204,7 @@ ZOO: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], int, int, float]] =
         2,
         0.99,
     ),
+    "eva": (of_timm("eva02_tiny_patch14_224", **{**VIT, "depth": 1}), 4, 1, 0.99),
     "swin": (of_timm("swin_tiny_patch4_window7_224", **SWIN), 14, 6, 0.95),
     "mixer": (
         images(mixer),
