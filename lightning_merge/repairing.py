@@ -13,6 +13,7 @@ from lightning_merge.errors import MergeError
 from lightning_merge.merged import Change, Merged
 from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
 from lightning_merge.repair import repair as shared_repair
+from lightning_merge.repair.calibration import Known
 from lightning_merge.task_data import Data
 
 ALL_TASKS = "all tasks"
@@ -38,7 +39,9 @@ class Repair:
     sites: Sequence[str] | None = None
 
 
-def repair(options: Repair, merged: Merged, module: nn.Module, data: Data, *, seed: int = 0) -> Merged:
+def repair(
+    options: Repair, merged: Merged, module: nn.Module, data: Data, *, seed: int = 0, known: Known | None = None
+) -> Merged:
     """Repair a merged model.
 
     Args:
@@ -47,6 +50,8 @@ def repair(options: Repair, merged: Merged, module: nn.Module, data: Data, *, se
         module: The module that its weights are of, on the device where it is run.
         data: For each expert's name batches of its images, with labels for ``probe``, that can be read again.
         seed: Of data that are drawn from PyTorch's global generator.
+        known: Statistics of the same experts on the same data, where several models are merged of them: what is found
+            is added, and what is there is not computed again.
 
     Returns:
         The repaired model: its ``weights`` where one correction serves all tasks, its ``for_task`` in any case.
@@ -63,7 +68,8 @@ def repair(options: Repair, merged: Merged, module: nn.Module, data: Data, *, se
         return _probed(options, merged, module, data, seed)
     if options.by == "batch_norm":
         return _with_new_statistics(options, merged, module, data, seed)
-    arguments = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain, "seed": seed}
+    given = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain}
+    arguments = {**given, "seed": seed, "known": known}
     if options.by == "repair":
         correction = shared_repair(module, merged.weights, merged.experts, data, **arguments)
         change = partial(corrected_weights, module, correction=correction)

@@ -36,6 +36,7 @@ from lightning_merge.evaluation.task_models import model_of_task, start_from
 from lightning_merge.matrices import matches
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
+from lightning_merge.repair.calibration import Known
 from lightning_merge.repairing import Repair, repair
 
 if TYPE_CHECKING:
@@ -222,12 +223,15 @@ class FoundationsBenchmark:
         data = calibration_images("The benchmark", self.datamodule, tasks, module, options.batches, options.batch_size)
         for kind in dict.fromkeys(arm.align for arm in options.arms.values()):
             aligned = self._align(kind, study, tasks, experts, data)
+            known: Known = {}
             for name, method in self.methods.items():
                 merged = merge(aligned.base, aligned.experts, method, exclude=options.private, seed=study)
                 for row, arm in options.arms.items():
                     if arm.align != kind:
                         continue
-                    repaired = merged if arm.repair is None else repair(arm.repair, merged, module, data)
+                    repaired = merged
+                    if arm.repair is not None:
+                        repaired = repair(arm.repair, merged, module, data, seed=study, known=known)
                     for task in tasks:
                         yield row, name, task, repaired.for_task(task)
 

@@ -128,6 +128,27 @@ def observe(
     return _each(found, sites, data)
 
 
+Known = dict[tuple[str, ...], dict[Site, Moments]]
+"""Statistics that were found before, by the names of the model and of the data."""
+
+
+def observe_once(
+    known: Known | None,
+    names: tuple[str, ...],
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    sites: Iterable[Site],
+    data: Calibration,
+    new: NewMoments = Moments,
+) -> dict[Site, Moments]:
+    """What :func:`observe` finds, or what is known of this model on these data."""
+    if known is None:
+        return observe(module, weights, sites, data, new)
+    if names not in known:
+        known[names] = observe(module, weights, sites, data, new)
+    return known[names]
+
+
 @dataclass(frozen=True)
 class Goals:
     """The statistics that activations are to have, and how far they are taken there.

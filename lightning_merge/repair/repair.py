@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.repair.calibration import Calibration, Goals, NewMoments, correct_in_turn, observe
+from lightning_merge.repair.calibration import Calibration, Goals, Known, NewMoments, correct_in_turn, observe_once
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
@@ -42,6 +42,7 @@ def repair(
     statistics: NewMoments = Moments,
     distributed: bool = False,
     seed: int = 0,
+    known: Known | None = None,
 ) -> Correction:
     """Correct the merged model, in one way for all tasks.
 
@@ -66,6 +67,8 @@ def repair(
         statistics: Makes what adds up batches.
         distributed: Whether the processes of the default process group share the data.
         seed: Seed of data that are drawn from PyTorch's global generator.
+        known: Statistics of the same experts on the same data, where several merged models are corrected: what is
+            found is added, and what is there is not computed again.
 
     Raises:
         MergeError: If the data are too few, if the weights are not those of this many experts, or if an activation is
@@ -82,8 +85,9 @@ def repair(
         found = find_sites(module, calibration.first_images(), sites)
     mean = dict.fromkeys(found, torch.tensor(0.0))
     std = dict(mean)
-    for expert, weight in zip(experts.values(), weights, strict=True):
-        for site, moments in observe(module, expert, found, calibration, statistics).items():
+    for (name, expert), weight in zip(experts.items(), weights, strict=True):
+        own = observe_once(known, ("all data", name), module, expert, found, calibration, statistics)
+        for site, moments in own.items():
             mean[site] = mean[site] + weight * moments.mean
             std[site] = std[site] + weight * moments.std
     complete = {**next(iter(experts.values())), **merged}

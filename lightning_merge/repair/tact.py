@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_merge.errors import raise_all
-from lightning_merge.repair.calibration import Calibration, Goals, NewMoments, correct_in_turn, observe
+from lightning_merge.repair.calibration import Calibration, Goals, Known, NewMoments, correct_in_turn, observe_once
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
@@ -38,6 +38,7 @@ def tact(
     statistics: NewMoments = Moments,
     distributed: bool = False,
     seed: int = 0,
+    known: Known | None = None,
 ) -> dict[str, Correction]:
     """Correct the merged model for every task.
 
@@ -65,6 +66,8 @@ def tact(
             official code.
         distributed: Whether the processes of the default process group share the data.
         seed: Seed of data that are drawn from PyTorch's global generator.
+        known: Statistics of the same experts on the same data, where several merged models are corrected: what is
+            found is added, and what is there is not computed again.
 
     Returns:
         For every expert a correction, in float32 (float64 if the weights are).
@@ -86,7 +89,7 @@ def tact(
     corrections = {}
     for task, expert in experts.items():
         complete = {**expert, **(merged(task) if callable(merged) else merged)}
-        goal = observe(module, expert, found, calibrations[task], statistics)
+        goal = observe_once(known, ("own data", task), module, expert, found, calibrations[task], statistics)
         mean = {site: moments.mean for site, moments in goal.items()}
         std = {site: moments.std for site, moments in goal.items()}
         goals = Goals(mean, std, max_gain, eps)
