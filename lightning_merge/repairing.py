@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -40,7 +40,13 @@ class Repair:
 
 
 def repair(
-    options: Repair, merged: Merged, module: nn.Module, data: Data, *, seed: int = 0, known: Known | None = None
+    options: Repair,
+    merged: Merged,
+    module: nn.Module,
+    data: Data,
+    *,
+    seed: int = 0,
+    known: dict[Any, Known] | None = None,
 ) -> Merged:
     """Repair a merged model.
 
@@ -69,7 +75,8 @@ def repair(
     if options.by == "batch_norm":
         return _with_new_statistics(options, merged, module, data, seed)
     given = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain}
-    arguments = {**given, "seed": seed, "known": known}
+    ours = None if known is None else known.setdefault((options.batches, *(options.sites or ())), {})
+    arguments = {**given, "seed": seed, "known": ours}
     if options.by == "repair":
         correction = shared_repair(module, merged.weights, merged.experts, data, **arguments)
         change = partial(corrected_weights, module, correction=correction)

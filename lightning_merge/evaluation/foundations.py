@@ -223,7 +223,7 @@ class FoundationsBenchmark:
         data = calibration_images("The benchmark", self.datamodule, tasks, module, options.batches, options.batch_size)
         for kind in dict.fromkeys(arm.align for arm in options.arms.values()):
             aligned = self._align(kind, study, tasks, experts, data)
-            known: Known = {}
+            known: dict[Any, Known] = {}
             for name, method in self.methods.items():
                 merged = merge(aligned.base, aligned.experts, method, exclude=options.private, seed=study)
                 for row, arm in options.arms.items():
