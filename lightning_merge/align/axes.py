@@ -1,8 +1,8 @@
 """How permutation groups order the entries along one axis of a tensor.
 
 An axis is a small tree. The rows of a linear layer are one free group; the inputs of a layer behind a flattened
-feature map are the product of the channels and fixed places; those behind a concatenation are a sum; the rows of a query are
-the product of the heads and the channels within a head, which have an order of their own in every head.
+feature map are the product of the channels and fixed places; those behind a concatenation are a sum; the rows of a
+query are the product of the heads and the channels within a head, which have an order of their own in every head.
 """
 
 from __future__ import annotations

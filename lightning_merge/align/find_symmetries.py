@@ -1,0 +1,124 @@
+"""Find the permutation groups of any module that ``torch.export`` can trace.
+
+Every axis of every parameter gets a dimension, and the operators of the graph say which dimensions must be ordered
+alike (:mod:`.rules`): what a layer writes and the next one reads, the two sides of a residual sum, queries and keys.
+What remains free is a permutation group. Nothing is known about architectures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_merge.align.axes import Axis, Fixed, groups_of
+from lightning_merge.align.dimensions import Dim, leaves
+from lightning_merge.align.nesting import has_group, outer_groups, outermost
+from lightning_merge.align.propagation import Propagation, tree
+from lightning_merge.align.rules import Dims, Unsupported
+from lightning_merge.align.symmetries import Group, Symmetries
+from lightning_merge.align.tracing import batch_of_two, copied, exported, marks, run
+from lightning_merge.align.verification import verified
+from lightning_merge.errors import raise_all
+
+
+def find_symmetries(
+    module: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, fixed: Sequence[str] = (), verify: bool = True
+) -> Symmetries:
+    """Find which channels of a module may be permuted without changing what it computes.
+
+    Args:
+        module: Any module; it is copied, and left as it is.
+        example_inputs: What its ``forward`` is called with; a batch of one is repeated.
+        fixed: Shell patterns of parameters whose channels must not move, such as ``head.*``.
+        verify: Whether random permutations are tried on a copy of the module with random parameters. Groups that change
+            what it computes, which would be a bug, are then fixed and reported.
+
+    Returns:
+        The groups, where they occur in parameters and activations, and why other channels are fixed. Parameters have
+        the names of the module's ``state_dict``.
+
+    Raises:
+        MergeError: If the module cannot be run on the inputs or traced, or a pattern matches no parameter.
+    """
+    inputs = batch_of_two(example_inputs)
+    owners = module.state_dict(keep_vars=True)
+    immovable = frozenset(name for name in owners if any(fnmatchcase(name, pattern) for pattern in fixed))
+    raise_all(
+        [f"{pattern!r} matches no parameter." for pattern in fixed if not any(fnmatchcase(n, pattern) for n in owners)]
+    )
+    copy = copied(module)
+    run(copy, inputs)
+    program = exported(copy, inputs)
+    traced = Propagation(copy.state_dict(keep_vars=True), immovable).run(program)
+    symmetries = _assembled(traced, marks(program))
+    return verified(symmetries, copy, inputs) if verify else symmetries
+
+
+def _assembled(traced: Propagation, sites: set[str]) -> Symmetries:
+    names = _named(traced)
+    sizes = {name: leaf.size for leaf, name in names.items()}
+    within = outermost(outer_groups(*traced.trees(names)), sizes)
+    axes = {name: tuple(tree(dim, names) for dim in dims) for name, dims in traced.stored.items()}
+    axes = {name: found for name, found in axes.items() if has_group(found)}
+    return Symmetries(
+        {name: Group(name, size, within.get(name)) for name, size in sizes.items()},
+        axes,
+        _features(traced, sites, names, within),
+        frozenset(traced.statistics & set(axes)),
+        _reasons(traced),
+    )
+
+
+def _named(traced: Propagation) -> dict[Dim, str]:
+    """Name each group after the first parameter and axis in which it occurs."""
+    names: dict[Dim, str] = {}
+    taken: Counter[str] = Counter()
+    free = dict.fromkeys(traced.free_leaves())
+    for parameter, dims in traced.stored.items():
+        for axis, dim in enumerate(dims):
+            for leaf in leaves(dim):
+                if leaf in free and leaf not in names:
+                    place = f"{parameter}:{axis}"
+                    taken[place] += 1
+                    names[leaf] = place if taken[place] == 1 else f"{place}.{taken[place]}"
+    return names
+
+
+def _features(
+    traced: Propagation, sites: set[str], names: Mapping[Dim, str], within: Mapping[str, str]
+) -> dict[str, tuple[Axis, ...]]:
+    """The axes of the activations that groups order, in the order in which they are computed."""
+    found = {}
+    for site in (site for site in traced.sites if site in sites):
+        axes = _representable(traced.sites[site], names, within)
+        if axes and has_group(axes) and not has_group(axes[:1]):
+            found[site] = (Fixed(-1), *axes[1:])
+    return found
+
+
+def _representable(dims: Dims, names: Mapping[Dim, str], within: Mapping[str, str]) -> tuple[Axis, ...]:
+    """The axes of an activation; none if the order along one depends on the place along another one."""
+    try:
+        axes = tuple(tree(dim, names) for dim in dims)
+    except Unsupported:
+        return ()
+    alone = outer_groups([axes], [])
+    return () if any(within[group] not in alone[group] for group in alone if group in within) else axes
+
+
+def _reasons(traced: Propagation) -> dict[str, int]:
+    """How many axes of parameters are fixed for which reason."""
+    count: Counter[str] = Counter()
+    for dims in traced.stored.values():
+        for dim in dims:
+            count.update({leaf.fixed for leaf in leaves(dim) if leaf.fixed and leaf.size > 1})
+    return dict(count)
+
+
+def moving(symmetries: Symmetries, name: str) -> bool:
+    """Whether a group orders a parameter."""
+    return any(True for axis in symmetries.axes.get(name, ()) for _ in groups_of(axis))

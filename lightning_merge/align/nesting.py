@@ -1,0 +1,74 @@
+"""Which groups have an order of their own in every entry of another group: the channels within a head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+
+from lightning_merge.align.axes import Axis, Free, Product, Sum, groups_of
+
+Tensors = Iterable[tuple[Axis, ...]]
+
+
+def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | None = None) -> dict[str, frozenset[str]]:
+    """Find for each group the others in each of whose entries it may have an order of its own.
+
+    That is so if every tensor that has channels of the group has them within the other one: as a coordinate beside
+    it in all that is computed, and before it in the same product in all parameters, so that it can be written down.
+
+    Args:
+        stored: The axes of the parameters.
+        computed: The axes of all that is computed.
+        only: The groups that are asked for; by default all.
+    """
+    found: dict[str, frozenset[str]] = {}
+
+    def meet(group: str, outer: frozenset[str]) -> None:
+        if only is None or group in only:
+            found[group] = found.get(group, outer) & outer - {group}
+
+    for axes in stored:
+        for axis in axes:
+            for group, outer in occurrences(axis, frozenset()):
+                meet(group, outer)
+    for axes in computed:
+        beside = Counter(group for axis in axes for group in coordinates(axis))
+        unique = frozenset(group for group, count in beside.items() if count == 1)
+        for axis in axes:
+            for group, outer in occurrences(axis, unique):
+                meet(group, outer)
+    return found
+
+
+def coordinates(axis: Axis) -> list[str]:
+    """The groups in which every entry along an axis has a coordinate."""
+    factors = axis.factors if isinstance(axis, Product) else (axis,)
+    return [factor.group for factor in factors if isinstance(factor, Free)]
+
+
+def occurrences(axis: Axis, outer: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    """Every group along an axis, with those that stand outside it there."""
+    if isinstance(axis, Free):
+        yield axis.group, outer
+    elif isinstance(axis, Sum):
+        for part in axis.parts:
+            yield from occurrences(part, outer)
+    elif isinstance(axis, Product):
+        for factor in axis.factors:
+            yield from occurrences(factor, outer)
+            outer = outer | frozenset(coordinates(factor))
+
+
+def outermost(candidates: dict[str, frozenset[str]], sizes: dict[str, int]) -> dict[str, str]:
+    """Choose one outer group for each that has some, which is not within another one itself: the largest."""
+    chosen = {}
+    for group, outer in candidates.items():
+        roots = [other for other in outer if not candidates.get(other)]
+        if roots:
+            chosen[group] = max(roots, key=lambda other: (sizes[other], other))
+    return chosen
+
+
+def has_group(axes: Iterable[Axis]) -> bool:
+    """Whether any group orders a tensor."""
+    return any(True for axis in axes for _ in groups_of(axis))

@@ -1,0 +1,144 @@
+"""Operators that treat all channels alike: elementwise functions, normalisation, reductions, pooling."""
+
+from __future__ import annotations
+
+from lightning_merge.align.dimensions import Dim, factor, fixed, free, freeze
+from lightning_merge.align.rules.registry import Call, Result, broadcast, in_place, places, rule, tensors
+
+
+@rule(
+    *("alias", "clone", "contiguous", "copy", "detach", "dropout", "feature_dropout", "lift_fresh_copy"),
+    *("_to_copy", "to", "type_as", "hardswish", "masked_fill", "where", "_softmax", "softmax"),
+    *("_log_softmax", "log_softmax", "square", "rsub", "softplus", "fill"),
+)
+def elementwise(call: Call) -> Result:
+    """Operands are broadcast; also the rule of every operator with the tag ``pointwise``."""
+    return broadcast(*tensors(call.arguments))
+
+
+@rule("prelu")
+def prelu(call: Call) -> Result:
+    """A slope for each channel, or one for all."""
+    x, slopes = call.first, call["weight"]
+    broadcast(x[1:2], slopes)
+    return x
+
+
+@rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
+def layer_norm(call: Call) -> Result:
+    """Normalised over the last dimensions."""
+    x = call["input"]
+    normalized = x[-len(call["normalized_shape"]) :]
+    for dims in (call["weight"], call["bias"]):
+        broadcast(dims or [], normalized)
+    statistics = [*x[: -len(normalized)], *(Dim(1) for _ in normalized)]
+    return x if isinstance(call.sizes[0], int) else [x, *(statistics for _ in call.sizes[1:])]
+
+
+@rule("group_norm", "native_group_norm")
+def group_norm(call: Call) -> Result:
+    """Normalised over each of the groups of channels."""
+    x, groups = call.first, call["num_groups"] or call["group"]
+    factor(x[1], [groups, x[1].size // groups])
+    for dims in (call["weight"], call["bias"]):
+        broadcast(dims or [], x[1:2])
+    several = not isinstance(call.sizes[0], int)
+    return [x, *(fixed(sizes, "statistics of groups") for sizes in call.sizes[1:])] if several else x
+
+
+@rule(
+    *("batch_norm", "instance_norm", "_batch_norm_impl_index", "cudnn_batch_norm", "native_batch_norm"),
+    *("_native_batch_norm_legit_no_training", "_native_batch_norm_legit"),
+)
+def batch_norm(call: Call) -> Result:
+    """Normalised over each channel."""
+    x = call["input"]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        broadcast(call[name] or [], x[1:2])
+    several = not isinstance(call.sizes[0], int)
+    return [x, *(fixed(sizes, "statistics of batches") for sizes in call.sizes[1:])] if several else x
+
+
+@rule(
+    *("mean", "sum", "prod", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "any", "all"),
+    *("max", "min"),
+)
+def reduction(call: Call) -> Result:
+    """Any order of what is reduced gives the same."""
+    x = call.first
+    reduced = call.axes("dim", len(x))
+    kept = len(call.sizes) == len(x)
+    return [Dim(1) if axis in reduced else dim for axis, dim in enumerate(x) if kept or axis not in reduced]
+
+
+@rule("var_mean", "std_mean", "aminmax")
+def reductions(call: Call) -> Result:
+    """Two reductions at once."""
+    return [reduction(Call(call.arguments, sizes, call.separate)) for sizes in call.sizes]
+
+
+@rule("max.dim", "min.dim")
+def extremum(call: Call) -> Result:
+    """The place of an extremum is a number that a permutation would change."""
+    in_place([call.first[axis] for axis in call.axes("dim", len(call.first))], "numbered")
+    return reductions(call)
+
+
+@rule("argmax", "argmin")
+def argmax(call: Call) -> Result:
+    """The same, for the place alone."""
+    in_place([call.first[axis] for axis in call.axes("dim", len(call.first))], "numbered")
+    return reduction(call)
+
+
+@rule("cumsum", "cumprod", "flip", "roll")
+def ordered(call: Call) -> Result:
+    """The order along some dimensions matters; they keep their sizes."""
+    x = call.first
+    in_place([x[axis] for axis in call.axes("dims" if "dims" in call.arguments else "dim", len(x))], "places")
+    return x
+
+
+@rule("tril", "triu")
+def triangle(call: Call) -> Result:
+    """The order along the last two dimensions matters."""
+    in_place(call.first[-2:], "places")
+    return call.first
+
+
+@rule("glu")
+def glu(call: Call) -> Result:
+    """One half is the other half's gate."""
+    x, (axis,) = call.first, call.axes("dim", len(call.first))
+    halves, channels = factor(x[axis], [2, x[axis].size // 2])
+    freeze(halves, "a stack")
+    return [*x[:axis], channels, *x[axis + 1 :]]
+
+
+@rule(
+    *(f"{kind}pool{n}d" for kind in ("max_", "avg_", "adaptive_avg_", "_adaptive_avg_", "lp_") for n in (1, 2, 3)),
+    *(f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "bilinear2d", "bicubic2d", "linear1d")),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "upsample_trilinear3d", "_upsample_nearest_exact2d"),
+    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+)
+def resample(call: Call) -> Result:
+    """Places are pooled or interpolated, each channel for itself."""
+    x, kept = call.first, [axis for axis, size in enumerate(call.sizes) if axis < 2]
+    kept = kept if len(call.sizes) > 2 else kept[:1]
+    in_place(x[len(kept) :], "places")
+    return [*x[: len(kept)], *places(call.sizes[len(kept) :])]
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d")
+def pool_with_indices(call: Call) -> Result:
+    """The same, with the places of the maxima."""
+    return [resample(Call(call.arguments, sizes, call.separate)) for sizes in call.sizes]
+
+
+@rule(
+    *("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"),
+    *("zeros_like", "ones_like", "full_like", "empty_like"),
+)
+def uniform(call: Call) -> Result:
+    """The same number everywhere, in any order."""
+    return free(call.sizes)

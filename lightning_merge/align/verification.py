@@ -1,0 +1,148 @@
+"""Try whether permutations leave what a module computes unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
+from lightning_merge.align.permutation import Permutation
+from lightning_merge.align.symmetries import Symmetries
+from lightning_merge.errors import MergeError
+
+FAILED = "failed verification"
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""The largest change of an output, relative to the largest output, by the type of the arithmetic."""
+
+
+def verified(symmetries: Symmetries, module: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> Symmetries:
+    """Leave out the groups that change what a module computes.
+
+    Args:
+        symmetries: What has been found.
+        module: A module of one's own in evaluation mode; its parameters are overwritten.
+        inputs: What it is called with; floating-point ones are drawn anew.
+        seed: The seed of the parameters, inputs and permutations.
+
+    Raises:
+        MergeError: If the outputs are not finite.
+    """
+    trial = Trial(module, inputs, seed)
+    culprits = trial.culprits(symmetries, list(symmetries.groups))
+    if not culprits:
+        return symmetries
+    kept = without(symmetries, culprits)
+    return replace(kept, fixed={**kept.fixed, **{f"{FAILED}: {name}": 1 for name in culprits}})
+
+
+class Trial:
+    """A module with random parameters, in double precision if it works in it, and what it computes."""
+
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> None:
+        self.module, self.seed = module, seed
+        randomize(module, seed)
+        for dtype in (torch.float64, torch.float32):
+            self.dtype = dtype
+            self.module.to(dtype)
+            self.inputs = _drawn(inputs, dtype, seed)
+            try:
+                self.outputs = self.run(module.state_dict())
+            except RuntimeError:
+                if dtype is torch.float32:
+                    raise
+            else:
+                break
+        self.scale = max((float(out.abs().max()) for out in self.outputs if out.numel()), default=0.0)
+        if not 0 < self.scale < float("inf"):
+            raise MergeError(
+                "The permutation groups cannot be verified, since the module's outputs on random inputs are zero or "
+                "not finite; give other example inputs, or verify=False."
+            )
+
+    def run(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the module computes with some parameters."""
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            outputs = functional_call(self.module, dict(weights), self.inputs, tie_weights=False)
+        return [out.double() for out in pytree.tree_leaves(outputs) if isinstance(out, Tensor)]
+
+    def error(self, permutation: Permutation) -> float:
+        """The largest change of an output that a permutation makes, relative to the largest output."""
+        found = self.run(permutation.apply(self.module.state_dict()))
+        return max(float((new - old).abs().max()) for new, old in zip(found, self.outputs, strict=True)) / self.scale
+
+    def culprits(self, symmetries: Symmetries, names: list[str]) -> list[str]:
+        """The groups among some that change what is computed, by bisection."""
+        drawn = Permutation.random(symmetries, self.seed)
+        orders = {
+            name: drawn.orders[name] if name in names else symmetries.identity_order(name) for name in drawn.orders
+        }
+        if not names or self.error(Permutation(symmetries, orders)) <= TOLERANCE[self.dtype]:
+            return []
+        half = len(names) // 2
+        found = [name for part in (names[:half], names[half:]) if half for name in self.culprits(symmetries, part)]
+        return found or names
+
+
+def randomize(module: nn.Module, seed: int = 0) -> None:
+    """Draw those parameters and statistics anew that would hide a wrong permutation: those that are constant."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: torch.Size, low: float, high: float) -> Tensor:
+        return torch.rand(shape, generator=generator) * (high - low) + low
+
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() < 2 or bool((tensor != tensor.flatten()[0]).any()):
+                continue
+            if name.endswith("running_mean"):
+                tensor.copy_(draw(tensor.shape, -0.5, 0.5))
+            elif isinstance(tensor, nn.Parameter) or name.endswith("running_var"):
+                zero = bool(tensor.flatten()[0] == 0)
+                width = max(tensor[0].numel(), 1) ** -0.5 if tensor.dim() > 1 else 0.3
+                tensor.copy_(draw(tensor.shape, -width, width) if zero else draw(tensor.shape, 0.5, 1.5))
+
+
+def _drawn(inputs: tuple[Any, ...], dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device, dtype)
+
+    return pytree.tree_map_only(Tensor, draw, inputs)
+
+
+def without(symmetries: Symmetries, names: Collection[str]) -> Symmetries:
+    """Fix some groups; those within them get one order for all."""
+
+    def fix(axis: Axis) -> Axis:
+        if isinstance(axis, Free):
+            return Fixed(axis.size) if axis.group in names else axis
+        if isinstance(axis, Product):
+            return Product(tuple(map(fix, axis.factors)))
+        return Sum(tuple(map(fix, axis.parts))) if isinstance(axis, Sum) else axis
+
+    def table(axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, tuple[Axis, ...]]:
+        found = {name: tuple(map(fix, along)) for name, along in axes.items()}
+        return {name: along for name, along in found.items() if any(True for axis in along for _ in groups_of(axis))}
+
+    axes = table(symmetries.axes)
+    return replace(
+        symmetries,
+        groups={
+            name: replace(group, within=None if group.within in names else group.within)
+            for name, group in symmetries.groups.items()
+            if name not in names
+        },
+        axes=axes,
+        features=table(symmetries.features),
+        statistics=symmetries.statistics & set(axes),
+    )
