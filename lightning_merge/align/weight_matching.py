@@ -22,7 +22,7 @@ def match_weights(
     symmetries: Symmetries,
     *,
     seed: int = 0,
-    restarts: int = 1,
+    restarts: int = 2,
     sweeps: int = 100,
 ) -> Permutation:
     """Find the permutation of a model whose weights are the most similar to those of a reference.
