@@ -3,7 +3,7 @@
 from lightning_merge.align.activation_matching import groups_without_features, match_activations
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum
 from lightning_merge.align.correlations import CrossMoments
-from lightning_merge.align.find_symmetries import find_symmetries
+from lightning_merge.align.find_symmetries import describe, find_symmetries
 from lightning_merge.align.many import match_many
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.straight_through import refine_straight_through
@@ -20,6 +20,7 @@ __all__ = [
     "Product",
     "Sum",
     "Symmetries",
+    "describe",
     "distance",
     "find_symmetries",
     "groups_without_features",

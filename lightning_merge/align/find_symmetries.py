@@ -13,14 +13,16 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from lightning_merge.align.axes import Axis, Fixed, groups_of
+from lightning_merge.align.axes import Axis, Fixed
 from lightning_merge.align.dimensions import Dim, leaves
 from lightning_merge.align.nesting import has_group, outer_groups, outermost
-from lightning_merge.align.propagation import Propagation, tree
-from lightning_merge.align.rules import Dims, Unsupported
+from lightning_merge.align.propagation import Propagation
+from lightning_merge.align.rules import Dims
 from lightning_merge.align.symmetries import Group, Symmetries
-from lightning_merge.align.tracing import batch_of_two, copied, exported, marks, run
+from lightning_merge.align.tracing import batch_of_two, copied, decomposed, exported, marks, run
+from lightning_merge.align.trees import Dependent, tree
 from lightning_merge.align.verification import verified
 from lightning_merge.errors import raise_all
 
@@ -53,9 +55,25 @@ def find_symmetries(
     copy = copied(module)
     run(copy, inputs)
     program = exported(copy, inputs)
-    traced = Propagation(copy.state_dict(keep_vars=True), immovable).run(program)
-    symmetries = _assembled(traced, marks(program))
+    symmetries = propagated(copy, program, immovable)
     return verified(symmetries, copy, inputs) if verify else symmetries
+
+
+def propagated(module: nn.Module, program: ExportedProgram, immovable: frozenset[str] = frozenset()) -> Symmetries:
+    """Find the groups in a graph; where it has operators without a rule, also in what these are made of.
+
+    Args:
+        module: What was traced.
+        program: Its graph.
+        immovable: The parameters whose channels must not move.
+    """
+    owners = module.state_dict(keep_vars=True)
+    traced = Propagation(owners, immovable).run(program)
+    simpler = decomposed(program) if traced.unknown else None
+    if simpler is not None:
+        again = Propagation(owners, immovable).run(simpler)
+        traced = max(traced, again, key=lambda traced: len(traced.free_leaves()))
+    return _assembled(traced, marks(program))
 
 
 def _assembled(traced: Propagation, sites: set[str]) -> Symmetries:
@@ -104,7 +122,7 @@ def _representable(dims: Dims, names: Mapping[Dim, str], within: Mapping[str, st
     """The axes of an activation; none if the order along one depends on the place along another one."""
     try:
         axes = tuple(tree(dim, names) for dim in dims)
-    except Unsupported:
+    except Dependent:
         return ()
     alone = outer_groups([axes], [])
     return () if any(within[group] not in alone[group] for group in alone if group in within) else axes
@@ -119,6 +137,14 @@ def _reasons(traced: Propagation) -> dict[str, int]:
     return dict(count)
 
 
-def moving(symmetries: Symmetries, name: str) -> bool:
-    """Whether a group orders a parameter."""
-    return any(True for axis in symmetries.axes.get(name, ()) for _ in groups_of(axis))
+def describe(symmetries: Symmetries, module: nn.Module) -> str:
+    """Say how many groups a module has, how much of it they order, and why the rest is fixed."""
+    sizes = {id(tensor): tensor.numel() for tensor in module.parameters()}
+    names = {name: id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False)}
+    moving = sum(sizes[key] for key in {names[name] for name in symmetries.axes if name in names})
+    lines = [
+        f"{len(symmetries.groups)} permutation groups, {len(symmetries.within)} of them within others, "
+        f"order {moving / max(sum(sizes.values()), 1):.1%} of {sum(sizes.values()):,} parameters."
+    ]
+    lines += [f"Fixed axes, {reason}: {count}." for reason, count in sorted(symmetries.fixed.items())]
+    return "\n".join(lines)

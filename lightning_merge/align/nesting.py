@@ -32,7 +32,7 @@ def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | Non
             for group, outer in occurrences(axis, frozenset()):
                 meet(group, outer)
     for axes in computed:
-        beside = Counter(group for axis in axes for group in coordinates(axis))
+        beside = Counter(group for axis in axes for group in direct_groups(axis))
         unique = frozenset(group for group, count in beside.items() if count == 1)
         for axis in axes:
             for group, outer in occurrences(axis, unique):
@@ -40,7 +40,7 @@ def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | Non
     return found
 
 
-def coordinates(axis: Axis) -> list[str]:
+def direct_groups(axis: Axis) -> list[str]:
     """The groups in which every entry along an axis has a coordinate."""
     factors = axis.factors if isinstance(axis, Product) else (axis,)
     return [factor.group for factor in factors if isinstance(factor, Free)]
@@ -56,7 +56,7 @@ def occurrences(axis: Axis, outer: frozenset[str]) -> Iterator[tuple[str, frozen
     elif isinstance(axis, Product):
         for factor in axis.factors:
             yield from occurrences(factor, outer)
-            outer = outer | frozenset(coordinates(factor))
+            outer = outer | frozenset(direct_groups(factor))
 
 
 def outermost(candidates: dict[str, frozenset[str]], sizes: dict[str, int]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum
-from lightning_merge.align.dimensions import Dim, find, fixed, flat, free, freeze, leaves, member, tie
+from lightning_merge.align.axes import Axis
+from lightning_merge.align.dimensions import Dim, fixed, flat, free, freeze, leaves, reason
 from lightning_merge.align.nesting import outer_groups
 from lightning_merge.align.rules import RULES, Call, Dims, Unsupported, elementwise, tensors
 from lightning_merge.align.tracing import SITE
+from lightning_merge.align.trees import each_member, tree
+from lightning_merge.align.unification import tie
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Propagation:
     statistics: set[str] = field(default_factory=set)
     sites: dict[str, Dims] = field(default_factory=dict)
     computed: list[Dims] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
 
     def run(self, program: ExportedProgram) -> Propagation:
         """Go through a graph from its inputs to its outputs."""
@@ -53,12 +56,14 @@ class Propagation:
         signature = program.graph_signature
         name = signature.inputs_to_parameters.get(node.name) or signature.inputs_to_buffers.get(node.name)
         if name is None or name not in self.owners:
-            return frozen(node, "the inputs" if node.name in signature.user_inputs else "constants")
+            name = name or signature.inputs_to_lifted_tensor_constants.get(node.name)
+            constant = program.constants.get(name)
+            return frozen(node, "the inputs") if not isinstance(constant, Tensor) else _constant(constant)
         same = [other for other, tensor in self.owners.items() if tensor is self.owners[name]]
         if name not in self.stored and node.users:
-            statistic = _is_statistic(node)
-            movable = node.name in signature.inputs_to_parameters or statistic
-            dims = free(self.owners[name].shape) if movable else frozen(node, "buffers")
+            parameter = node.name in signature.inputs_to_parameters
+            statistic = not parameter and _is_statistic(node)
+            dims = free(self.owners[name].shape) if parameter or statistic else frozen(node, "buffers")
             if self.immovable.intersection(same):
                 _freeze_all(dims, "as asked")
             self.stored.update(dict.fromkeys(same, dims))
@@ -74,6 +79,8 @@ class Propagation:
             self.sites[name] = dims
             return dims
         sizes = pytree.tree_map_only(Tensor, lambda tensor: list(tensor.shape), node.meta.get("val"))
+        if sizes is None and "_assert" in str(node.target):
+            return None
         rule = _rule(node.target)
         try:
             if rule is None or not all(isinstance(size, int) for size in pytree.tree_leaves(sizes)):
@@ -82,11 +89,12 @@ class Propagation:
             if [[dim.size for dim in dims] for dims in tensors(found)] != _each(sizes):
                 raise Unsupported
             return found
-        except Unsupported:
-            reason = "constants" if not node.all_input_nodes else str(node.target)
+        except (Unsupported, ArithmeticError, LookupError, TypeError, ValueError):  # a form that the rule does not know
+            operator_ = str(node.target)
             for dims in tensors((args, kwargs)):
-                _freeze_all(dims, reason)
-            return frozen(node, reason)
+                self.unknown.update({operator_} if any(not reason(dim) for dim in dims) else ())
+                _freeze_all(dims, operator_)
+            return frozen(node, operator_ if node.all_input_nodes else "constants")
 
     def separate(self, index: Dim, dims: Dims) -> None:
         """Give axes of a stack an order of their own at each entry of the stack's axis, if nothing has tied them yet.
@@ -95,12 +103,12 @@ class Propagation:
             index: The axis along which the tensor is taken apart.
             dims: The dimensions of the tensor.
         """
-        names = {leaf: str(number) for number, leaf in enumerate(self.free_leaves())}
-        if index not in names:
+        movable = dict.fromkeys(leaf for dim in dims for leaf in leaves(dim) if not leaf.fixed)
+        if index not in movable:
             return
-        inner = {leaf for dim in dims for leaf in leaves(dim) if leaf in names}
-        outer = outer_groups(*self.trees(names), only={names[leaf] for leaf in inner})
-        apart = [leaf for leaf in inner if names[index] in outer[names[leaf]]]
+        names = {leaf: str(number) for number, leaf in enumerate(movable)}
+        outer = outer_groups(*self.trees(names))
+        apart = [leaf for leaf in movable if names[index] in outer[names[leaf]]]
         if apart:
             freeze(index, "a stack")
         for leaf in apart:
@@ -121,47 +129,6 @@ class Propagation:
         return stored, computed
 
 
-def tree(dim: Dim, names: Mapping[Dim, str]) -> Axis:
-    """A dimension as an axis of named groups; what has no name is fixed."""
-    dim = find(dim)
-    if dim.kind == "leaf":
-        return Free(names[dim], dim.size) if dim in names else Fixed(dim.size)
-    if dim.kind == "family":
-        raise Unsupported
-    if dim.kind == "sum":
-        return _joined(Sum, [tree(part, names) for part in flat(dim, "sum")])
-    factors = flat(dim, "product")
-    for place, factor in enumerate(factors):
-        inner = factors[place + 1 :]
-        parts = [[member(dim, factor, entry) for dim in inner] for entry in range(factor.size if factor.fixed else 0)]
-        if parts and any(new is not find(old) for new, old in zip(parts[0], inner, strict=True)):
-            alternatives = _joined(Sum, [_joined(Product, [tree(dim, names) for dim in part]) for part in parts])
-            return _joined(Product, [*(tree(dim, names) for dim in factors[:place]), alternatives])
-    return _joined(Product, [tree(factor, names) for factor in factors])
-
-
-def _joined(kind: type[Product] | type[Sum], axes: Iterable[Axis]) -> Axis:
-    """A product or a sum, with those within it resolved and fixed neighbours joined."""
-    found: list[Axis] = []
-    for axis in axes:
-        for piece in (axis.factors if isinstance(axis, Product) else axis.parts) if isinstance(axis, kind) else (axis,):
-            if found and isinstance(piece, Fixed) and isinstance(found[-1], Fixed):
-                found[-1] = Fixed(kind((found[-1], piece)).size)
-            elif kind is Sum or piece.size != 1:
-                found.append(piece)
-    return found[0] if len(found) == 1 else kind(tuple(found)) if found else Fixed(1)
-
-
-def each_member(dims: Dims) -> Iterator[Dims]:
-    """A tensor, or for a stack with families the tensors that are stacked."""
-    index = next((node.index for dim in dims for node in _nodes(dim) if node.kind == "family"), None)
-    if index is None:
-        yield dims
-        return
-    for entry in range(index.size):
-        yield from each_member([member(dim, index, entry) for dim in dims])
-
-
 def settle(dims: Dims) -> Dims:
     """Merge the members of families in a tensor that does not have the axis along which they differ."""
     indices = [factor for dim in dims for factor in flat(dim, "product")]
@@ -170,21 +137,20 @@ def settle(dims: Dims) -> Dims:
     return dims
 
 
-def _nodes(dim: Dim) -> Iterator[Dim]:
-    dim = find(dim)
-    yield dim
-    for child in dim.children:
-        yield from _nodes(child)
-
-
-def _freeze_all(dims: Iterable[Dim], reason: str) -> None:
+def _freeze_all(dims: Iterable[Dim], why: str) -> None:
     for dim in dims:
-        freeze(dim, reason)
+        freeze(dim, why)
 
 
-def frozen(node: fx.Node, reason: str) -> Any:
+def frozen(node: fx.Node, why: str) -> Any:
     """Dimensions of their own for the output of a node, or each of them, that stay as they are."""
-    return pytree.tree_map_only(Tensor, lambda tensor: fixed(map(int, tensor.shape), reason), node.meta.get("val"))
+    return pytree.tree_map_only(Tensor, lambda tensor: fixed(map(int, tensor.shape), why), node.meta.get("val"))
+
+
+def _constant(tensor: Tensor) -> Dims:
+    """The dimensions of a tensor that is no parameter: axes along which all is equal may be in any order."""
+    equal = [bool((tensor == tensor.narrow(axis, 0, 1)).all()) for axis in range(tensor.dim() if tensor.numel() else 0)]
+    return [Dim(size, "" if same else "constants") for size, same in zip(tensor.shape, equal, strict=True)]
 
 
 def _each(sizes: Any) -> list[Any]:

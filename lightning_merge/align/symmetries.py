@@ -37,9 +37,10 @@ class Symmetries:
     Args:
         groups: The groups by name.
         axes: For every parameter and buffer that a group orders, its axes.
-        features: The same for activations, by the name of their site, see :class:`lightning_merge.sites.Site`.
+        features: The same for activations, by the name of their site, see :class:`lightning_merge.sites.Site`. The
+            first axis, that of the samples, is ``Fixed(-1)``: any number of them.
         statistics: Names of buffers (running means and variances): permuted with the rest, but not compared.
-        fixed: What keeps channels from being permuted: the number of times by operator or reason.
+        fixed: What keeps channels from being permuted: the number of axes by operator or reason.
     """
 
     groups: Mapping[str, Group]

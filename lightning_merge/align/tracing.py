@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +92,8 @@ def exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's fused encoder layer calls none of its parts
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return _export(module, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -110,6 +112,16 @@ def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
                 f"torch.export cannot trace the module, so that its permutation groups cannot be found: "
                 f"{_sentence(first)} {BY_HAND}"
             ) from first
+
+
+def decomposed(program: ExportedProgram) -> ExportedProgram | None:
+    """The same graph with simpler operators: a recurrent layer as its steps; None if that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return program.run_decompositions()
+    except Exception:
+        return None
 
 
 def _sentence(error: Exception) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
 from lightning_merge.align.permutation import Permutation
@@ -17,8 +18,8 @@ from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.errors import MergeError
 
 FAILED = "failed verification"
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""The largest change of an output, relative to the largest output, by the type of the arithmetic."""
+EXACT, ROUNDED = 1e-8, 1e-4
+"""The largest change of an output, relative to the largest output, in double precision and below."""
 
 
 def verified(symmetries: Symmetries, module: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> Symmetries:
@@ -48,18 +49,20 @@ class Trial:
         self.module, self.seed = module, seed
         randomize(module, seed)
         for dtype in (torch.float64, torch.float32):
-            self.dtype = dtype
             self.module.to(dtype)
             self.inputs = _drawn(inputs, dtype, seed)
             try:
-                self.outputs = self.run(module.state_dict())
+                with _Precision() as precision:
+                    self.outputs = self.run(module.state_dict())
             except RuntimeError:
                 if dtype is torch.float32:
                     raise
             else:
                 break
-        self.scale = max((float(out.abs().max()) for out in self.outputs if out.numel()), default=0.0)
-        if not 0 < self.scale < float("inf"):
+        self.tolerance = ROUNDED if precision.rounded else EXACT
+        finite = all(bool(out.isfinite().all()) for out in self.outputs)
+        self.scale = max((float(out.abs().max()) for out in self.outputs if out.numel()), default=0.0) if finite else 0
+        if self.scale == 0:
             raise MergeError(
                 "The permutation groups cannot be verified, since the module's outputs on random inputs are zero or "
                 "not finite; give other example inputs, or verify=False."
@@ -75,7 +78,8 @@ class Trial:
     def error(self, permutation: Permutation) -> float:
         """The largest change of an output that a permutation makes, relative to the largest output."""
         found = self.run(permutation.apply(self.module.state_dict()))
-        return max(float((new - old).abs().max()) for new, old in zip(found, self.outputs, strict=True)) / self.scale
+        changes = [(new - old).abs().max() for new, old in zip(found, self.outputs, strict=True) if new.numel()]
+        return float(torch.stack(changes).max()) / self.scale
 
     def culprits(self, symmetries: Symmetries, names: list[str]) -> list[str]:
         """The groups among some that change what is computed, by bisection."""
@@ -83,11 +87,23 @@ class Trial:
         orders = {
             name: drawn.orders[name] if name in names else symmetries.identity_order(name) for name in drawn.orders
         }
-        if not names or self.error(Permutation(symmetries, orders)) <= TOLERANCE[self.dtype]:
+        if not names or self.error(Permutation(symmetries, orders)) <= self.tolerance:
             return []
         half = len(names) // 2
         found = [name for part in (names[:half], names[half:]) if half for name in self.culprits(symmetries, part)]
         return found or names
+
+
+class _Precision(TorchDispatchMode):
+    """Notes whether anything is computed in less than double precision: some layers convert what they are given."""
+
+    rounded = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.rounded |= any(leaf.is_floating_point() and leaf.dtype != torch.float64 for leaf in tensors)
+        return out
 
 
 def randomize(module: nn.Module, seed: int = 0) -> None:

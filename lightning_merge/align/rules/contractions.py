@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_merge.align.dimensions import Dim, factor, freeze, product, unify
+from lightning_merge.align.dimensions import Dim, freeze, product
 from lightning_merge.align.rules.registry import Call, Dims, Result, Unsupported, broadcast, in_place, places, rule
+from lightning_merge.align.unification import factor, unify
 
 
 @rule("linear")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from lightning_merge.align.dimensions import Dim, factor, fixed, free, freeze
+from lightning_merge.align.dimensions import Dim, fixed, free, freeze
 from lightning_merge.align.rules.registry import Call, Result, broadcast, in_place, places, rule, tensors
+from lightning_merge.align.unification import factor
 
 
-@rule(
-    *("alias", "clone", "contiguous", "copy", "detach", "dropout", "feature_dropout", "lift_fresh_copy"),
-    *("_to_copy", "to", "type_as", "hardswish", "masked_fill", "where", "_softmax", "softmax"),
-    *("_log_softmax", "log_softmax", "square", "rsub", "softplus", "fill"),
-)
+@rule("copy", "fill", "hardswish", "masked_fill", "rsub", "softplus", "square", "where")
 def elementwise(call: Call) -> Result:
     """Operands are broadcast; also the rule of every operator with the tag ``pointwise``."""
     return broadcast(*tensors(call.arguments))
+
+
+@rule(
+    *("alias", "clone", "contiguous", "detach", "dropout", "feature_dropout", "lift_fresh_copy", "to", "type_as"),
+    *("_to_copy", "softmax", "_softmax", "log_softmax", "_log_softmax"),
+)
+def unchanged(call: Call) -> Result:
+    """The same entries, or functions of them that treat all alike, in the same places."""
+    return call.first
 
 
 @rule("prelu")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightning_merge.align.dimensions import Dim, fixed, freeze, unify
+from lightning_merge.align.dimensions import Dim, fixed, freeze
+from lightning_merge.align.unification import unify
 
 Dims = list[Dim]
 Result = Sequence[Any]

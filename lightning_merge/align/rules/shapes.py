@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_merge.align.dimensions import (
-    Dim,
-    cut,
-    factor,
-    family,
-    find,
-    fixed,
-    free,
-    freeze,
-    member,
-    product,
-    total,
-)
+from lightning_merge.align.dimensions import Dim, family, find, fixed, free, freeze, member, product, total
 from lightning_merge.align.rules.registry import Call, Dims, Result, Unsupported, broadcast, in_place, places, rule
+from lightning_merge.align.unification import cut, factor
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "reshape_as", "view_as")
@@ -81,7 +70,7 @@ def movedim(call: Call) -> Result:
 def unsqueeze(call: Call) -> Result:
     """An axis of one entry more."""
     (axis,) = call.axes("dim", len(call.first) + 1)
-    return [*call.first[:axis], Dim(1), *call.first[axis:]]
+    return _kept(call.first, axis)
 
 
 @rule("squeeze")
@@ -145,6 +134,10 @@ def entry(call: Call, dims: Dims, axis: int, place: int) -> Dims:
     return [member(dim, index, place) for dim in [*dims[:axis], *dims[axis + 1 :]]]
 
 
+def _kept(dims: Dims, axis: int) -> Dims:
+    return [*dims[:axis], Dim(1), *dims[axis:]]
+
+
 @rule("select", "select_copy")
 def select(call: Call) -> Result:
     """One entry along an axis."""
@@ -165,8 +158,7 @@ def split(call: Call) -> Result:
     dims, (axis,) = call.first, call.axes("dim", len(call.first))
     sizes = [part[axis] for part in call.sizes]
     if set(sizes) == {1}:
-        pieces = [entry(call, dims, axis, place) for place in range(len(sizes))]
-        return [[*piece[:axis], Dim(1), *piece[axis:]] for piece in pieces]
+        return [_kept(entry(call, dims, axis, place), axis) for place in range(len(sizes))]
     return [[*dims[:axis], part, *dims[axis + 1 :]] for part in cut(dims[axis], sizes)]
 
 
@@ -181,6 +173,8 @@ def slice_(call: Call) -> Result:
         return dims
     start = min(call["start"] or 0, size)
     start = max(start + size, 0) if start < 0 else start
+    if length == 1:
+        return _kept(entry(call, dims, axis, start), axis)
     dims[axis] = cut(dims[axis], [start, length, size - start - length])[1]
     return dims
 
