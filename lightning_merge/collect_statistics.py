@@ -11,8 +11,7 @@ of the module's logits, and the label y is, by choice,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -24,6 +23,7 @@ from torch.func import functional_call, grad, vmap
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
 from lightning_merge.layer_inputs import watch_inputs, watchable
+from lightning_merge.running import distinct_names, evaluating
 from lightning_merge.task_vectors import wide
 
 Kind = Literal["fisher", "gram", "gram_out"]
@@ -155,7 +155,7 @@ class StatisticsCollector:
         self._module, self._reduce = module, reduce
         self._parameters = {name: tensor for name, tensor in state.items() if _is_parameter(name, tensor)}
         self._buffers = {name: tensor for name, tensor in state.items() if name not in self._parameters}
-        self._tied = {alias: own.tied[alias] for alias in _distinct_names(module) if alias in own.tied}
+        self._tied = {alias: own.tied[alias] for alias in distinct_names(module) if alias in own.tied}
         device = next(iter(state.values())).device
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # examples, batches
         zeros = {name: torch.zeros_like(wide(tensor)) for name, tensor in self._parameters.items()}
@@ -174,7 +174,7 @@ class StatisticsCollector:
 
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Add one batch of inputs ``(N, …)`` and labels ``(N,)`` (of this process, if there are several)."""
-        with _evaluating(self._module), torch.autocast(inputs.device.type, enabled=False), torch.enable_grad():
+        with evaluating(self._module), torch.autocast(inputs.device.type, enabled=False), torch.enable_grad():
             if self._inputs:
                 self._add_grams(inputs, targets)
             if self._fisher:
@@ -276,15 +276,6 @@ def _is_parameter(name: str, tensor: Tensor) -> bool:
     return tensor.is_floating_point() and name.rpartition(".")[2] not in _RUNNING_STATISTICS
 
 
-def _distinct_names(module: nn.Module) -> Iterator[str]:
-    """One name for every place that holds a tensor.
-
-    torch's ``functional_call`` does not put back the parameters of a submodule that has two names, given both.
-    """
-    for prefix, part in module.named_modules():
-        yield from (f"{prefix}.{name}".lstrip(".") for name in (*part._parameters, *part._buffers))
-
-
 def _matrices(module: nn.Module, parameters: State) -> list[str]:
     """The weights of linear layers and of attention, whose inputs can be seen. Kernels of convolutions are left out."""
     return [name for name in watchable(module) if name in parameters and parameters[name].ndim == 2]
@@ -302,14 +293,3 @@ def _check(logits: Tensor) -> Tensor:
             f"Fisher and gradients need a module that maps inputs to logits (N, classes); this one returns {what}."
         )
     return logits
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

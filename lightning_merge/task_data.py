@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.func import functional_call
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.running import device_of, evaluating, read_images, seeded
 
 if TYPE_CHECKING:
     from lightning_merge.inventory import Inventory
@@ -69,17 +69,12 @@ class TaskData:
     @contextmanager
     def running(self) -> Iterator[TaskData]:
         """Put the module into evaluation mode and seed the data; afterwards all is as before."""
-        with evaluating(self.module, self._seed):
+        with seeded(self._seed, self.device), evaluating(self.module):
             yield self
 
     def batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images ``(N, …)`` once, batch by batch, on the module's device."""
-        empty = True
-        for batch in self._data[expert]:
-            empty = False
-            yield self._moved(images_of(batch, f"the data of expert {expert}"))
-        if empty:
-            raise MergeError(f"The data of expert {expert} hold no batch; give at least one.")
+        return map(self._moved, read_images(self._data[expert], f"expert {expert}"))
 
     def endless_batches(self, expert: str) -> Iterator[Tensor]:
         """Read an expert's images again and again."""
@@ -97,45 +92,6 @@ class TaskData:
         complete = self._kept[expert] | {name: self._moved(tensor) for name, tensor in weights.items()}
         complete |= {alias: complete[owner] for alias, owner in self._tied.items() if owner in complete}
         return functional_call(self.module, complete, (images,))
-
-
-@contextmanager
-def evaluating(module: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Put a module into evaluation mode and seed PyTorch's generators; afterwards all is as before."""
-    modes = {part: part.training for part in module.modules()}
-    device = device_of(module)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, training in modes.items():
-                part.training = training
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter or buffer."""
-    first = next(chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def images_of(batch: Any, data: str) -> Tensor:
-    """The images ``(N, …)`` of a batch, which is the images or ``(images, labels)``.
-
-    Args:
-        batch: The batch.
-        data: What the data are called in messages.
-
-    Raises:
-        MergeError: If it is something else.
-    """
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(images, Tensor):
-        raise MergeError(
-            f"A batch of {data} holds a {type(images).__name__}; it must be images or (images, labels), as tensors."
-        )
-    return images
 
 
 def plain(module: nn.Module) -> nn.Module:
@@ -162,13 +118,14 @@ def check_task_data(
             f"{method} runs the model on images of every expert's task while it merges; give "
             f"merge(…, module=model, data={{{example}}}), or on the command line --model and --data."
         )
-    raise_all([*_data_problems(data, experts), *_module_problems(plain(module), base, experts, inventory)])
+    raise_all([*data_problems(data, experts, "merge"), *_module_problems(plain(module), base, experts, inventory)])
 
 
-def _data_problems(data: Data, experts: Mapping[str, Weights]) -> list[str]:
+def data_problems(data: Data, experts: Iterable[str], call: str) -> list[str]:
+    """What is wrong with the data of some experts, which are given to a function, in sentences."""
     return [
         *(
-            f"There are no data of expert {name}; give merge(…, data={{{name!r}: loader}})."
+            f"There are no data of expert {name}; give {call}(…, data={{{name!r}: loader}})."
             for name in experts
             if name not in data
         ),
