@@ -22,15 +22,15 @@ from lightning_merge.align.correlations import CrossMoments
 from lightning_merge.align.descent import Descent
 from lightning_merge.align.entries import Entries, Key, aligned_but, entries_along, families, families_along
 from lightning_merge.align.permutation import Permutation
-from lightning_merge.align.running import DATA, check_batches, dtype_of, read_images, weights_of
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.running import device_of, evaluating, seeded
+from lightning_merge.running import common_dtype, complete_state, device_of, evaluating, read_images, seeded
 from lightning_merge.sharing import Processes
 from lightning_merge.sites import Site, at_sites, split_name
 from lightning_merge.task_data import plain
 
+TASK = "the alignment"  # what the data are called in messages
 AT_ONCE = 32  # samples: all watched activations of so many are in memory
 
 
@@ -76,14 +76,15 @@ def match_activations(
         known = {"weights", "identity"}
         raise_all([] if rest in known else [f"rest={rest!r} must be 'weights' or 'identity'."])
         a, b = checked(reference, symmetries, "the reference"), checked(other, symmetries, "the other model")
-        models = weights_of(module, reference, "the reference"), weights_of(module, other, "the other model")
+        models = complete_state(module, reference, "the reference"), complete_state(module, other, "the other model")
         readings = _readings(symmetries)
-        check_batches(batches, again=len(readings) > 1)
+        raise_all(reading_problems(batches) if len(readings) > 1 else [])
     orders = dict(Permutation.identity(symmetries).orders)
     for reading in readings:
-        with evaluating(module), seeded(seed, device_of(module)), processes.together():
+        with seeded(seed, device_of(module)), evaluating(module), processes.together():
             moments, samples = _watch(module, models, reading, batches, orders, symmetries)
-        _check_samples(sum(processes.gather(samples)))
+        if sum(processes.gather(samples)) < 2:
+            raise MergeError(f"The data of {TASK} hold one sample; correlations need two at least, better a thousand.")
         orders |= _assign(reading, moments, symmetries, epsilon, processes)
     rest_groups = groups_without_features(symmetries)
     if rest == "weights" and rest_groups:
@@ -143,7 +144,7 @@ def _watch(
     symmetries: Symmetries,
 ) -> tuple[list[CrossMoments], int]:
     """Run both models on all batches; return the moments of all features, and the number of samples."""
-    device, samples = device_of(module), 0
+    device, dtype, samples = device_of(module), common_dtype({**models[0], **models[1]}), 0
     moments = [CrossMoments.empty(len(feature.entries.places), device=device) for feature in reading]
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -159,12 +160,13 @@ def _watch(
 
     sites = {feature.site.name: Site(feature.site.path, input=feature.site.input) for feature in reading}.values()
     with torch.no_grad():
-        for images in read_images(batches, device, dtype_of(*models)):
+        for images in read_images(batches, TASK):
+            images = images.to(device, dtype if images.is_floating_point() else images.dtype)
             samples += len(images)
             for part in images.split(AT_ONCE):
                 for model, act in zip(models, (keep, compare), strict=True):
                     with at_sites(module, sites, act):
-                        functional_call(module, model, (part,))
+                        functional_call(module, model, (part,), tie_weights=False)
                 seen.clear()
     return moments, samples
 
@@ -175,7 +177,7 @@ def _rows(feature: _Feature, activation: Tensor, orders: Orders, symmetries: Sym
     ordered = {dim: axis.size for dim, axis in enumerate(axes) if any(groups_of(axis))}
     if activation.dim() != len(axes) or any(activation.shape[dim] != size for dim, size in ordered.items()):
         raise MergeError(
-            f"The activation of {site.name!r} has shape {tuple(activation.shape)} on {DATA}, but "
+            f"The activation of {site.name!r} has shape {tuple(activation.shape)} on the data of {TASK}, but "
             f"{tuple(axis.size for axis in axes)} where the permutation groups were found."
         )
     if feature.others:
@@ -183,11 +185,10 @@ def _rows(feature: _Feature, activation: Tensor, orders: Orders, symmetries: Sym
     return feature.entries.rows(activation, site.axis).T
 
 
-def _check_samples(samples: int) -> None:
-    if samples == 0:
-        raise MergeError(f"{DATA.capitalize()} hold no batch; give at least one.")
-    if samples == 1:
-        raise MergeError(f"{DATA.capitalize()} hold one sample; correlations need at least two, better a thousand.")
+def reading_problems(batches: Iterable[Any]) -> list[str]:
+    """What is wrong with batches that are read again and again, in sentences."""
+    again = "can be read only once; give a DataLoader or a list of batches."
+    return [f"The data of {TASK} {again}"] if isinstance(batches, Iterator) else []
 
 
 def _assign(
@@ -205,7 +206,7 @@ def _assign(
             total.merge(other)
         if not bool(total.products.isfinite().all()):
             raise MergeError(
-                f"The activation of {feature.site.name!r} is not finite on {DATA}; look at the models and the data."
+                f"The activation of {feature.site.name!r} is not finite on the data of {TASK}; look at both."
             )
         found, key = scores[feature.family], feature.entries.groups
         found[key] = total.correlation(epsilon) + found.get(key, 0.0)

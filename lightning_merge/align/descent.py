@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from lightning_merge.align.assignment import assign_family
-from lightning_merge.align.entries import Entries, Family, Key, aligned_but, entries_along, families, families_along
+from lightning_merge.align.entries import Entries, Key, aligned_but, entries_along, families, families_along
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
 
@@ -42,40 +43,40 @@ class Descent:
         start: Permutation,
         fixed: Collection[str] = (),
     ) -> None:
-        symmetries = start.symmetries
-        self._symmetries, self._within = symmetries, symmetries.within
-        names = compared(symmetries)
+        self._symmetries, self._within = start.symmetries, start.symmetries.within
+        names = compared(start.symmetries)
         self._reference = {name: reference[name] for name in names}
         self._other = {name: other[name].to(reference[name].device) for name in names}
-        self._orders = dict(start.orders)
-        self._fixed = frozenset(fixed)
-        occurrences = [
-            _Occurrence(name, dim, entries)
-            for name in names
-            for dim, axis in enumerate(symmetries.axes[name])
-            for entries in entries_along(axis, self._within)
-        ]
-        self.families = {
-            name: family
-            for name, family in families(symmetries).items()
-            if not self._fixed.issuperset(family.groups)
-            and any(occurrence.entries.groups[0] == name for occurrence in occurrences)
+        self._norms = {
+            name: float(self._reference[name].double().norm() * other[name].double().norm()) for name in names
         }
-        self._occurrences = {
-            name: [occurrence for occurrence in occurrences if occurrence.entries.groups[0] == name]
-            for name in self.families
-        }
-        self._changes = dict.fromkeys(families(symmetries), 0)
+        self._orders, self._fixed = dict(start.orders), frozenset(fixed)
+        self._similar = self._similarities(names, start)
+        self._families = families(start.symmetries)
+        self._occurrences = self._find_occurrences(names)
+        self._changes = dict.fromkeys(self._families, 0)
         self._seen: dict[str, object] = {}
-        self._similar = {
-            name: inner_product(self._reference[name], start.apply_to(name, self._other[name])) for name in names
-        }
-        norms = {
-            name: float(self._reference[name].double().norm() * self._other[name].double().norm()) for name in names
-        }
-        self._bounds = {
-            family: sum(norms[name] for name in {occurrence.name for occurrence in self._occurrences[family]})
-            for family in self.families
+
+    def _find_occurrences(self, names: list[str]) -> dict[str, list[_Occurrence]]:
+        """Where the families occur that may get new orders."""
+        found: dict[str, list[_Occurrence]] = {}
+        for name in names:
+            along = [
+                (dim, family)
+                for dim, axis in enumerate(self._symmetries.axes[name])
+                for family in families_along(axis, self._within)
+            ]
+            for dim, axis in enumerate(self._symmetries.axes[name]):
+                for entries in entries_along(axis, self._within):
+                    family = entries.groups[0]
+                    if not self._fixed.issuperset(self._families[family].groups):
+                        others = tuple(other for at, other in along if (at, other) != (dim, family))
+                        found.setdefault(family, []).append(_Occurrence(name, dim, entries, others))
+        return found
+
+    def _similarities(self, names: Iterable[str], permutation: Permutation) -> dict[str, float]:
+        return {
+            name: inner_product(self._reference[name], permutation.apply_to(name, self._other[name])) for name in names
         }
 
     @property
@@ -90,52 +91,71 @@ class Descent:
 
     def run(self, generator: torch.Generator, sweeps: int) -> None:
         """Visit all families in random order again and again until none gains anything."""
-        names = list(self.families)
+        names = list(self._occurrences)
         for _ in range(sweeps):
             order = torch.randperm(len(names), generator=generator).tolist()
             if not any([self.visit(names[i]) for i in order]):
                 return
 
-    def visit(self, name: str) -> bool:
-        """Give one family its best orders; return whether the similarity has grown."""
-        family, occurrences = self.families[name], self._occurrences[name]
-        versions = [self._version(occurrence) for occurrence in occurrences]
-        if self._seen.get(name) == versions:
-            return False
-        self._seen[name] = versions
-        scores: dict[Key, Tensor] = {}
-        for occurrence, version in zip(occurrences, versions, strict=True):
-            found = self._scores(occurrence, version)
-            key = occurrence.entries.groups
-            scores[key] = scores[key] + found if key in scores else found
-        fixed = {group: self._orders[group] for group in family.groups if group in self._fixed}
-        return self._accept(family, assign_family(family, scores, fixed))
+    def grow(self) -> None:
+        """Give every family an order once, first those that share most with what is in order by then.
 
-    def _accept(self, family: Family, orders: Mapping[str, Tensor]) -> bool:
-        """Take new orders if the similarity itself grows, which is no matter of course if a group is on two axes."""
-        proposal = Permutation(self._symmetries, self._orders | dict(orders))
-        touched = {occurrence.name for occurrence in self._occurrences[family.name]}
-        similar = {
-            name: inner_product(self._reference[name], proposal.apply_to(name, self._other[name])) for name in touched
-        }
-        gain = sum(similar[name] - self._similar[name] for name in touched)
-        if gain <= TOLERANCE * self._bounds[family.name]:
+        What a family shares with others that have no order yet is left out, since it is noise. The model's inputs and
+        outputs are in order from the beginning.
+        """
+        pending = list(self._occurrences)
+
+        def usable(family: str) -> list[_Occurrence]:
+            return [found for found in self._occurrences[family] if not set(found.others).intersection(pending)]
+
+        def share(family: str) -> float:
+            return self._bound(usable(family)) / max(self._bound(self._occurrences[family]), 1e-300)
+
+        while pending:
+            family = max(pending, key=share)
+            self._assign(family, usable(family), -math.inf)
+            pending.remove(family)
+
+    def visit(self, family: str) -> bool:
+        """Give one family its best orders; return whether the similarity has grown."""
+        occurrences = self._occurrences[family]
+        versions = [self._version(found) for found in occurrences]
+        if self._seen.get(family) == versions:
             return False
-        self._orders, self._similar = dict(proposal.orders), self._similar | similar
-        self._changes[family.name] += 1
+        self._seen[family] = versions
+        return self._assign(family, occurrences, TOLERANCE * self._bound(occurrences))
+
+    def _bound(self, occurrences: list[_Occurrence]) -> float:
+        """What the similarity of some parameters can be at most."""
+        return sum(self._norms[name] for name in {found.name for found in occurrences})
+
+    def _assign(self, family: str, occurrences: list[_Occurrence], least: float) -> bool:
+        """Take the best orders if the similarity itself grows by more than the least.
+
+        That is no matter of course if a family is on two axes of a parameter.
+        """
+        if not occurrences:
+            return False
+        scores: dict[Key, Tensor] = {}
+        for found in occurrences:
+            key = found.entries.groups
+            scores[key] = self._scores(found) + scores.get(key, 0.0)
+        fixed = {group: self._orders[group] for group in self._families[family].groups if group in self._fixed}
+        orders = self._orders | assign_family(self._families[family], scores, fixed)
+        touched = {found.name for found in self._occurrences[family]}
+        similar = self._similarities(touched, Permutation(self._symmetries, orders))
+        if sum(similar[name] - self._similar[name] for name in touched) <= least:
+            return False
+        self._orders, self._similar = orders, self._similar | similar
+        self._changes[family] += 1
         return True
 
     def _version(self, occurrence: _Occurrence) -> tuple[int, ...]:
         """How often everything has changed that the scores of an occurrence depend on."""
-        own = occurrence.entries.groups[0]
-        return tuple(
-            self._changes[family]
-            for dim, axis in enumerate(self._symmetries.axes[occurrence.name])
-            for family in families_along(axis, self._within)
-            if dim != occurrence.dim or family != own
-        )
+        return tuple(self._changes[family] for family in occurrence.others)
 
-    def _scores(self, occurrence: _Occurrence, version: tuple[int, ...]) -> Tensor:
+    def _scores(self, occurrence: _Occurrence) -> Tensor:
+        version = self._version(occurrence)
         if occurrence.version != version:
             name, dim, entries = occurrence.name, occurrence.dim, occurrence.entries
             axes = self._symmetries.axes[name]
@@ -147,11 +167,12 @@ class Descent:
 class _Occurrence:
     """Entries of one parameter that a family orders, and how similar they are: ``(n, n)``.
 
-    The scores are kept. When other groups have moved, only the columns that have changed are multiplied again.
+    The scores are kept. When other families have moved, only the columns that have changed are multiplied again.
     """
 
-    def __init__(self, name: str, dim: int, entries: Entries) -> None:
+    def __init__(self, name: str, dim: int, entries: Entries, others: tuple[str, ...]) -> None:
         self.name, self.dim, self.entries = name, dim, entries
+        self.others = others  # the families along the parameter's axes, without this one along this axis
         self.version: tuple[int, ...] | None = None
         self.scores = torch.empty(0)
         self._rows = torch.empty(0)

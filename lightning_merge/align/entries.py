@@ -102,6 +102,8 @@ def aligned_but(
     """
     others = {group: order for group, order in orders.items() if within.get(group, group) != family}
     for at, axis in enumerate(axes):
+        if not any(groups_of(axis)):
+            continue
         source = sources(axis, others if at == dim else orders, within)
         if not torch.equal(source, torch.arange(len(source))):
             tensor = tensor.index_select(at, source.to(tensor.device))

@@ -25,21 +25,31 @@ from lightning_merge.align.symmetries import Symmetries
 
 STEPS = 200
 PATIENCE = 5  # steps that gain almost nothing, and then it ends
-TOLERANCE = 1e-9
+TOLERANCE = 1e-7
 
 Mixtures = dict[Key, Tensor]
 """For the entries of every key a mixture of their permutations ``(n, n)``: rows of the result, columns of the model."""
 
 
-def synchronize(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) -> list[Permutation]:
+def synchronize(
+    models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries, starts: Sequence[Sequence[Permutation]]
+) -> list[Permutation]:
     """Find the permutation of every model to a common order, which is none of the models' own.
 
     Args:
         models: The ordered parameters of every model.
         symmetries: The groups of all models.
+        starts: Permutations of all models to start from; the result with the largest sum is kept.
     """
     space = _Space(models, symmetries)
-    mixtures = [space.mixtures(Permutation.identity(symmetries).orders) for _ in models]
+    ends = [space.best_orders(_climb(space, [space.mixtures(one.orders) for one in start])) for start in starts]
+    best = max(ends, key=lambda orders: space.value([space.mixtures(one) for one in orders]))
+    identity = Permutation.identity(symmetries).orders
+    return [Permutation(symmetries, {**identity, **orders}) for orders in best]
+
+
+def _climb(space: _Space, mixtures: list[Mixtures]) -> list[Mixtures]:
+    """Go from mixtures on as long as the value grows."""
     value, idle = space.value(mixtures), 0
     for _ in range(STEPS):
         corners = [space.mixtures(orders) for orders in space.best_orders(space.gradients(mixtures))]
@@ -48,8 +58,7 @@ def synchronize(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) 
         idle = idle + 1 if value - before <= TOLERANCE * abs(value) else 0
         if idle == PATIENCE:
             break
-    identity = Permutation.identity(symmetries).orders
-    return [Permutation(symmetries, {**identity, **orders}) for orders in space.best_orders(mixtures)]
+    return mixtures
 
 
 class _Space:
@@ -130,7 +139,10 @@ class _Space:
         for dim, entries in self._places(name):
             if but is not None and but[0] == dim and but[1] is entries:
                 continue
-            rows = tensor.movedim(dim, 0).clone()
-            rows[entries.places] = torch.tensordot(own[entries.groups], rows[entries.places], dims=1)
+            mixture, rows = own[entries.groups], tensor.movedim(dim, 0)
+            if torch.equal(entries.places[:, 0], torch.arange(len(rows))):
+                rows = torch.tensordot(mixture, rows, dims=1)
+            else:
+                rows = rows.index_put((entries.places,), torch.tensordot(mixture, rows[entries.places], dims=1))
             tensor = rows.movedim(0, dim)
         return tensor

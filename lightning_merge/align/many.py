@@ -12,7 +12,7 @@ from lightning_merge.align.descent import Descent, compared
 from lightning_merge.align.frank_wolfe import synchronize
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
-from lightning_merge.align.weight_matching import checked
+from lightning_merge.align.weight_matching import checked, match_weights
 from lightning_merge.errors import MergeError, raise_all
 
 Name = TypeVar("Name", bound=Hashable)
@@ -37,9 +37,10 @@ def match_many(
         models: The models by name, or in a sequence, whose names are 0, 1, 2, …
         symmetries: The groups of all models.
         method: ``frank_wolfe`` makes the similarity of all pairs large at once (C²M³, Crisostomi et al.: C²M³:
-            Cycle-Consistent Multi-Model Merging, NeurIPS 2024). ``mean`` brings one model after the other, in random
-            order, next to the mean of the others, as long as the similarity of all pairs grows (MergeMany, Git
-            Re-Basin, appendix). ``reference`` matches every model to the first one, and looks at no other pair.
+            Cycle-Consistent Multi-Model Merging, NeurIPS 2024), once from the models as they are and once from what
+            ``reference`` finds, and keeps the better result. ``reference`` matches every model to the first one, and
+            looks at no other pair. ``mean`` goes on from there: one model after the other, in random order, comes next
+            to the mean of the others, as long as the similarity of all pairs grows (MergeMany, Git Re-Basin, appendix).
         seed: Of all random orders.
         sweeps: After how many visits of every group, and of every model, to stop at the latest.
 
@@ -64,9 +65,9 @@ def _to_the_first(
     models: Mapping[Hashable, dict[str, Tensor]], symmetries: Symmetries, generator: torch.Generator, sweeps: int
 ) -> Orders:
     first, *others = models
-    identity = Permutation.identity(symmetries)
-    return {first: identity} | {
-        name: _next_to(models[first], models[name], identity, generator, sweeps) for name in others
+    seed = int(torch.randint(2**31, (), generator=generator))
+    return {first: Permutation.identity(symmetries)} | {
+        name: match_weights(models[first], models[name], symmetries, seed=seed, sweeps=sweeps) for name in others
     }
 
 
@@ -74,14 +75,16 @@ def _to_the_mean(
     models: Mapping[Hashable, dict[str, Tensor]], symmetries: Symmetries, generator: torch.Generator, sweeps: int
 ) -> Orders:
     """Match every model to the mean of the others until the similarity of all pairs no longer grows."""
-    names, found = list(models), dict.fromkeys(models, Permutation.identity(symmetries))
+    names, found = list(models), _to_the_first(models, symmetries, generator, sweeps)
     reached = pair_similarity([found[name].apply(models[name]) for name in names], symmetries)
     for _ in range(sweeps):
         for i in torch.randperm(len(names), generator=generator).tolist():
             name, others = names[i], [other for other in names if other != names[i]]
             permuted = [found[other].apply(models[other]) for other in others]
             mean = {key: sum(model[key].double() for model in permuted) / len(permuted) for key in models[name]}
-            found[name] = _next_to(mean, models[name], found[name], generator, sweeps)
+            descent = Descent(mean, models[name], found[name])
+            descent.run(generator, sweeps)
+            found[name] = descent.permutation
         before, reached = reached, pair_similarity([found[name].apply(models[name]) for name in names], symmetries)
         if reached - before <= TOLERANCE * abs(reached):
             break
@@ -91,19 +94,12 @@ def _to_the_mean(
 def _by_frank_wolfe(
     models: Mapping[Hashable, dict[str, Tensor]], symmetries: Symmetries, generator: torch.Generator, sweeps: int
 ) -> Orders:
-    return dict(zip(models, synchronize(list(models.values()), symmetries), strict=True))
-
-
-def _next_to(
-    target: Mapping[str, Tensor],
-    model: Mapping[str, Tensor],
-    start: Permutation,
-    generator: torch.Generator,
-    sweeps: int,
-) -> Permutation:
-    descent = Descent(target, model, start)
-    descent.run(generator, sweeps)
-    return descent.permutation
+    """From the models as they are, as in the paper, and from what matching to the first one finds."""
+    starts = [
+        [Permutation.identity(symmetries)] * len(models),
+        list(_to_the_first(models, symmetries, generator, sweeps).values()),
+    ]
+    return dict(zip(models, synchronize(list(models.values()), symmetries, starts), strict=True))
 
 
 def pair_similarity(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) -> float:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightning_merge.align.activation_matching import TASK, reading_problems
 from lightning_merge.align.descent import Descent
 from lightning_merge.align.permutation import Permutation
-from lightning_merge.align.running import DATA, check_batches, dtype_of, weights_of
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.running import device_of, evaluating, images_of, seeded
+from lightning_merge.running import common_dtype, complete_state, device_of, evaluating, read_images, seeded
 from lightning_merge.task_data import plain
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -66,32 +66,32 @@ def refine_straight_through(
         MergeError: If the models, the module or the data do not fit.
     """
     module = plain(module)
-    raise_all([] if epochs > 0 else [f"epochs={epochs} must be at least 1."])
+    raise_all([*reading_problems(batches), *([] if epochs > 0 else [f"epochs={epochs} must be at least 1."])])
     checked(reference, symmetries, "the reference")
     checked(other, symmetries, "the other model")
-    a, b = weights_of(module, reference, "the reference"), weights_of(module, other, "the other model")
-    check_batches(batches, again=True)
+    a, b = complete_state(module, reference, "the reference"), complete_state(module, other, "the other model")
+    device, dtype = device_of(module), common_dtype({**a, **b})
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return loss(functional_call(module, weights, (images,)), labels)
+        return loss(functional_call(module, weights, (images,), tie_weights=False), labels)
 
     def total(candidate: Permutation) -> float:
         middle = _middle(a, _permuted(candidate, b))
         with torch.no_grad():
-            losses = [
-                (len(images), float(loss_of(middle, images, labels)))
-                for images, labels in _read(batches, device_of(module), dtype_of(a, b))
-            ]
+            losses = [(len(x), float(loss_of(middle, x, y))) for x, y in _read(batches, device, dtype)]
+        if not losses:
+            raise MergeError(f"The data of {TASK} hold no batch; give at least one.")
         return sum(count * value for count, value in losses) / sum(count for count, _ in losses)
 
-    with evaluating(module), seeded(seed, device_of(module)):
+    with seeded(seed, device), evaluating(module):
         best = current = seen = permutation
         smallest = total(best)
-        guide = {name: tensor.clone().requires_grad_() for name, tensor in a.items() if tensor.is_floating_point()}
-        optimizer = torch.optim.SGD(guide.values(), lr=learning_rate, momentum=momentum)
+        owners = {id(tensor): tensor.clone().requires_grad_() for tensor in a.values() if tensor.is_floating_point()}
+        guide = {name: owners[id(tensor)] for name, tensor in a.items() if id(tensor) in owners}
+        optimizer = torch.optim.SGD(owners.values(), lr=learning_rate, momentum=momentum)
         for _ in range(epochs):
-            for images, labels in _read(batches, device_of(module), dtype_of(a, b)):
+            for images, labels in _read(batches, device, dtype):
                 current = _next_to({**a, **guide}, b, current, generator)
                 permuted = _permuted(current, b)
                 through = {name: permuted[name] + (tensor - tensor.detach()) for name, tensor in guide.items()}
@@ -130,12 +130,8 @@ def _same(first: Permutation, second: Permutation) -> bool:
 
 
 def _read(batches: Iterable[Any], device: torch.device, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    empty = True
     for batch in batches:
-        empty = False
-        images = images_of(batch, DATA)
+        (images,) = read_images([batch], TASK)
         if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-            raise MergeError(f"A batch of {DATA} has no labels; the refinement needs (images, labels), as tensors.")
+            raise MergeError(f"A batch of the data of {TASK} has no labels; give (images, labels), as tensors.")
         yield images.to(device, dtype if images.is_floating_point() else images.dtype), batch[1].to(device)
-    if empty:
-        raise MergeError(f"{DATA.capitalize()} hold no batch; give at least one.")

@@ -22,7 +22,7 @@ def match_weights(
     symmetries: Symmetries,
     *,
     seed: int = 0,
-    restarts: int = 1,
+    restarts: int = 2,
     sweeps: int = 100,
 ) -> Permutation:
     """Find the permutation of a model whose weights are the most similar to those of a reference.
@@ -36,8 +36,9 @@ def match_weights(
         other: The model whose channels are put into order.
         symmetries: The groups of both.
         seed: Of the order in which the groups are visited, and of the starts.
-        restarts: How many times to do so; the first time from the order as it is, then from random ones. The result
-            with the largest similarity is kept.
+        restarts: How many times to do so: the first time from the order as it is, as in the paper; the second time
+            from an order that grows from the model's inputs and outputs on (:meth:`Descent.grow`), which deep models
+            with residual streams may need; then from random ones. The result with the largest similarity is kept.
         sweeps: After how many visits of every group to stop at the latest.
 
     Returns:
@@ -51,8 +52,10 @@ def match_weights(
     generator = torch.Generator().manual_seed(seed)
     found = []
     for restart in range(restarts):
-        start = Permutation.random(symmetries, seed + restart) if restart else Permutation.identity(symmetries)
+        start = Permutation.random(symmetries, seed + restart) if restart > 1 else Permutation.identity(symmetries)
         descent = Descent(reference, other, start)
+        if restart == 1:
+            descent.grow()
         descent.run(generator, sweeps)
         found.append((descent.similarity, descent.permutation))
     return max(found, key=lambda one: one[0])[1]
