@@ -45,7 +45,7 @@ class Align:
     foundation_of: dict[str, str]
     by: Literal["weights", "activations", "nothing"] = "weights"
     together: Literal["reference", "mean", "frank_wolfe"] = "reference"
-    restarts: int = 1
+    restarts: int = 2
     batches: int = 32
     symmetries: str | None = None
 

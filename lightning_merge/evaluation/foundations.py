@@ -86,7 +86,7 @@ class Foundations:
     private: Sequence[str] = ("head.*",)
     batches: int = 8
     batch_size: int = 64
-    restarts: int = 1
+    restarts: int = 2
 
 
 @dataclass
