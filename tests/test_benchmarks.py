@@ -11,11 +11,13 @@ from argparse import Namespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import lightning_merge as lm
 from benchmarks import contenders, errors, formulas, linalg, measure, memory, models, scaling, speed, startup
 from tests.conftest import ROOT
+from tests.toys import tiny_vgg
 
 
 @pytest.fixture
@@ -142,3 +144,19 @@ def test_contenders_say_what_they_took(tmp_path, capsys):
     base, *experts = models.make(tmp_path, "toy", 2)
     contenders.main(["least", "SCORE", str(tmp_path / "out.safetensors"), str(base), *map(str, experts)])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["cpu"] > 0
+
+
+def test_foundations_draws_its_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import foundations
+    from tests.evaluation.test_foundations import run
+
+    run(tmp_path, merged=[2])
+    model = {"init_args": dict(tiny_vgg().hparams)}
+    data = {"init_args": {"root": "", "image_size": 8, "channels": 1}}
+    config = {"model": model, "data": data, "foundations": {"domains": ["upright"], "merged": [2]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    where = [f"--config={tmp_path / 'c.yaml'}", f"--root={tmp_path / 'tasks'}", f"--results={tmp_path / 'out'}"]
+    foundations.main([*where, f"--output={tmp_path}", "--method=TA", "--points=2", "--images=40"])
+    for name in ("tasks", "layers", "landscape", "embeddings"):
+        assert (tmp_path / f"{name}.svg").read_text().rstrip().endswith("</svg>")

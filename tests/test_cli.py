@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ import lightning_merge as lm
 from lightning_merge.checkpoints import save_weights
 from lightning_merge.cli import MergeCLI, main
 from tests.conftest import ROOT
-from tests.toys import base_weights, expert_weights, image_folders, register_tiny_clip
+from tests.toys import base_weights, digit_tasks, expert_weights, image_folders, register_tiny_clip
 
 CONFIGS = ROOT / "configs"
 TINY_DIGITS = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
@@ -206,10 +207,12 @@ class TestEveryConfigRuns:
             "merge/score.yaml",
             "merge/iso_cts.yaml",
             "merge/ties.yaml",
+            "merge/foundations.yaml",  # in test_several_foundations.py
             "evaluate/held_out.yaml",
             "benchmark/digits.yaml",
             "benchmark/digits_all_methods.yaml",
             "benchmark/pacs.yaml",
+            "benchmark/nonlocal.yaml",
         }
         assert {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")} == tested
 
@@ -278,6 +281,21 @@ class TestEveryConfigRuns:
             + ["--model.num_classes=2", "--data.batch_size=4", "--output=out"]
         )
         assert "| SCORE, full " in capsys.readouterr().out
+
+    def test_benchmark_nonlocal(self, capsys):
+        root = digit_tasks(Path("tasks"))
+        sources = {"mnist": "inverted", "fashion_mnist": "parity", "usps": "halves", "notmnist": "upright"}
+        for name, source in {**sources, "cifar10": "upright"}.items():
+            shutil.copy(root / f"{source}.npz", root / f"{name}.npz")
+        main(
+            ["benchmark", f"--config={CONFIGS / 'benchmark/nonlocal.yaml'}", f"--data.root={root}", *TINY_DIGITS]
+            + ["--model.backbone_args={stages: [[8], [8], [8], [8]], hidden: [8], in_chans: 1, img_size: 16}"]
+            + ["--foundations.merged=[2]", "--foundations.seeds=[0]", "--foundations.max_epochs=1"]
+            + ["--foundations.batches=2", "--data.max_test=100"]
+        )
+        shown = capsys.readouterr().out
+        assert "| activations + TACT " in shown
+        assert "Consensus TA" in shown
 
 
 class Theirs(LightningModule):

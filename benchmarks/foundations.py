@@ -1,0 +1,253 @@
+"""Draw what the benchmark over several foundations found: the figures of arXiv 2410.12766, on its own experts.
+
+    lightning-merge benchmark --config configs/benchmark/nonlocal.yaml --data.root ROOT
+    python -m benchmarks.foundations --config configs/benchmark/nonlocal.yaml --root ROOT --results results/nonlocal
+
+writes ``tasks.svg`` (normalized accuracy by the number of tasks), ``layers.svg`` (distance and variance by layer),
+``landscape.svg`` (accuracy in the plane of two task vectors) and ``embeddings.svg`` (t-SNE of the last features).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import torch
+import yaml
+from matplotlib import pyplot as plt
+from torch import Tensor
+
+import lightning_merge as lm
+from lightning_merge.align import find_symmetries
+from lightning_merge.align.foundations import Aligned
+from lightning_merge.aligning import Align, align, example_images
+from lightning_merge.analysis import compare_activations, embed, landscape, loss_and_accuracy, project, task_plane
+from lightning_merge.evaluation.merge_data import calibration_images
+from lightning_merge.methods import TaskArithmetic
+from lightning_merge.repair import corrected_weights, find_head, find_sites, tact
+from lightning_merge.repairing import Repair, repair
+from lightning_merge.sites import Site
+
+SCALE = 0.4
+_LINES = {"naive": ":", "weights": "--", "activations": "-"}
+_COLORS = {"": "0.5", "REPAIR": "C0", "linear probe": "C2", "TACT": "C3"}
+Weights = Mapping[str, Tensor]
+
+
+@dataclass
+class Study:
+    """The experts of one seed of a benchmark, and their data.
+
+    Args:
+        config: The benchmark's configuration.
+        root: The folder of the tasks' files.
+        folder: ``results/…/seed N``.
+    """
+
+    config: dict[str, Any]
+    root: str
+    folder: Path
+
+    @cached_property
+    def model(self) -> lm.Expert:
+        """The module of all models."""
+        return lm.Expert(**self.config["model"]["init_args"]).eval()
+
+    @cached_property
+    def data(self) -> lm.TaskArrays:
+        """The tasks."""
+        return lm.TaskArrays(**{**self.config["data"]["init_args"], "root": self.root})
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of the experts, in the order in which they are merged."""
+        used = self.config["foundations"]["domains"]
+        known = self.config.get("domains") or [task for task in self.data.domains if task not in used]
+        return known[: max(self.config["foundations"]["merged"])]
+
+    def images(self, tasks: list[str], batches: int = 8, batch_size: int = 64) -> dict[str, list[Any]]:
+        """Batches of training images and labels of each task."""
+        return calibration_images("The figure", self.data, tasks, self.model, batches, batch_size)
+
+    def test_images(self, task: str, count: int) -> list[Any]:
+        """The first test images and labels of a task, in one random order, as batches."""
+        data = self.data.only(train=[], test=[task])
+        data.model = self.model
+        (loader,) = data.test_dataloader()
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        return list(zip(images[order].split(100), labels[order].split(100), strict=True))
+
+    def aligned(self, tasks: list[str], by: str) -> Aligned:
+        """The experts in one order of channels."""
+        paths = sorted((self.folder / "foundations").iterdir())
+        foundations = {path.name: str(path / "expert.ckpt") for path in paths}
+        origin = {task: list(foundations)[i % len(foundations)] for i, task in enumerate(tasks)}
+        experts = {task: str(self.folder / "experts" / task / "expert.ckpt") for task in tasks}
+        groups = None if by == "nothing" else find_symmetries(self.model, example_images(self.model))
+        return align(
+            Align(foundations, origin, by=by),
+            experts,
+            self.model,
+            self.images(tasks),
+            private=["head.*"],
+            symmetries=groups,
+        )
+
+    def merged(self, aligned: Aligned) -> lm.Merged:
+        """The experts merged by Task Arithmetic."""
+        return lm.merge(aligned.base, aligned.experts, TaskArithmetic(scale=SCALE), exclude=["head.*"])
+
+
+def draw_tasks(records: list[dict[str, Any]], method: str) -> plt.Figure:
+    """Normalized accuracy by the number of merged tasks, a line for each way to merge (Figure 5)."""
+    from lightning_merge.evaluation.foundations_table import FoundationsTable
+
+    table = FoundationsTable(records)
+    counts = table.names("merged")
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
+    for axis, part in zip(axes, ("average", "worst"), strict=True):
+        for arm in table.names("arm"):
+            cells = [getattr(table.cell(count, arm, method), part) for count in counts]
+            start, _, end = arm.partition(" + ")
+            look = {"linestyle": _LINES.get(start, "-"), "color": _COLORS.get(end, "C4"), "marker": "o"}
+            axis.plot(counts, [100 * statistics.mean(cell) for cell in cells], label=arm, **look)
+        axis.set(xlabel="tasks", title=f"{part} over the tasks", xticks=counts, ylim=(0, 102))
+    axes[0].set_ylabel("accuracy in % of the experts'")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def draw_layers(study: Study) -> plt.Figure:
+    """Distance to the expert and variance ratio at every site (Figure 3), on the first task."""
+    task, tasks = study.tasks[0], study.tasks
+    images, test = study.images(tasks), study.test_images(study.tasks[0], 500)
+    sites = find_sites(study.model, test[0][0])
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    for label, by, kind in (
+        ("naive", "nothing", None),
+        ("aligned", "activations", None),
+        ("aligned + REPAIR", "activations", "repair"),
+        ("aligned + TACT", "activations", "tact"),
+    ):
+        aligned = study.aligned(tasks, by)
+        merged = study.merged(aligned)
+        model = merged if kind is None else repair(Repair(by=kind), merged, study.model, images)
+        found = compare_activations(study.model, model.for_task(task), dict(aligned.experts[task]), test, sites)
+        names = [record.site.path.removeprefix("backbone.") for record in found]
+        axes[0].plot(names, [record.relative_distance for record in found], marker="o", label=label)
+        axes[1].plot(names, [record.variance_ratio for record in found], marker="o", label=label)
+    axes[0].set(ylabel="distance to the expert / its norm", ylim=(0, None))
+    axes[1].set(ylabel="variance / that of the expert", yscale="log")
+    axes[1].axhline(1, color="0.7", linewidth=0.8)
+    for axis in axes:
+        axis.tick_params(axis="x", rotation=45)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{len(tasks)} tasks, Task Arithmetic, on {task}")
+    return figure
+
+
+def draw_landscape(study: Study, points: int, count: int) -> plt.Figure:
+    """Normalized accuracy in the plane of two task vectors (Figures 1 and 2): its average and its worst task."""
+    tasks = study.tasks[:2]
+    images = study.images(tasks, batches=4)
+    test = {task: study.test_images(task, count) for task in tasks}
+    figure, axes = plt.subplots(2, 3, figsize=(9.5, 6), sharex=True, sharey=True, layout="constrained")
+    for column, (title, by, corrects) in enumerate(
+        (("naive", "nothing", False), ("aligned", "activations", False), ("aligned + TACT", "activations", True))
+    ):
+        aligned = study.aligned(tasks, by)
+        own = {task: dict(aligned.experts[task]) for task in tasks}
+        body = {task: _without_head(weights) for task, weights in own.items()}
+        plane = task_plane(_without_head(aligned.base), body[tasks[0]], body[tasks[1]])
+
+        def accuracy(weights: dict[str, Tensor], task: str, own=own, corrects=corrects) -> float:
+            complete = {**own[task], **weights}
+            if corrects:
+                found = tact(study.model, weights, {task: own[task]}, {task: images[task]})
+                complete = corrected_weights(study.model, complete, found[task])
+            return loss_and_accuracy(study.model, test[task], complete)[1]
+
+        experts = {task: loss_and_accuracy(study.model, test[task], own[task])[1] for task in tasks}
+        found = landscape(plane, accuracy, experts, points)
+        for row, values in enumerate((found.average, found.worst)):
+            axis = axes[row, column]
+            extent = [found.xs[0], found.xs[-1], found.ys[0], found.ys[-1]]
+            image = axis.imshow(values, origin="lower", extent=extent, vmin=0, vmax=1, interpolation="bilinear")
+            places = {"θ": (0, 0), "1": plane.expert_1, "2": plane.expert_2, "TA": plane.task_arithmetic(SCALE)}
+            for name, (x, y) in places.items():
+                axis.plot(x, y, "w.", markersize=4)
+                axis.annotate(name, (x, y), color="w", fontsize=7, xytext=(3, 3), textcoords="offset points")
+            part = "average" if row == 0 else "worst task"
+            axis.set_title(f"{title}: {part}, at most {values.max():.2f}", fontsize=8)
+    figure.colorbar(image, ax=axes, label="normalized accuracy", shrink=0.8)
+    figure.suptitle(f"The plane of the task vectors of {tasks[0]} (1) and {tasks[1]} (2)", fontsize=10)
+    return figure
+
+
+def _without_head(weights: Weights) -> dict[str, Tensor]:
+    return {name: weights[name] for name in weights if not name.startswith("head.")}
+
+
+def draw_embeddings(study: Study, count: int) -> plt.Figure:
+    """t-SNE of the features before the head (Figure 4): merged, repaired, and the expert's, in one plane."""
+    task, tasks = study.tasks[1], study.tasks
+    images, test = study.images(tasks), study.test_images(study.tasks[1], count)
+    aligned = study.aligned(tasks, "activations")
+    merged = study.merged(aligned)
+    kinds: dict[str, Callable[[], Weights]] = {
+        "aligned": lambda: merged.for_task(task),
+        "+ REPAIR": lambda: repair(Repair(by="repair"), merged, study.model, images).for_task(task),
+        "+ TACT": lambda: repair(Repair(by="tact"), merged, study.model, images).for_task(task),
+        "expert": lambda: dict(aligned.experts[task]),
+    }
+    site = Site(find_head(study.model, test[0][0]), -1, input=True)
+    features, labels = {}, None
+    for name, weights in kinds.items():
+        features[name], labels = embed(study.model, weights(), test, site)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(9.5, 2.7), sharex=True, sharey=True, layout="constrained")
+    for axis, (name, places) in zip(axes, project(features).items(), strict=True):
+        axis.scatter(places[:, 0], places[:, 1], c=labels, cmap="tab10", s=4)
+        axis.set(title=name, xticks=[], yticks=[])
+    figure.suptitle(f"Features of {task}, one t-SNE for all four models", fontsize=10)
+    return figure
+
+
+def main(args: list[str] | None = None) -> None:
+    """Draw the figures."""
+    parser = argparse.ArgumentParser("python -m benchmarks.foundations", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="the benchmark's YAML file")
+    parser.add_argument("--root", required=True, help="the folder of the tasks' files")
+    parser.add_argument("--results", type=Path, required=True, help="what the benchmark wrote")
+    parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="where the figures go")
+    parser.add_argument("--method", default="Task Arithmetic", help="the method of tasks.svg")
+    parser.add_argument("--seed", type=int, default=0, help="whose experts the other figures are of")
+    parser.add_argument("--points", type=int, default=13, help="models a side of the landscape")
+    parser.add_argument("--images", type=int, default=300, help="test images of the landscape and the embeddings")
+    options = parser.parse_args(args)
+    config = yaml.safe_load(options.config.read_text())
+    study = Study(config, options.root, options.results / f"seed {options.seed}")
+    records = [json.loads(line) for line in (options.results / "results.jsonl").read_text().splitlines()]
+    options.output.mkdir(parents=True, exist_ok=True)
+    matplotlib.rcParams["svg.hashsalt"] = "lightning_merge"  # the same file for the same numbers
+    for name, draw in {
+        "tasks": lambda: draw_tasks(records, options.method),
+        "layers": lambda: draw_layers(study),
+        "landscape": lambda: draw_landscape(study, options.points, options.images),
+        "embeddings": lambda: draw_embeddings(study, options.images),
+    }.items():
+        draw().savefig(options.output / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
