@@ -33,6 +33,7 @@ from lightning_merge.align.foundations import Aligned
 from lightning_merge.aligning import Align, align, example_images
 from lightning_merge.analysis import compare_activations, embed, landscape, loss_and_accuracy, project, task_plane
 from lightning_merge.evaluation.merge_data import calibration_images
+from lightning_merge.evaluation.task_models import model_of_task
 from lightning_merge.methods import TaskArithmetic
 from lightning_merge.repair import corrected_weights, find_head, find_sites, tact
 from lightning_merge.repairing import Repair, repair
@@ -67,6 +68,10 @@ class Study:
     def data(self) -> lm.TaskArrays:
         """The tasks."""
         return lm.TaskArrays(**{**self.config["data"]["init_args"], "root": self.root})
+
+    def model_of(self, task: str) -> lm.Expert:
+        """The module with a head for a task's classes."""
+        return model_of_task(self.model, self.data, task).eval()
 
     @property
     def tasks(self) -> list[str]:
@@ -132,7 +137,8 @@ def draw_layers(study: Study) -> plt.Figure:
     """Distance to the expert and variance ratio at every site (Figure 3), on the first task."""
     task, tasks = study.tasks[0], study.tasks
     images, test = study.images(tasks), study.test_images(study.tasks[0], 500)
-    sites = find_sites(study.model, test[0][0])
+    module = study.model_of(task)
+    sites = find_sites(module, test[0][0])
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for label, by, kind in (
         ("naive", "nothing", None),
@@ -143,7 +149,7 @@ def draw_layers(study: Study) -> plt.Figure:
         aligned = study.aligned(tasks, by)
         merged = study.merged(aligned)
         model = merged if kind is None else repair(Repair(by=kind), merged, study.model, images)
-        found = compare_activations(study.model, model.for_task(task), dict(aligned.experts[task]), test, sites)
+        found = compare_activations(module, model.for_task(task), dict(aligned.experts[task]), test, sites)
         names = [record.site.path.removeprefix("backbone.") for record in found]
         axes[0].plot(names, [record.relative_distance for record in found], marker="o", label=label)
         axes[1].plot(names, [record.variance_ratio for record in found], marker="o", label=label)
@@ -162,6 +168,7 @@ def draw_landscape(study: Study, points: int, count: int) -> plt.Figure:
     tasks = study.tasks[:2]
     images = study.images(tasks, batches=4)
     test = {task: study.test_images(task, count) for task in tasks}
+    modules = {task: study.model_of(task) for task in tasks}
     figure, axes = plt.subplots(2, 3, figsize=(9.5, 6), sharex=True, sharey=True, layout="constrained")
     for column, (title, by, corrects) in enumerate(
         (("naive", "nothing", False), ("aligned", "activations", False), ("aligned + TACT", "activations", True))
@@ -176,9 +183,9 @@ def draw_landscape(study: Study, points: int, count: int) -> plt.Figure:
             if corrects:
                 found = tact(study.model, weights, {task: own[task]}, {task: images[task]})
                 complete = corrected_weights(study.model, complete, found[task])
-            return loss_and_accuracy(study.model, test[task], complete)[1]
+            return loss_and_accuracy(modules[task], test[task], complete)[1]
 
-        experts = {task: loss_and_accuracy(study.model, test[task], own[task])[1] for task in tasks}
+        experts = {task: loss_and_accuracy(modules[task], test[task], own[task])[1] for task in tasks}
         found = landscape(plane, accuracy, experts, points)
         for row, values in enumerate((found.average, found.worst)):
             axis = axes[row, column]
@@ -211,10 +218,11 @@ def draw_embeddings(study: Study, count: int) -> plt.Figure:
         "+ TACT": lambda: repair(Repair(by="tact"), merged, study.model, images).for_task(task),
         "expert": lambda: dict(aligned.experts[task]),
     }
-    site = Site(find_head(study.model, test[0][0]), -1, input=True)
+    module = study.model_of(task)
+    site = Site(find_head(module, test[0][0]), -1, input=True)
     features, labels = {}, None
     for name, weights in kinds.items():
-        features[name], labels = embed(study.model, weights(), test, site)
+        features[name], labels = embed(module, weights(), test, site)
     figure, axes = plt.subplots(1, len(kinds), figsize=(9.5, 2.7), sharex=True, sharey=True, layout="constrained")
     for axis, (name, places) in zip(axes, project(features).items(), strict=True):
         axis.scatter(places[:, 0], places[:, 1], c=labels, cmap="tab10", s=4)

@@ -126,7 +126,7 @@ def test_startup(capsys, monkeypatch):
 
 def test_every_script_stands_in_the_readme():
     told = re.findall(r"python -m benchmarks\.(\w+)", (ROOT / "benchmarks" / "README.md").read_text())
-    assert told == ["speed", "linalg", "memory", "scaling", "startup"]
+    assert told == ["speed", "linalg", "memory", "scaling", "startup", "foundations"]
 
 
 def test_peers_are_imported_when_asked_for():
