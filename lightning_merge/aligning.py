@@ -21,6 +21,7 @@ from lightning_merge.checkpoints import Source
 from lightning_merge.errors import MergeError
 from lightning_merge.matrices import matches
 from lightning_merge.running import images_of
+from lightning_merge.sharing import Processes
 from lightning_merge.task_data import Data, plain
 
 
@@ -60,6 +61,7 @@ def align(
     symmetries: Symmetries | None = None,
     images: Tensor | None = None,
     seed: int = 0,
+    distributed: bool = False,
 ) -> Aligned:
     """Open foundations and experts and put their channels into one order.
 
@@ -73,10 +75,13 @@ def align(
         symmetries: The permutation groups; by default those of the file in the options, or those found in the module.
         images: Two images or more, to trace the module with; by default the first of the data.
         seed: Of the order in which groups are visited, and of the starts.
+        distributed: Whether all processes of a process group make this call with the same data: they take the
+            permutations of the first one, since rounding may differ with the number of threads.
 
     Raises:
         MergeError: If the models do not fit together, or if something is missing that the comparison needs.
     """
+    processes = Processes(distributed)
     like = None if module is None else plain(module).state_dict()
     if options.by == "nothing":
         return align_experts(options.foundations, experts, options.foundation_of, None, like)
@@ -87,16 +92,19 @@ def align(
         )
     if options.by == "activations" and not data:
         raise MergeError("Activations are compared on the experts' images; give --data, or compare weights.")
-    if symmetries is None:
-        symmetries = read_symmetries(options.symmetries) if options.symmetries else find(module, data, images)
-    compared = symmetries.ignoring(private)
 
     def match(foundations: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Permutation]:
-        if options.by == "weights":
-            found = _match_by_weights(options, foundations, compared, seed)
-        else:
-            found = _match_by_activations(options, plain(module), foundations, compared, data, private, seed)
-        return {name: Permutation(symmetries, permutation.orders) for name, permutation in found.items()}
+        with processes.together():
+            groups = symmetries or (
+                read_symmetries(options.symmetries) if options.symmetries else find(module, data, images)
+            )
+            compared = groups.ignoring(private)
+            if options.by == "weights":
+                found = _match_by_weights(options, foundations, compared, seed)
+            else:
+                found = _match_by_activations(options, plain(module), foundations, compared, data, private, seed)
+        orders = processes.gather({name: permutation.orders for name, permutation in found.items()})[0]
+        return {name: Permutation(groups, order) for name, order in orders.items()}
 
     return align_experts(options.foundations, experts, options.foundation_of, match, like)
 

@@ -14,6 +14,7 @@ from lightning_merge.merged import Change, Merged
 from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
 from lightning_merge.repair import repair as shared_repair
 from lightning_merge.repair.calibration import Known
+from lightning_merge.sharing import Processes
 from lightning_merge.task_data import Data
 
 ALL_TASKS = "all tasks"
@@ -47,6 +48,7 @@ def repair(
     *,
     seed: int = 0,
     known: dict[Any, Known] | None = None,
+    distributed: bool = False,
 ) -> Merged:
     """Repair a merged model.
 
@@ -58,6 +60,8 @@ def repair(
         seed: Of data that are drawn from PyTorch's global generator.
         known: Statistics of the same experts on the same data, where several models are merged of them: what is found
             is added, and what is there is not computed again.
+        distributed: Whether all processes of a process group make this call with the same data: they take what the
+            first one finds, since rounding may differ with the number of threads.
 
     Returns:
         The repaired model: its ``weights`` where one correction serves all tasks, its ``for_task`` in any case.
@@ -70,36 +74,42 @@ def repair(
         raise MergeError(f"There are no data of the expert {missing[0]}; give data={{{missing[0]!r}: loader}}.")
     if merged.repairs:
         raise MergeError("This model was repaired already; repair what was merged.")
+    processes = Processes(distributed)
+    with processes.together():
+        found = _found(options, merged, module, data, seed, known)
+    found = processes.gather(found)[0]
+    if options.by == "tact":
+        changes = {task: partial(corrected_weights, module, correction=own) for task, own in found.items()}
+        return replace(merged, repairs=changes, corrections=found)
     if options.by == "probe":
-        return _probed(options, merged, module, data, seed)
+        return replace(
+            merged, repairs={task: partial(_replaced, own=head) for task, head in found.items()}, heads=found
+        )
     if options.by == "batch_norm":
-        return _with_new_statistics(options, merged, module, data, seed)
-    given = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain}
+        return _for_all_tasks(merged, partial(_replaced, own=found))
+    _, rest = fold(module, merged.weights, found)
+    change = partial(corrected_weights, module, correction=found)
+    return replace(_for_all_tasks(merged, change), corrections={ALL_TASKS: rest} if rest else {})
+
+
+def _found(
+    options: Repair, merged: Merged, module: nn.Module, data: Data, seed: int, known: dict[Any, Known] | None
+) -> Any:
+    """The corrections of the tasks (``tact``) or of all of them, the tasks' heads, or BatchNorm's statistics."""
+    if options.by == "probe":
+        return {
+            task: probe_head(module, merged.for_task(task), data[task], batches=options.batches, seed=seed)
+            for task in merged.experts
+        }
+    if options.by == "batch_norm":
+        complete = {**next(iter(merged.experts.values())), **merged.weights}
+        renewed = reestimate_batch_norm(module, complete, Pool(data), batches=options.batches, seed=seed)
+        return {name: tensor for name, tensor in renewed.items() if tensor is not complete[name]}
     ours = None if known is None else known.setdefault((options.batches, *(options.sites or ())), {})
-    arguments = {**given, "seed": seed, "known": ours}
+    arguments = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain, "seed": seed}
     if options.by == "repair":
-        correction = shared_repair(module, merged.weights, merged.experts, data, **arguments)
-        change = partial(corrected_weights, module, correction=correction)
-        _, rest = fold(module, merged.weights, correction)
-        return replace(_for_all_tasks(merged, change), corrections={ALL_TASKS: rest} if rest else {})
-    found = tact(module, merged.for_task, merged.experts, data, **arguments)
-    changes = {task: partial(corrected_weights, module, correction=correction) for task, correction in found.items()}
-    return replace(merged, repairs=changes, corrections=found)
-
-
-def _probed(options: Repair, merged: Merged, module: nn.Module, data: Data, seed: int) -> Merged:
-    heads = {
-        task: probe_head(module, merged.for_task(task), data[task], batches=options.batches, seed=seed)
-        for task in merged.experts
-    }
-    return replace(merged, repairs={task: partial(_replaced, own=head) for task, head in heads.items()}, heads=heads)
-
-
-def _with_new_statistics(options: Repair, merged: Merged, module: nn.Module, data: Data, seed: int) -> Merged:
-    complete = {**next(iter(merged.experts.values())), **merged.weights}
-    renewed = reestimate_batch_norm(module, complete, Pool(data), batches=options.batches, seed=seed)
-    statistics = {name: tensor for name, tensor in renewed.items() if tensor is not complete[name]}
-    return _for_all_tasks(merged, partial(_replaced, own=statistics))
+        return shared_repair(module, merged.weights, merged.experts, data, known=ours, **arguments)
+    return tact(module, merged.for_task, merged.experts, data, known=ours, **arguments)
 
 
 def _for_all_tasks(merged: Merged, change: Change) -> Merged:

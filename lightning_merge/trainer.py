@@ -148,8 +148,9 @@ class MergeTrainer(Trainer):
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = SeveralFoundations(self, model, domains, align, repair, tuple(exclude or ()), seed)
         several.check(experts, base, method, resume)
+        distributed = not plan and self._join_processes()
         if align is not None:
-            source, experts = several.align(experts, only_look=plan)
+            source, experts = several.align(experts, plan, distributed)
         else:
             source = base if base is not None else model.state_dict()
         options = {
@@ -172,9 +173,9 @@ class MergeTrainer(Trainer):
         origin = open_weights(source, name="base")
         if repair is not None:
             options["output"] = None
-        merged = merge(origin, experts, method, distributed=self._join_processes(), **options)
+        merged = merge(origin, experts, method, distributed=distributed, **options)
         if repair is not None:
-            merged = several.repair(merged)
+            merged = several.repair(merged, distributed)
             if self.is_global_zero:
                 several.save(merged, output, shard_size)
             self.strategy.barrier()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lightning_merge as lm
 from lightning_merge.align import Symmetries, find_symmetries
@@ -110,6 +114,18 @@ class TestCommandLine:
         assert "TaskArithmetic" in capsys.readouterr().out
         assert not Path("merged.ckpt").exists()
 
+    def test_two_processes_write_what_one_does(self, folder, experts):
+        ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--align.by=activations"]
+        arguments = command(folder, experts, "--output=two.safetensors", *ddp)
+        launched = subprocess.run([sys.executable, "-m", "lightning_merge", *arguments], capture_output=True, text=True)
+        assert launched.returncode == 0, launched.stderr
+        main(command(folder, experts, "--output=one.safetensors", "--align.by=activations"))
+        for name in ("{}.safetensors", "{}.corrections.safetensors"):
+            one, two = (load_file(name.format(count)) for count in ("one", "two"))
+            assert one.keys() == two.keys()
+            for key, tensor in one.items():
+                torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)
+
     @pytest.mark.parametrize("by", ["repair", "probe"])
     def test_other_repairs(self, folder, experts, by, capsys):
         main(command(folder, experts, "--output=merged.safetensors", f"--repair.by={by}", "--align.by=activations"))
@@ -144,8 +160,6 @@ class TestAlign:
         module = tiny_vgg()
         groups = find_symmetries(module, example_images(module))
         (tmp_path / "groups.json").write_text(groups.to_json())
-        from dataclasses import replace
-
         found = align(replace(options, symmetries=str(tmp_path / "groups.json")), experts, private=["head.*"])
         again = align(options, experts, module, private=["head.*"])
         for name in found.permutations:
@@ -161,8 +175,6 @@ class TestAlign:
         torch.testing.assert_close(module(x), before, rtol=1e-4, atol=1e-5)
 
     def test_alignment_brings_the_foundations_closer(self, options, experts):
-        from dataclasses import replace
-
         module = tiny_vgg()
         groups = find_symmetries(module, example_images(module)).ignoring(["head.*"])
         naive = align(replace(options, by="nothing"), experts, module)
@@ -174,13 +186,12 @@ class TestAlign:
         assert distance(aligned) < 0.97 * distance(naive)
 
     def test_three_foundations_at_once(self, folder, options, experts):
-        from dataclasses import replace
-
         torch.manual_seed(2)
         lm.save_weights(folder / "c.ckpt", tiny_vgg().state_dict())
+        groups, three = find_symmetries(tiny_vgg(), torch.randn(2, 1, 8, 8)), {"c": str(folder / "c.ckpt")}
         for together in ("reference", "mean", "frank_wolfe"):
-            three = replace(options, foundations=options.foundations | {"c": str(folder / "c.ckpt")}, together=together)
-            found = align(three, experts, tiny_vgg(), private=["head.*"])
+            chosen = replace(options, foundations=options.foundations | three, together=together)
+            found = align(chosen, experts, tiny_vgg(), private=["head.*"], symmetries=groups)
             assert set(found.permutations) == {"a", "b", "c"}
             assert isinstance(found.permutations["c"].symmetries, Symmetries)
 
@@ -193,8 +204,6 @@ class TestAlign:
         ],
     )
     def test_what_is_missing_is_said(self, options, experts, changes, module, message):
-        from dataclasses import replace
-
         with pytest.raises(MergeError, match=message):
             align(replace(options, **changes), experts, module)
 

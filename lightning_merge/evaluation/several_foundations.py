@@ -76,26 +76,31 @@ class SeveralFoundations:
         by_activations = self.alignment is not None and self.alignment.by == "activations"
         return self.datamodule is not None and (by_activations or self.correction is not None)
 
-    def align(self, experts: Mapping[str, str], only_look: bool) -> tuple[Weights, dict[str, Weights]]:
+    def align(
+        self, experts: Mapping[str, str], only_look: bool, distributed: bool
+    ) -> tuple[Weights, dict[str, Weights]]:
         """The common initialisation and the experts in one order of channels.
 
         Args:
             experts: The experts' files.
             only_look: Compare nothing: for a plan, to which the order of channels makes no difference.
+            distributed: Whether all processes of a process group do this.
         """
         assert self.alignment is not None
         options = replace(self.alignment, by="nothing") if only_look else self.alignment
         images = None
         if options.by == "activations" and self.datamodule is not None:
             images = self._images("Aligning by activations", list(experts), options.batches)
-        found = align(options, experts, self._module, images, private=self.private, seed=self.seed)
+        found = align(
+            options, experts, self._module, images, private=self.private, seed=self.seed, distributed=distributed
+        )
         return found.base, found.experts
 
-    def repair(self, merged: Merged) -> Merged:
+    def repair(self, merged: Merged, distributed: bool) -> Merged:
         """The merged model, repaired."""
         assert self.correction is not None
         images = self._images("A repair", list(merged.experts), self.correction.batches)
-        repaired = repair(self.correction, merged, self._module, images, seed=self.seed)
+        repaired = repair(self.correction, merged, self._module, images, seed=self.seed, distributed=distributed)
         return replace(repaired, manifest=merged.manifest | {"repair": asdict(self.correction)})
 
     def save(self, merged: Merged, output: str, shard_size: int) -> None:
