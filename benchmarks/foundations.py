@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +32,20 @@ import lightning_merge as lm
 from lightning_merge.align import find_symmetries
 from lightning_merge.align.foundations import Aligned
 from lightning_merge.aligning import Align, align, example_images
-from lightning_merge.analysis import compare_activations, embed, landscape, loss_and_accuracy, project, task_plane
+from lightning_merge.analysis import (
+    compare_activations,
+    embed,
+    landscape,
+    loss_and_accuracy,
+    normalized_accuracy,
+    project,
+    task_plane,
+)
+from lightning_merge.evaluation.markdown import markdown_table
 from lightning_merge.evaluation.merge_data import calibration_images
 from lightning_merge.evaluation.task_models import model_of_task
 from lightning_merge.methods import TaskArithmetic
-from lightning_merge.repair import corrected_weights, find_head, find_sites, tact
+from lightning_merge.repair import corrected_weights, find_head, find_sites, probe_head, tact
 from lightning_merge.repairing import Repair, repair
 from lightning_merge.sites import Site
 
@@ -127,7 +137,7 @@ def draw_tasks(records: list[dict[str, Any]], method: str) -> plt.Figure:
             start, _, end = arm.partition(" + ")
             look = {"linestyle": _LINES.get(start, "-"), "color": _COLORS.get(end, "C4"), "marker": "o"}
             axis.plot(counts, [100 * statistics.mean(cell) for cell in cells], label=arm, **look)
-        axis.set(xlabel="tasks", title=f"{part} over the tasks", xticks=counts, ylim=(0, 102))
+        axis.set(xlabel="tasks", title="worst task" if part == "worst" else "average over the tasks", xticks=counts, ylim=(0, 102))
     axes[0].set_ylabel("accuracy in % of the experts'")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
@@ -231,6 +241,43 @@ def draw_embeddings(study: Study, count: int) -> plt.Figure:
     return figure
 
 
+def probes(study: Study, counts: Sequence[int] = (1, 2, 4, 16)) -> str:
+    """What a new head alone gives, by the number of labelled images, beside TACT, which reads no labels.
+
+    The features are those of an untrained network, of the experts merged naively, and of the aligned ones.
+    """
+    tasks = study.tasks
+    test = {task: study.test_images(task, 1000) for task in tasks}
+    modules = {task: study.model_of(task) for task in tasks}
+    merged = {by: study.merged(study.aligned(tasks, by)) for by in ("nothing", "activations")}
+
+    def accuracy(task: str, weights: Weights) -> float:
+        return loss_and_accuracy(modules[task], test[task], weights)[1]
+
+    own = {task: accuracy(task, dict(merged["nothing"].experts[task])) for task in tasks}
+    rows: dict[str, list[str]] = {}
+    for count in counts:
+        images = study.images(tasks, batches=count)
+        models = {"untrained + linear probe": (modules, None)}
+        models |= {
+            f"{name} + {kind}": (None, repair(Repair(by=by), merged[start], study.model, images))
+            for name, start in (("naive", "nothing"), ("activations", "activations"))
+            for kind, by in (("linear probe", "probe"), ("TACT", "tact"))
+        }
+        for name, (fresh, repaired) in models.items():
+            found = {}
+            for task in tasks:
+                if fresh is None:
+                    weights = repaired.for_task(task)
+                else:
+                    weights = fresh[task].state_dict()
+                    weights = {**weights, **probe_head(fresh[task], weights, images[task])}
+                found[task] = accuracy(task, weights)
+            rows.setdefault(name, []).append(f"{100 * normalized_accuracy(found, own).average:.1f}")
+    header = [f"{len(tasks)} tasks", *(f"{64 * count} images" for count in counts)]
+    return markdown_table(header, [[name, *cells] for name, cells in rows.items()])
+
+
 def main(args: list[str] | None = None) -> None:
     """Draw the figures."""
     parser = argparse.ArgumentParser("python -m benchmarks.foundations", description=__doc__.split("\n")[0])
@@ -238,6 +285,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--root", required=True, help="the folder of the tasks' files")
     parser.add_argument("--results", type=Path, required=True, help="what the benchmark wrote")
     parser.add_argument("--output", type=Path, default=Path("docs/figures"), help="where the figures go")
+    parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg")
+    parser.add_argument("--probes", action="store_true", help="print what labels alone give, instead of the figures")
     parser.add_argument("--method", default="Task Arithmetic", help="the method of tasks.svg")
     parser.add_argument("--seed", type=int, default=0, help="whose experts the other figures are of")
     parser.add_argument("--points", type=int, default=13, help="models a side of the landscape")
@@ -245,8 +294,12 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     config = yaml.safe_load(options.config.read_text())
     study = Study(config, options.root, options.results / f"seed {options.seed}")
+    if options.probes:
+        sys.stdout.write(probes(study) + "\n")
+        return
     records = [json.loads(line) for line in (options.results / "results.jsonl").read_text().splitlines()]
     options.output.mkdir(parents=True, exist_ok=True)
+    is_svg = options.format == "svg"
     matplotlib.rcParams["svg.hashsalt"] = "lightning_merge"  # the same file for the same numbers
     for name, draw in {
         "tasks": lambda: draw_tasks(records, options.method),
@@ -254,7 +307,9 @@ def main(args: list[str] | None = None) -> None:
         "landscape": lambda: draw_landscape(study, options.points, options.images),
         "embeddings": lambda: draw_embeddings(study, options.images),
     }.items():
-        draw().savefig(options.output / f"{name}.svg", metadata={"Date": None})
+        draw().savefig(
+            options.output / f"{name}.{options.format}", metadata={"Date": None} if is_svg else None, dpi=150
+        )
 
 
 if __name__ == "__main__":
