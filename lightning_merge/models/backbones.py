@@ -218,7 +218,7 @@ def load_exactly(model: nn.Module, path: str) -> None:
     Raises:
         MergeError: If it does not hold exactly the parameters of this model.
     """
-    weights = open_weights(require_file(path))
+    weights = open_weights(path)
     own = model.state_dict()
     raise_all(
         [f"{path} lacks {name!r} of this model; is it of another backbone or head?" for name in own.keys() - weights]
