@@ -137,7 +137,12 @@ def draw_tasks(records: list[dict[str, Any]], method: str) -> plt.Figure:
             start, _, end = arm.partition(" + ")
             look = {"linestyle": _LINES.get(start, "-"), "color": _COLORS.get(end, "C4"), "marker": "o"}
             axis.plot(counts, [100 * statistics.mean(cell) for cell in cells], label=arm, **look)
-        axis.set(xlabel="tasks", title="worst task" if part == "worst" else "average over the tasks", xticks=counts, ylim=(0, 102))
+        axis.set(
+            xlabel="tasks",
+            title="worst task" if part == "worst" else "average over the tasks",
+            xticks=counts,
+            ylim=(0, 102),
+        )
     axes[0].set_ylabel("accuracy in % of the experts'")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure

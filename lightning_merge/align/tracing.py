@@ -102,6 +102,7 @@ def exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    _start_autograd()
     try:
         return torch.export.export(module, inputs, strict=False)
     except Exception as first:
@@ -112,6 +113,16 @@ def _export(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
                 f"torch.export cannot trace the module, so that its permutation groups cannot be found: "
                 f"{_sentence(first)} {BY_HAND}"
             ) from first
+
+
+def _start_autograd() -> None:
+    """Run a first backward pass, so that this process can be forked and trained in its forks later (``ddp_fork``).
+
+    Autograd starts a thread for every kind of device at its first pass, and an export adds kinds; before it, a machine
+    without an accelerator has none.
+    """
+    with torch.enable_grad():
+        torch.zeros((), requires_grad=True).sin().backward()
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -272,3 +274,19 @@ def test_layers_that_compute_in_single_precision_are_no_reason_to_fix_a_group():
     assert len(symmetries.groups) == 2
     assert verification.Trial(copied(Rounds()), (torch.randn(2, 4),)).tolerance == verification.ROUNDED
     assert verification.Trial(copied(Sorts()), (torch.randn(2, 4),)).tolerance == verification.EXACT
+
+
+def test_a_process_that_has_traced_can_still_train_in_forks():
+    code = """
+import os, torch
+from lightning_merge.align import find_symmetries
+find_symmetries(torch.nn.Linear(3, 2), torch.randn(2, 3), verify=False)
+torch.ones(2, requires_grad=True).sum().backward()
+child = os.fork()
+if child == 0:
+    torch.ones(2, requires_grad=True).sum().backward()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
