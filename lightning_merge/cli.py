@@ -73,8 +73,10 @@ class MergeCLI(LightningCLI):
                 sys.stdout.write(f"{self.trainer.plan.text()}\n")
             sys.exit(1 if self.trainer.plan.problems else 0)
         if self.trainer.is_global_zero:
-            output = self._get(self.config, "output")
-            sys.stdout.write(f"{self.trainer.merged.summary()}; wrote {output}\n")
+            merged, output = self.trainer.merged, self._get(self.config, "output")
+            beside = [name for name in ("corrections", "heads") if getattr(merged, name)]
+            more = f", and the tasks' {beside[0]} beside it" if beside else ""
+            sys.stdout.write(f"{merged.summary()}; wrote {output}{more}\n")
         self._show_table()
 
     def after_statistics(self) -> None:

@@ -95,6 +95,7 @@ class TestCommandLine:
         main(command(folder, experts, "--output=merged.ckpt"))
         shown = capsys.readouterr().out
         assert "TaskArithmetic of 2 experts (inverted, parity)" in shown
+        assert "wrote merged.ckpt, and the tasks' corrections beside it" in shown
         assert "merged, task known" in shown
         by_hand = merged_of(options, experts)
         written = lm.open_weights("merged.ckpt")
