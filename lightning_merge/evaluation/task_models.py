@@ -16,6 +16,7 @@ from lightning_merge.evaluation.held_out import BASE, evaluate_domain
 from lightning_merge.matrices import matches
 from lightning_merge.merged import Merged
 from lightning_merge.repair import Correction, fold, insert
+from lightning_merge.repair.corrections import state_of
 from lightning_merge.repairing import ALL_TASKS
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def evaluate_merged(
         is_task = domain in merged.experts
         if not (is_task and any(merged.inventory.private.values())):
             rest = merged.corrections.get(ALL_TASKS, Correction())
-            rows = {BASE: {**rest.identity().state, **base}, "merged": merged.weights}
+            rows = {BASE: {**state_of(model, rest.identity()), **base}, "merged": merged.weights}
             records += evaluate_domain(trainer, insert(model, rest), datamodule, domain, rows, {})
         if is_task and merged.knows_tasks:
             weights = merged.for_task(domain)

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,24 @@ def _insertion_problems(site: Site, parts: Mapping[str, nn.Module]) -> Iterator[
         yield f"{site.path!r} is a {kind}, which would run a correction as one more part; name a part of it."
     elif hasattr(part, _child(site)):
         yield f"{site.path!r} has a {_child(site)!r} already; insert corrections into the module without any."
+
+
+def state_of(module: nn.Module, correction: Correction) -> dict[str, Tensor]:
+    """The entries that a correction has in the state of what :func:`insert` returns.
+
+    Args:
+        module: The module without corrections. A part that it has under several names has an entry under each.
+        correction: The correction.
+    """
+    parts = dict(plain(module).named_modules(remove_duplicate=False))
+    homes = {
+        replace(site, path=path): site
+        for site in correction.sites
+        for path, part in parts.items()
+        if part is parts[site.path]
+    }
+    values = ({alias: own[site] for alias, site in homes.items()} for own in (correction.scale, correction.shift))
+    return Correction(*values).state
 
 
 def _correct_input(part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

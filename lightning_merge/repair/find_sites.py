@@ -29,7 +29,6 @@ from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.flow import Call, Flow, Step
 from lightning_merge.repair.tracing import axis_of_kind, is_norm, trace
 from lightning_merge.sites import Site, split_name
-from lightning_merge.task_data import plain
 
 Found = dict[Site, int]
 """Sites, each with the index of the step that makes its activation."""
@@ -215,8 +214,9 @@ def _named(flow: Flow, sites: Sequence[str | Site]) -> list[Site]:
 
 
 def _axis_at(flow: Flow, path: str, is_input: bool) -> int | None:
-    for call in flow.calls_of(path):
+    known = axis_of_kind(dict(flow.module.named_modules())[path])
+    for call in flow.calls_of(path) if known is None else ():
         step, shape = (call.inputs, call.shape) if is_input else (call.output, call.output_shape)
         if step is not None:
             return 1 if len(shape) == 2 else _axis(step)
-    return axis_of_kind(dict(plain(flow.module).named_modules())[path])
+    return known

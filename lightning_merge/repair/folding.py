@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.repair.corrections import Correction
-from lightning_merge.repair.tracing import affine_axis, is_norm
+from lightning_merge.repair.corrections import Correction, state_of
+from lightning_merge.repair.tracing import affine_axis, axis_of_kind, is_norm
 from lightning_merge.sites import Site
 from lightning_merge.task_data import plain
 
@@ -49,8 +49,10 @@ def fold(
     """Fold a correction into weights where that is exact.
 
     That is behind a linear layer or a convolution, behind a normalisation with weight and bias, and at the input of a
-    linear layer, if the parameters are used nowhere else and there is a bias to hold the shift. Running statistics
-    stay as they are. The output of a residual block cannot be folded: it goes on as the residual stream.
+    linear layer, along the axis of its channels, if there is a bias to hold the shift and no other part has the
+    parameters (that the module's own code uses them outside of the part cannot be seen). A layer with a ``forward`` of
+    its own (weight standardisation) may not be linear in its weight and is left alone. Running statistics stay as they
+    are. The output of a residual block cannot be folded: it goes on as the residual stream.
 
     Args:
         module: Says which part each parameter belongs to; it is not changed.
@@ -78,7 +80,7 @@ def corrected_weights(module: nn.Module, weights: Mapping[str, Tensor], correcti
     They load strictly into ``insert(module, rest)``, with the rest that :func:`fold` returns.
     """
     folded, rest = fold(module, weights, correction)
-    return folded | rest.state
+    return folded | state_of(module, rest)
 
 
 def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
@@ -91,24 +93,35 @@ def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
         path, part, is_input = around, parts[around], False  # a normalisation with an activation behind it
     elif is_norm(part) and (is_input or not _ends_affine(part, site.axis)):
         return None
-    is_linear = isinstance(part, nn.Linear)
-    is_convolution = isinstance(part, nn.modules.conv._ConvNd) and not part.transposed and not is_input
-    if getattr(part, "bias", None) is None or not (is_linear or is_convolution or is_norm(part)):
+    if is_norm(part):
+        holds = getattr(part, "weight", None) is not None and part.weight.dim() == 1
+    else:
+        is_plain = _is_linear_in_weight(part) and site.axis == axis_of_kind(part)
+        holds = is_plain and (not is_input or isinstance(part, nn.Linear))
+    if not holds or getattr(part, "bias", None) is None:
         return None
     return Home(f"{path}.weight".lstrip("."), f"{path}.bias".lstrip("."), is_input)
 
 
+def _is_linear_in_weight(part: nn.Module) -> bool:
+    """Whether a part is a linear layer or a convolution that computes what PyTorch's own does."""
+    if not isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)) or getattr(part, "transposed", False):
+        return False
+    kind = next(kind for kind in type(part).__mro__ if kind.__module__.startswith("torch.nn.modules"))
+    return "forward" not in vars(part) and all(
+        getattr(type(part), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward")
+    )
+
+
 def _ends_affine(norm: nn.Module, axis: int) -> bool:
-    """Whether a normalisation ends in ``weight · x + bias`` along an axis."""
-    if type(norm).__module__.startswith("torch.nn."):
-        return True
+    """Whether a normalisation ends in ``weight · x + bias`` along an axis, however many dimensions there are."""
     weight = getattr(norm, "weight", None)
-    for dims in (4, 3, 2) if isinstance(weight, Tensor) and weight.dim() == 1 else ():
+    for dims in (5, 4, 3, 2) if isinstance(weight, Tensor) and weight.dim() == 1 else ():
         shape = [2] * dims
         shape[axis] = len(weight)
         try:
             found = affine_axis(norm, weight.new_zeros(shape))
         except (RuntimeError, ValueError):
             continue  # it takes other shapes
-        return found is not None and found % dims == axis % dims
+        return found == axis
     return False

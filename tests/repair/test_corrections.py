@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from lightning_merge.errors import MergeError
 from lightning_merge.repair import (
@@ -171,3 +172,54 @@ def test_what_is_no_correction_is_refused():
     save_file({"w": torch.ones(1)}, "weights.safetensors")
     with pytest.raises(MergeError, match="holds no corrections"):
         load_corrections("weights.safetensors")
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose weight is standardised: it does not scale with it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+class Twins(nn.Module):
+    """One layer under two names, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+        self.b = self.a
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.b(self.a(x).relu()).relu()).flatten(1)
+
+
+def conv(layer: nn.Module, *more: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, *more, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("module", "site", "shape"),
+    [
+        (conv(nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm([8, 8, 8])), Site("1", 1), (4, 3, 8, 8)),
+        (conv(Standardised(3, 8, 3)), Site("0", 1), (4, 3, 8, 8)),
+        (conv(nn.Conv2d(3, 8, 3, padding=1)), Site("0", -1), (4, 3, 8, 8)),
+        (Twins(), Site("a", 1), (4, 5, 5)),
+        (Twins(), Site("a", -1), (4, 5, 5)),
+        (nn.Sequential(nn.Linear(5, 5), nn.LayerNorm(5), nn.Flatten(), nn.Linear(25, 3)), Site("1", 1), (4, 5, 5)),
+        (nn.Sequential(nn.Linear(5, 5), nn.Flatten(), nn.Linear(25, 3)), Site("0", 1), (4, 5, 5)),
+        (nn.Sequential(nn.ReLU(), nn.Linear(5, 5), nn.Flatten(), nn.Linear(25, 3)), Site("1", 1, True), (4, 5, 5)),
+    ],
+)
+def test_what_a_weight_cannot_hold_is_not_folded(module, site, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    width = shape[1] if shape[1] == 5 else 8
+    correction = Correction({site: torch.linspace(0.5, 2, width)}, {site: torch.linspace(-1, 1, width)})
+    with correction.applied(module), torch.no_grad():
+        wanted = module(x)
+    _, rest = fold(module, module.state_dict(), correction)
+    inserted = insert(module, rest)
+    inserted.load_state_dict(corrected_weights(module, module.state_dict(), correction))
+    with torch.no_grad():
+        torch.testing.assert_close(inserted(x), wanted)
