@@ -114,7 +114,7 @@ class TestOwnModules:
     def test_weights(self):
         with pytest.raises(lm.MergeError, match="no pretrained weights to download"):
             lm.Expert("python/own_backbones.flat", 2, backbone_args={"width": 6})
-        with pytest.raises(lm.MergeError, match=r"no weight file gone\.ckpt"):
+        with pytest.raises(lm.MergeError, match=r"no file or folder gone\.ckpt"):
             lm.Expert("python/own_backbones.flat", 2, pretrained="gone.ckpt", backbone_args={"width": 6})
         lm.save_weights("other.ckpt", {"1.weight": torch.zeros(6, 48)})
         with pytest.raises(lm.MergeError, match=r"other\.ckpt lacks '1\.bias' of this model"):
