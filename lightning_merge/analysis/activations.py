@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.analysis.running import check_weights, read_batches, run
+from lightning_merge.errors import raise_all
 from lightning_merge.running import device_of, evaluating
 from lightning_merge.sites import Site, at_sites
 
@@ -74,7 +75,12 @@ def compare_activations(
 def activations_at(
     module: nn.Module, weights: Mapping[str, Tensor], images: Tensor, sites: Iterable[Site]
 ) -> dict[Site, Tensor]:
-    """The activations of a model on images, at each site that it computes."""
+    """The activations of a model on images, at each site.
+
+    Raises:
+        MergeError: If a site does not exist, or if the module does not call it.
+    """
+    sites = list(sites)
     found: dict[Site, Tensor] = {}
 
     def keep(site: Site, activation: Tensor) -> None:
@@ -82,6 +88,7 @@ def activations_at(
 
     with evaluating(module), torch.no_grad(), at_sites(module, sites, keep):
         run(module, weights, images)
+    raise_all([f"{site.name} was not reached when the model ran; leave it out." for site in sites if site not in found])
     return found
 
 

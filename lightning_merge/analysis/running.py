@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,14 +11,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.running import device_of, evaluating
+from lightning_merge.running import common_dtype, complete_state, device_of, evaluating
+from lightning_merge.task_data import plain
 
 
 def run(module: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """What a module computes with these weights; parameters that they lack are the module's own."""
-    moved = {name: tensor.to(images.device) for name, tensor in weights.items()}
-    return functional_call(module, moved, (images,), tie_weights=False)
+    """What a module computes with these weights, in float32 or float64; those that they lack are the module's own."""
+    module = plain(module)
+    own = module.state_dict()
+    tied = open_weights(own, "the module").tied
+    given = {tied.get(name, name): tensor for name, tensor in weights.items()}
+    complete = {name: tensor for name, tensor in own.items() if tied.get(name, name) not in given}
+    state = complete_state(module, {**complete, **given, **weights}, "the model")
+    images = images.to(common_dtype(state)) if images.is_floating_point() else images
+    return functional_call(module, state, (images,), tie_weights=False)
 
 
 def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -69,7 +78,8 @@ def loss_and_accuracy(module: nn.Module, batches: Iterable[Any], weights: Mappin
 
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], name: str = "the model") -> None:
     """Raise a :class:`MergeError` unless a module can be run with these weights."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    module = plain(module)
+    own = dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
     raise_all(
         [
             f"{key!r} of {name} is no parameter of the module; give the models' own module."

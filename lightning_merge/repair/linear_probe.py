@@ -97,7 +97,11 @@ def fit_logistic_regression(
 def _keep_labels(data: Iterable[Any], labels: list[Tensor]) -> Iterator[Tensor]:
     """The images of batches, whose labels are kept as they are read."""
     for batch in data:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-            raise MergeError(f"A head is fitted to batches of (images, labels); the data give {type(batch).__name__}.")
+        parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        if len(parts) != 2 or not isinstance(parts[1], Tensor):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise MergeError(f"A head is fitted to batches of (images, labels), two tensors; the data give {kinds}.")
+        if batch[1].is_floating_point():
+            raise MergeError(f"The labels must be integers, one for each image; the data give {batch[1].dtype}.")
         labels.append(batch[1].detach().long().flatten())
         yield batch[0]

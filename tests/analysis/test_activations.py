@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_merge as lm
-from lightning_merge.analysis import compare_activations, embed
+from lightning_merge.analysis import compare_activations, embed, loss_and_accuracy
 from lightning_merge.sites import Site
 
 
@@ -114,3 +114,27 @@ def test_embeddings_are_activations_averaged_over_the_places():
     features, found = embed(module, merged, [IMAGES], Site("4", input=True))
     torch.testing.assert_close(features, direct(module, merged, 4).float())
     assert found is None
+
+
+class Tied(nn.Module):
+    """A layer under two names, another one with its weight, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(5, 5)
+        self.b, self.c, self.idle = self.a, nn.Linear(5, 5), nn.Linear(5, 5)
+        self.c.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()))
+
+
+def test_tied_and_half_precision_weights_are_run_and_the_module_is_as_before():
+    module, data = Tied(), [(torch.randn(4, 5), torch.arange(4))]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    other = {name: torch.full_like(tensor, 0.1).half() for name, tensor in before.items()}
+    assert loss_and_accuracy(module, data, other)[0] == pytest.approx(math.log(5))
+    assert loss_and_accuracy(module, data, before) == loss_and_accuracy(module, data, {})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    with pytest.raises(lm.MergeError, match="idle was not reached"):
+        embed(module, {}, data, Site("idle"))

@@ -56,6 +56,10 @@ def test_what_does_not_fit_is_refused():
     module, weights, data, _, _ = make(True)
     with pytest.raises(MergeError, match="fitted to batches of \\(images, labels\\)"):
         probe_head(module, weights, [images(4)])
+    with pytest.raises(MergeError, match="two tensors; the data give Tensor, list"):
+        probe_head(module, weights, [(images(2), ["cat", "dog"])])
+    with pytest.raises(MergeError, match=r"integers, one for each image; the data give torch.float32"):
+        probe_head(module, weights, [(images(2), torch.eye(2))])
     with pytest.raises(MergeError, match="labels go from 0 to 9, but the head has 3 classes"):
         probe_head(module, weights, [(images(4), torch.tensor([0, 1, 2, 9]))])
     with pytest.raises(MergeError, match="'hidden' is no linear layer"):
@@ -65,4 +69,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(MergeError, match="hold no batch"):
         probe_head(module, weights, [])
     with pytest.raises(MergeError, match="must be finite"):
-        probe_head(module, weights, [(images(4) * float("nan"), torch.zeros(4))])
+        probe_head(module, weights, [(images(4) * float("nan"), torch.zeros(4).long())])
