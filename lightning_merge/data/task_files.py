@@ -21,7 +21,9 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 Part = tuple[Any, np.ndarray]
 """Images, as an array or a tensor, and their labels."""
 
-_UNREADABLE = (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error)  # by np.load
+_UNREADABLE = (
+    OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip  # what np.load raises; encrypted or patched members of a zip file are RuntimeErrors
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 
 
