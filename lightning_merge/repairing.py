@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from torch import Tensor, nn
 
-from lightning_merge.errors import MergeError
+from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.merged import Change, Merged
 from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
 from lightning_merge.repair import repair as shared_repair
 from lightning_merge.repair.calibration import Known
 from lightning_merge.sharing import Processes
-from lightning_merge.task_data import Data
+from lightning_merge.task_data import Data, data_problems
 
 ALL_TASKS = "all tasks"
 """The name of a correction that serves every task."""
@@ -38,6 +38,13 @@ class Repair:
     batches: int = 16
     max_gain: float = 10.0
     sites: Sequence[str] | None = None
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, in sentences."""
+        known = get_args(get_type_hints(Repair)["by"])
+        found = [] if self.by in known else [f"repair.by must be one of {', '.join(known)}, got {self.by!r}."]
+        found += [] if self.batches >= 1 else [f"repair.batches must be at least 1, got {self.batches}."]
+        return found + ([] if self.max_gain > 0 else [f"repair.max_gain must be positive, got {self.max_gain}."])
 
 
 def repair(
@@ -69,9 +76,7 @@ def repair(
     Raises:
         MergeError: If data are missing or too few, or if there is nothing to repair.
     """
-    missing = [name for name in merged.experts if name not in data]
-    if missing:
-        raise MergeError(f"There are no data of the expert {missing[0]}; give data={{{missing[0]!r}: loader}}.")
+    raise_all([*options.problems(), *data_problems(data, merged.experts, "repair")])
     if merged.repairs:
         raise MergeError("This model was repaired already; repair what was merged.")
     processes = Processes(distributed)

@@ -29,12 +29,13 @@ from lightning_merge.evaluation.several_foundations import SeveralFoundations
 from lightning_merge.evaluation.task_models import evaluate_merged
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
-from lightning_merge.merging import merge
+from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.planning import plan as make_plan
 from lightning_merge.plans import Plan
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
+from lightning_merge.sharing import Processes
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
 
@@ -172,13 +173,15 @@ class MergeTrainer(Trainer):
             return self.plan
         origin = open_weights(source, name="base")
         if repair is not None:
+            with Processes(distributed).together():
+                check_arguments(method, origin, open_experts(experts, origin), output=output, shard_size=shard_size)
             options["output"] = None
         merged = merge(origin, experts, method, distributed=distributed, **options)
         if repair is not None:
             merged = several.repair(merged, distributed)
+        with Processes(distributed).together():
             if self.is_global_zero:
                 several.save(merged, output, shard_size)
-            self.strategy.barrier()
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = Table(evaluate_merged(self, model, domains, origin, merged))
@@ -408,9 +411,8 @@ class MergeTrainer(Trainer):
         if model is None or not isinstance(datamodule, DomainDataModule):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         if foundations is not None:
-            self.table = self._benchmark_foundations(
-                model, datamodule, methods, output, domains, foundations, {"pretrain": pretrain, "search": search}
-            )
+            others = {"pretrain": pretrain, "search": search, "statistics": statistics}
+            self.table = self._benchmark_foundations(model, datamodule, methods, output, domains, foundations, others)
             return self.table
         base_domains = pretrain.domains if pretrain else ()
         self.table = Benchmark(

@@ -17,6 +17,7 @@ from lightning_merge.align import Symmetries, find_symmetries
 from lightning_merge.aligning import Align, align, example_images
 from lightning_merge.cli import main
 from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.task_models import model_of_task
 from lightning_merge.methods import TALLMask, TaskArithmetic
 from lightning_merge.repair import corrected_weights, load_corrections
 from lightning_merge.repairing import Repair, repair
@@ -143,6 +144,7 @@ class TestCommandLine:
             (["--align.foundation_of={inverted: a}"], "foundation of the expert 'parity' is not told"),
             (["--align.symmetries=none.json"], "cannot be read from none.json"),
             (["--experts=[a.ckpt]"], "need names"),
+            (["--repair.batches=-1"], "repair.batches must be at least 1, got -1"),
         ],
     )
     def test_what_cannot_work_ends_in_one_sentence(self, folder, experts, more, message, capsys):
@@ -153,6 +155,33 @@ class TestCommandLine:
         assert message in error
         assert "Traceback" not in error
         assert not list(Path().glob("merged*"))
+
+    def test_nothing_of_an_earlier_merge_stays_beside_a_model(self, folder, experts):
+        for more in (["--repair.by=repair"], ["--repair=null"]):
+            main(command(folder, experts, "--output=merged.ckpt"))
+            assert Path("merged.corrections.safetensors").exists()
+            main(command(folder, experts, "--output=merged.ckpt", *more))
+            assert [path.name for path in Path().glob("*merged*")] == ["merged.ckpt"]
+
+    def test_a_repaired_merge_that_cannot_be_written_changes_nothing(self, folder, experts, monkeypatch):
+        main(command(folder, experts, "--output=merged.ckpt"))
+        before = {path: path.read_bytes() for path in Path().glob("*merged*")}
+
+        def fail(*_):
+            raise MergeError("disk full")
+
+        monkeypatch.setattr(lm.Merged, "save", fail)
+        with pytest.raises(SystemExit):
+            main(command(folder, experts, "--output=merged.ckpt", "--method.scale=0.1"))
+        assert {path: path.read_bytes() for path in Path().glob("*merged*")} == before
+
+    def test_what_cannot_be_written_is_said_before_any_work(self, folder, experts, monkeypatch, capsys):
+        monkeypatch.setattr(
+            "lightning_merge.evaluation.several_foundations.repair", lambda *_, **__: pytest.fail("late")
+        )
+        with pytest.raises(SystemExit):
+            main(command(folder, experts, "--output=merged.txt"))
+        assert "merged.txt" in capsys.readouterr().err
 
 
 class TestAlign:
@@ -243,5 +272,18 @@ class TestRepair:
     def test_missing_data_are_named(self, folder, options, experts):
         data = images(folder)
         del data["parity"]
-        with pytest.raises(MergeError, match="no data of the expert parity"):
+        with pytest.raises(MergeError, match="no data of expert parity"):
             repair(Repair(), merged_of(options, experts), tiny_vgg(), data)
+
+    def test_data_of_others_are_refused(self, folder, options, experts):
+        data = images(folder)
+        data["held out"] = data["parity"]
+        with pytest.raises(MergeError, match="data for 'held out', which is no expert"):
+            repair(Repair(by="repair"), merged_of(options, experts), tiny_vgg(), data)
+        with pytest.raises(MergeError, match=r"repair.by must be one of tact, repair"):
+            repair(Repair(by="magic"), merged_of(options, experts), tiny_vgg(), images(folder))
+
+    def test_the_model_of_a_task_is_not_what_the_model_was_configured_as(self, folder):
+        data = lm.TaskArrays(str(folder / "tasks"), image_size=8, channels=1)
+        model = tiny_vgg(weights=str(folder / "a.ckpt"), class_names=[f"digit {i}" for i in range(10)])
+        assert model_of_task(model, data, "parity").num_classes == 2

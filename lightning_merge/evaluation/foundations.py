@@ -32,11 +32,13 @@ from lightning_merge.evaluation.candidates import Record, evaluate_candidates
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.jobs import claim, fit_expert, is_done, mark_done, read_done, run_jobs, settings_of
 from lightning_merge.evaluation.merge_data import calibration_images, on_device
-from lightning_merge.evaluation.task_models import model_of_task, start_from
+from lightning_merge.evaluation.task_models import model_of_task, start_from, unfolded
 from lightning_merge.matrices import matches
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
+from lightning_merge.repair import Correction, insert
 from lightning_merge.repair.calibration import Known
+from lightning_merge.repair.corrections import state_of
 from lightning_merge.repairing import Repair, repair
 
 if TYPE_CHECKING:
@@ -190,13 +192,17 @@ class FoundationsBenchmark:
         tasks = self.used[:count]
         experts = {task: open_weights(self._folder(study) / "experts" / task / "expert.ckpt") for task in tasks}
         candidates: dict[str, dict[str, Mapping[str, Tensor]]] = {task: {_OWN: experts[task]} for task in tasks}
-        for arm, method, task, weights in self._models(study, tasks, experts):
+        inserted = {task: Correction() for task in tasks}  # what the weights cannot hold, in any of the models
+        for arm, method, task, weights, rest in self._models(study, tasks, experts):
             candidates[task][f"{arm}/{method}"] = weights
+            inserted[task] = inserted[task].with_(rest.identity())
         records = []
         for task in tasks:
-            data = self.datamodule.only(train=[], test=[task])
+            data = self.datamodule.only(train=[], test=[task], test_on=self.datamodule.test_on)
             model = model_of_task(self.model, self.datamodule, task)
-            measured = evaluate_candidates(self.trainer.again(), model, data, candidates[task])
+            nothing = state_of(model, inserted[task])
+            rows = {row: {**nothing, **weights} for row, weights in candidates[task].items()}
+            measured = evaluate_candidates(self.trainer.again(), insert(model, inserted[task]), data, rows)
             found = {record["row"]: record["accuracy"] for record in measured}
             records += [
                 {
@@ -217,8 +223,8 @@ class FoundationsBenchmark:
 
     def _models(
         self, study: int, tasks: Sequence[str], experts: Mapping[str, Weights]
-    ) -> Iterator[tuple[str, str, str, Mapping[str, Tensor]]]:
-        """Every model: its arm, its method, the task, and the weights for it."""
+    ) -> Iterator[tuple[str, str, str, Mapping[str, Tensor], Correction]]:
+        """Every model: its arm, its method, the task, the weights for it, and the corrections to be inserted."""
         options, module = self.options, on_device(self.trainer, self.model)
         data = calibration_images("The benchmark", self.datamodule, tasks, module, options.batches, options.batch_size)
         for kind in dict.fromkeys(arm.align for arm in options.arms.values()):
@@ -233,7 +239,8 @@ class FoundationsBenchmark:
                     if arm.repair is not None:
                         repaired = repair(arm.repair, merged, module, data, seed=study, known=known)
                     for task in tasks:
-                        yield row, name, task, repaired.for_task(task)
+                        weights = repaired.for_task(task)
+                        yield row, name, task, weights, unfolded(self.model, repaired, task, weights)
 
     def _align(
         self,
@@ -276,7 +283,7 @@ class FoundationsBenchmark:
         return table
 
     def _check(self) -> None:
-        options, known = self.options, self.datamodule.domains
+        options, known, state = self.options, self.datamodule.domains, self.model.state_dict()
         problems = [
             f"There is no task {domain!r}; the tasks are {', '.join(known)}."
             for domain in [*self.domains, *options.domains]
@@ -287,6 +294,20 @@ class FoundationsBenchmark:
             for domain in options.domains
             if domain in self.domains
         ]
+        for name, values in (("domains", self.domains), ("foundations.seeds", options.seeds)):
+            if len(set(values)) < len(values):
+                problems.append(f"{name} holds a value twice: {', '.join(map(str, values))}.")
+        for name, method in self.methods.items():
+            if method.needs or method.needs_data:
+                problems.append(f"The method {name!r} needs statistics or images while it merges; leave it out here.")
+        for name, arm in options.arms.items():
+            problems += [f"The way {name!r}: {problem}" for problem in (arm.repair.problems() if arm.repair else [])]
+            if arm.repair and arm.repair.by == "batch_norm" and not any("running_var" in key for key in state):
+                problems.append(f"The way {name!r}: the model has no BatchNorm with running statistics to re-estimate.")
+        if options.batches < 1 or options.batch_size < 2:
+            problems.append("foundations.batches must be at least 1, and foundations.batch_size at least 2.")
+        if self.datamodule.test_on == "all":
+            problems.append("Experts are tested on their own tasks, which they were trained on; use test_on=test.")
         if not options.domains:
             problems.append("Say what the foundations are fitted on: foundations.domains.")
         if not self.methods:
@@ -304,7 +325,6 @@ class FoundationsBenchmark:
             problems.append("Give at least one seed: foundations.seeds.")
         if self.trainer.arguments.get("limit_test_batches") == 0:
             problems.append("Nothing would be tested; leave limit_test_batches out.")
-        state = self.model.state_dict()
         if not any(matches(name, options.private) for name in state):
             problems.append(
                 f"No parameter of the model matches foundations.private ({', '.join(options.private)}); it has "

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,8 @@ def run_jobs(trainer: MergeTrainer, jobs: Sequence[Job], seed: int) -> None:
         except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
             rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
             raise
+        finally:
+            os.environ["PL_GLOBAL_SEED"] = str(seed)  # a job may have seeded with another number
         rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
 
 from lightning_merge.aligning import Align, align
-from lightning_merge.checkpoints import Weights, save_weights
+from lightning_merge.checkpoints import Weights, put_in_place, save_weights
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import raise_all
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
@@ -51,7 +52,7 @@ class SeveralFoundations:
 
     def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool) -> None:
         """Raise a :class:`MergeError` if it can be seen before any work that the merge cannot be done like this."""
-        problems = []
+        problems = [] if self.correction is None else self.correction.problems()
         if self.alignment is not None and base is not None:
             problems.append("With `align` the base is the mean of the foundations; leave --base out.")
         if self.alignment is not None and method.needs:
@@ -104,13 +105,28 @@ class SeveralFoundations:
         return replace(repaired, manifest=merged.manifest | {"repair": asdict(self.correction)})
 
     def save(self, merged: Merged, output: str, shard_size: int) -> None:
-        """Write the merged model, and the corrections of the tasks beside it."""
-        merged.save(output, shard_size)
-        if merged.corrections:
-            save_corrections(_beside(output, "corrections"), merged.corrections)
-        if merged.heads:
-            heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
-            save_weights(_beside(output, "heads"), heads)
+        """Write the merged model if it was repaired, and beside it what belongs to its tasks.
+
+        Only when all of it is on the disk the files take their places. What an earlier merge left beside a model of
+        this name belongs to that one, and is removed.
+        """
+        heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
+        parent = Path(output).expanduser().absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".merged.", dir=parent) as folder:
+            new = {what: Path(folder) / f"{what}.safetensors" for what in ("corrections", "heads")}
+            if merged.corrections:
+                save_corrections(new["corrections"], merged.corrections)
+            if heads:
+                save_weights(new["heads"], heads)
+            if self.correction is not None:  # else it was written while it was merged
+                merged.save(output, shard_size)
+            for what, file in new.items():
+                path = _beside(output, what)
+                if file.exists():
+                    put_in_place(file, path)
+                else:
+                    path.unlink(missing_ok=True)
 
     @property
     def _module(self) -> LightningModule | None:
@@ -124,5 +140,5 @@ class SeveralFoundations:
 
 def _beside(output: str, what: str) -> Path:
     """Where else something of a merged model is: beside its file, or in its folder."""
-    path = Path(output)
+    path = Path(output).expanduser()
     return path / f"{what}.safetensors" if is_folder(output) else path.with_suffix(f".{what}.safetensors")

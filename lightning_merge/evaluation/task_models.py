@@ -44,7 +44,7 @@ def model_of_task(
     classes = datamodule.class_names_of(task)
     if "num_classes" in accepted:
         arguments["num_classes"] = len(classes)
-        arguments |= {"class_names": None} if "class_names" in accepted else {}
+        arguments |= {name: None for name in ("class_names", "weights") if name in accepted}
     elif len(classes) != len(datamodule.class_names_of(datamodule.domains[0])):
         raise MergeError(
             f"{type(model).__name__} takes no num_classes, so that it cannot have a head for the {len(classes)} "
@@ -95,12 +95,27 @@ def evaluate_merged(
             records += evaluate_domain(trainer, insert(model, rest), datamodule, domain, rows, {})
         if is_task and merged.knows_tasks:
             weights = merged.for_task(domain)
-            own = model if _fits(model, weights) else model_of_task(model, datamodule, domain)
-            correction = merged.corrections.get(domain) or merged.corrections.get(ALL_TASKS, Correction())
-            _, rest = fold(own, weights, correction)
+            fits = _fits(model, weights) and _has_classes(model, datamodule.class_names_of(domain))
+            own = model if fits else model_of_task(model, datamodule, domain)
+            rest = unfolded(own, merged, domain, weights)
             rows = {_TASK_KNOWN: weights}
             records += evaluate_domain(trainer, insert(own, rest), datamodule, domain, rows, {})
     return records
+
+
+def unfolded(model: LightningModule, merged: Merged, task: str, weights: Mapping[str, Tensor]) -> Correction:
+    """The corrections of a task that its weights do not hold, which have to be inserted into the module."""
+    correction = merged.corrections.get(task) or merged.corrections.get(ALL_TASKS, Correction())
+    return fold(model, weights, correction)[1]
+
+
+def _has_classes(model: LightningModule, names: Sequence[str]) -> bool:
+    try:
+        if hasattr(model, "check_classes"):
+            model.check_classes(names)
+    except MergeError:
+        return False
+    return True
 
 
 def _fits(model: LightningModule, weights: Mapping[str, Tensor]) -> bool:

@@ -62,6 +62,10 @@ class Correction:
         sites = list(sites)
         return Correction({site: self.scale[site] for site in sites}, {site: self.shift[site] for site in sites})
 
+    def with_(self, other: Correction) -> Correction:
+        """The correction of these sites and of another one's, whose values count where both have a site."""
+        return Correction({**self.scale, **other.scale}, {**self.shift, **other.shift})
+
     def identity(self) -> Correction:
         """The correction of the same sites that changes nothing."""
         ones = {site: torch.ones_like(scale) for site, scale in self.scale.items()}

@@ -14,7 +14,7 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import evaluate_candidates
 from lightning_merge.evaluation.foundations import Arm, Foundations
 from lightning_merge.evaluation.task_models import model_of_task
-from lightning_merge.methods import TaskArithmetic, WeightAverage
+from lightning_merge.methods import AdaMerging, TaskArithmetic, WeightAverage
 from lightning_merge.repairing import Repair
 from tests.toys import digit_tasks, quiet_trainer, tiny_vgg
 
@@ -30,7 +30,13 @@ METHODS = {"TA": TaskArithmetic(scale=0.4), "average": WeightAverage()}
 
 def run(tmp_path: Path, methods=METHODS, tasks=None, **changes):
     options = {"domains": ["upright"], "arms": ARMS, "merged": [2, 3], "max_epochs": 2, "batches": 2, "batch_size": 32}
-    data = lm.TaskArrays(str(digit_tasks(tmp_path / "tasks")), image_size=8, channels=1, batch_size=32)
+    data = lm.TaskArrays(
+        str(digit_tasks(tmp_path / "tasks")),
+        image_size=8,
+        channels=1,
+        batch_size=32,
+        test_on=changes.pop("test_on", "test"),
+    )
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=6, **changes.pop("trainer", {}))
     return trainer.benchmark(
         tiny_vgg(),
@@ -85,6 +91,43 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         run(tmp_path, merged=[2], batches=3)
 
 
+def test_corrections_that_no_weight_can_hold_are_measured_too(tmp_path, monkeypatch):
+    from lightning_merge.repair import folding
+
+    arms = {name: ARMS[name] for name in ("naive", "naive + TACT")}
+    folded = run(tmp_path, merged=[2], arms=arms)
+    monkeypatch.setattr(folding, "_home", lambda *_: None)
+    (tmp_path / "out/seed 0/merged/2/done").unlink()
+    inserted = run(tmp_path, merged=[2], arms=arms)
+    for one, other in zip(folded.records, inserted.records, strict=True):
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.006)
+
+
+def test_the_validation_split_is_tested_on_where_that_is_asked_for(tmp_path, monkeypatch):
+    from lightning_merge.evaluation import foundations
+
+    seen = []
+    monkeypatch.setattr(
+        foundations,
+        "evaluate_candidates",
+        lambda trainer, model, data, rows: seen.append(data.test_on) or [{"row": row, "accuracy": 1.0} for row in rows],
+    )
+    run(tmp_path, merged=[2], arms={"naive": ARMS["naive"]}, test_on="val")
+    assert set(seen) == {"val"}
+
+
+def test_a_failed_fit_does_not_change_the_seed_of_the_next_run(tmp_path, monkeypatch):
+    from lightning_merge.evaluation import foundations
+
+    def fail(*_, **__):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(foundations, "fit_expert", fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(tmp_path, merged=[2], seeds=[3])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -97,6 +140,10 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         ({"seeds": []}, "at least one seed"),
         ({"private": ["classifier.*"]}, "No parameter of the model matches foundations.private"),
         ({"methods": {}}, "no methods to compare"),
+        ({"methods": {"AdaMerging": AdaMerging()}}, "'AdaMerging' needs statistics or images"),
+        ({"tasks": ["halves", "halves"]}, "domains holds a value twice"),
+        ({"batch_size": 1}, "batch_size at least 2"),
+        ({"arms": {"aligned": Arm(repair=Repair(by="batch_norm"))}}, "no BatchNorm with running statistics"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, changes, message):
