@@ -60,8 +60,8 @@ def test_an_ensemble_averages_logits(model, candidates):
 def test_a_layer_under_two_names_keeps_its_own_weights(model):
     model.twin = model.head
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    other = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
-    evaluate_candidates(quiet_trainer(limit_test_batches=1), model, lm.Digits(test_domains=["noisy"]), {"zero": other})
+    other = {name: torch.ones_like(tensor) for name, tensor in before.items()}
+    evaluate_candidates(quiet_trainer(limit_test_batches=1), model, lm.Digits(test_domains=["noisy"]), {"ones": other})
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
