@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from lightning_merge.errors import raise_all
 from lightning_merge.models.metrics import classification_metrics
+from lightning_merge.running import distinct_names
 
 Record = dict[str, Any]
 """One measurement: ``row``, ``domain``, and a value in [0, 1] for every metric."""
@@ -109,10 +110,11 @@ class CandidateEvaluator(LightningModule):
         return f"{self.rows.index(row)}/{self._domains.index(domain)}/{metric}"
 
     def on_test_start(self) -> None:
-        """Move the candidates to the device."""
+        """Move the candidates to the device, each tensor under one name."""
+        stored = self.module.state_dict()
+        places = [key for key in distinct_names(self.module) if key in stored]
         self._candidates = {
-            name: {key: tensor.to(self.device) for key, tensor in weights.items()}
-            for name, weights in self._candidates.items()
+            name: {key: weights[key].to(self.device) for key in places} for name, weights in self._candidates.items()
         }
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

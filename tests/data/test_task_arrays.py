@@ -211,3 +211,14 @@ def test_files_that_are_no_archives(tmp_path):
 def test_what_cannot_work_is_said_in_a_sentence(root, make, message):
     with pytest.raises(lm.MergeError, match=message):
         make(root)
+
+
+@pytest.mark.parametrize("flag", [1, 32])  # encrypted, patched: zipfile raises RuntimeErrors
+def test_a_file_that_zipfile_does_not_read_is_named(root, flag):
+    path = Path(root) / "grey.npz"
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= flag
+    path.write_bytes(content)
+    with pytest.raises(lm.MergeError, match=r"grey.npz cannot be read"):
+        lm.TaskArrays(root).class_names_of("grey")

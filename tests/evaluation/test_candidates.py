@@ -57,6 +57,14 @@ def test_an_ensemble_averages_logits(model, candidates):
     assert found[-1]["accuracy"] == pytest.approx(expected, abs=1e-7)
 
 
+def test_a_layer_under_two_names_keeps_its_own_weights(model):
+    model.twin = model.head
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = {name: torch.ones_like(tensor) for name, tensor in before.items()}
+    evaluate_candidates(quiet_trainer(limit_test_batches=1), model, lm.Digits(test_domains=["noisy"]), {"ones": other})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_model_keeps_its_own_weights(model, candidates):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     evaluate_candidates(quiet_trainer(), model, lm.Digits(test_domains=["noisy"]), candidates)
