@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.merged import Change, Merged
+from lightning_merge.methods import MergeMethod
 from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
 from lightning_merge.repair import repair as shared_repair
 from lightning_merge.repair.calibration import Known
@@ -46,6 +47,13 @@ class Repair:
         found += [] if self.batches >= 1 else [f"repair.batches must be at least 1, got {self.batches}."]
         return found + ([] if self.max_gain > 0 else [f"repair.max_gain must be positive, got {self.max_gain}."])
 
+    def problems_with(self, method: MergeMethod) -> list[str]:
+        """Why models merged by a method cannot be repaired like this."""
+        if method.per_task and self.by in ("repair", "batch_norm"):
+            name = type(method).__name__
+            return [f"{name} keeps a model for each task, which one correction does not fit; use repair.by=tact."]
+        return []
+
 
 def repair(
     options: Repair,
@@ -79,6 +87,10 @@ def repair(
     raise_all([*options.problems(), *data_problems(data, merged.experts, "repair")])
     if merged.repairs:
         raise MergeError("This model was repaired already; repair what was merged.")
+    if ALL_TASKS in merged.experts:
+        raise MergeError(f"No expert can be called {ALL_TASKS!r}, which a correction of all of them is; rename it.")
+    if merged.computation is not None:
+        raise_all(options.problems_with(merged.computation.method))
     processes = Processes(distributed)
     with processes.together():
         found = _found(options, merged, module, data, seed, known)

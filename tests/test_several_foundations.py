@@ -270,6 +270,11 @@ class TestRepair:
         assert torch.equal(own["backbone.stages.0.weight"], core["backbone.stages.0.weight"])
         assert not torch.equal(own["backbone.stages.1.weight"], core["backbone.stages.1.weight"])
 
+    @pytest.mark.parametrize("by", ["repair", "batch_norm"])
+    def test_one_correction_does_not_fit_a_model_for_each_task(self, folder, options, experts, by):
+        with pytest.raises(MergeError, match="TALLMask keeps a model for each task"):
+            repair(Repair(by=by), merged_of(options, experts, TALLMask()), tiny_vgg(), images(folder))
+
     def test_missing_data_are_named(self, folder, options, experts):
         data = images(folder)
         del data["parity"]

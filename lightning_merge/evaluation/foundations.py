@@ -300,6 +300,8 @@ class FoundationsBenchmark:
         for name, method in self.methods.items():
             if method.needs or method.needs_data:
                 problems.append(f"The method {name!r} needs statistics or images while it merges; leave it out here.")
+            repairs = [arm.repair for arm in options.arms.values() if arm.repair]
+            problems += list(dict.fromkeys(line for one in repairs for line in one.problems_with(method)))
         for name, arm in options.arms.items():
             problems += [f"The way {name!r}: {problem}" for problem in (arm.repair.problems() if arm.repair else [])]
             if arm.repair and arm.repair.by == "batch_norm" and not any("running_var" in key for key in state):

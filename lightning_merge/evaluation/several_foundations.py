@@ -52,7 +52,9 @@ class SeveralFoundations:
 
     def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool) -> None:
         """Raise a :class:`MergeError` if it can be seen before any work that the merge cannot be done like this."""
-        problems = [] if self.correction is None else self.correction.problems()
+        problems = []
+        if self.correction is not None:
+            problems += [*self.correction.problems(), *self.correction.problems_with(method)]
         if self.alignment is not None and base is not None:
             problems.append("With `align` the base is the mean of the foundations; leave --base out.")
         if self.alignment is not None and method.needs:

@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +167,8 @@ def python_backbone(path: str, pretrained: bool | str, **arguments: Any) -> tupl
     """Build a backbone of the user's own, as :func:`timm_backbone` returns one.
 
     Args:
-        path: ``package.module.Callable``: a class, or a function that returns a module. The module maps images to
+        path: ``package.module.Callable``: a class of modules, or a function that is annotated to return one; nothing
+            else is called, since the name may stand in a checkpoint of somebody else's. The module maps images to
             features ``(N, num_features)``; it has an attribute ``num_features`` and may have one ``preprocessing``.
             Without it images are resized to the argument ``img_size`` or else to 224, with mean and std 0.5.
         pretrained: False for what the callable returns, or a file of weights for it.
@@ -209,7 +210,21 @@ def _attribute(path: str) -> Callable[..., Any]:
         ) from error
     if not callable(found):
         raise MergeError(f"The module {module} has no class or function {name!r} for the backbone python/{path}.")
+    if not _makes_modules(found):
+        raise MergeError(
+            f"python/{path} is neither a class of modules nor a function that is annotated to return one, and is not "
+            "called; write `-> nn.Module` behind its arguments if it is a backbone of yours."
+        )
     return found
+
+
+def _makes_modules(found: Any) -> bool:
+    """Whether something is a class of modules, or a function that says it returns one."""
+    try:
+        kind = found if isinstance(found, type) else get_type_hints(found).get("return")
+    except (NameError, TypeError):
+        return False
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def load_exactly(model: nn.Module, path: str) -> None:

@@ -33,7 +33,7 @@ class Expert(LightningModule):
 
     Args:
         backbone: ``timm/MODEL``, ``open_clip/MODEL`` (its image tower), or ``python/PACKAGE.MODULE.CLASS``: any class
-            or function that returns a module with an attribute ``num_features``, such as
+            of modules, or function annotated to return one, with an attribute ``num_features``, such as
             ``python/lightning_merge.models.vgg.VGG``.
         num_classes: Number of classes; may be left out where ``class_names`` are given.
         class_names: The classes in the order of the labels; the zero-shot head is built from them.

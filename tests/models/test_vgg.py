@@ -75,11 +75,11 @@ class TestOwnModules:
     def _module(self, monkeypatch: pytest.MonkeyPatch):
         Path("own_backbones.py").write_text(
             "from torch import nn\n"
-            "def flat(width, img_size=4, in_chans=3):\n"
+            "def flat(width, img_size=4, in_chans=3) -> nn.Module:\n"
             "    model = nn.Sequential(nn.Flatten(), nn.Linear(in_chans * img_size**2, width))\n"
             "    model.num_features = width\n"
             "    return model\n"
-            "def bare():\n"
+            "def bare() -> nn.Module:\n"
             "    return nn.Flatten()\n"
             "constant = 3\n"
         )
@@ -144,3 +144,11 @@ def test_it_is_fitted_from_a_yaml_file():
     (checkpoint,) = Path().glob("**/*.ckpt")
     loaded = lm.Expert.load_from_checkpoint(checkpoint, weights_only=True)
     assert isinstance(loaded.backbone, VGG)
+
+
+def test_nothing_else_is_called(tmp_path):
+    """A name in a checkpoint must not run code: only what makes modules is called."""
+    for name in ("os.system", "subprocess.run", "builtins.eval", "builtins.print", "pathlib.Path"):
+        with pytest.raises(lm.MergeError, match="neither a class of modules nor a function"):
+            lm.Expert(f"python/{name}", 2, pretrained=False, backbone_args={"command": f"touch {tmp_path}/owned"})
+    assert not (tmp_path / "owned").exists()
