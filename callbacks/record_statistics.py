@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_merge.checkpoints import open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.errors import MergeError
 from lightning_merge.recording import (
-    fitted_weights,
     new_collector,
     save_collected,
     split_batch,
     statistics_dataloader,
 )
 from lightning_merge.statistics import statistics_file
+from lightning_merge.trainers import best_checkpoint, check_whole, last_checkpoint
 
 
 class RecordStatistics(Callback):
@@ -61,17 +61,14 @@ class RecordStatistics(Callback):
         """Refuse before the fit what cannot work after it."""
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
-            raise MergeError(
-                "RecordStatistics needs the whole model on every process, which "
-                f"{type(trainer.strategy).__name__} does not have; use strategy ddp, or `lightning-merge statistics`."
-            )
+        check_whole(trainer, "RecordStatistics")
         if self.output is None and trainer.checkpoint_callback is None:
             raise MergeError("RecordStatistics: no checkpoint is written, beside which to write; give output=….")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect on every process, write on rank zero; every rank waits for the file."""
-        expert = fitted_weights(trainer)
+        checkpoint = best_checkpoint(trainer) or last_checkpoint(trainer)
+        expert = open_weights(pl_module.state_dict() if checkpoint is None else checkpoint)
         path = Path(self.output) if self.output is not None else statistics_file(expert)
         if path is None:
             raise MergeError(

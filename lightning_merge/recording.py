@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_merge import __version__
-from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.checkpoints import Weights
 from lightning_merge.collect_statistics import Recipe, StatisticsCollector
 from lightning_merge.errors import MergeError
 from lightning_merge.statistics import save_statistics
@@ -32,19 +31,6 @@ def statistics_dataloader(datamodule: LightningDataModule) -> DataLoader:
     whatever augmentation that has.
     """
     return getattr(datamodule, "statistics_dataloader", datamodule.train_dataloader)()
-
-
-def fitted_weights(trainer: Trainer) -> Weights:
-    """What a fit has produced: the checkpoint that a monitored metric chose, else the last one, else the last weights.
-
-    The path of the result is that of the checkpoint, if one was written.
-    """
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint):
-        chosen = callback.best_model_path if callback.monitor else callback.last_model_path
-        if path := chosen or callback.best_model_path:
-            return open_weights(path)
-    return open_weights(trainer.lightning_module.state_dict(), "the fitted model")
 
 
 def new_collector(trainer: Trainer, module: LightningModule, expert: Weights, recipe: Recipe) -> StatisticsCollector:

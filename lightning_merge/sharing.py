@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,3 +101,13 @@ class Processes:
                     dist.broadcast(sent.view(torch.uint8), src=rank)  # not every backend knows every dtype
                 if own is None:
                     tensors[name] = sent.reshape(wanted.shape).to(wanted.device)
+
+    def from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The tensors that the first process has, on every process; the others give None."""
+        if self.count == 1:
+            return dict(tensors or {})
+        meta = self.gather({n: torch.empty_like(t, device="meta") for n, t in tensors.items()} if tensors else None)[0]
+        found = dict(tensors) if self.is_first else {}
+        names = [list(meta), *([] for _ in range(self.count - 1))]
+        self.exchange(found, names, like=lambda name: torch.empty_like(meta[name], device="cpu"))
+        return found

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from tqdm import tqdm
 
-from lightning_merge.checkpoints import Weights, open_weights, save_weights, write_text
+from lightning_merge.checkpoints import open_weights, save_weights, write_text
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
+from lightning_merge.trainers import best_checkpoint
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -98,7 +98,8 @@ def fit_expert(
     trainer.fit(model, datamodule=datamodule.only(train=domains, test=domains))
     if trainer.interrupted:
         raise KeyboardInterrupt
-    weights = _best_weights(trainer) or model.state_dict()
+    best = best_checkpoint(trainer)
+    weights = model.state_dict() if best is None else open_weights(best)
     if trainer.is_global_zero:
         save_weights(folder / "expert.ckpt", weights, hyper_parameters=model.hparams)
         mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
@@ -168,14 +169,6 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _best_weights(trainer: MergeTrainer) -> Weights | None:
-    """The checkpoint that a ModelCheckpoint with a monitored metric chose; None where nothing was monitored."""
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-        return open_weights(callback.best_model_path)
-    return None
 
 
 def rebuild(model: LightningModule, hparams: Mapping[str, Any]) -> LightningModule:
