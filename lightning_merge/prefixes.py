@@ -71,10 +71,11 @@ class Renamed(Weights):
 
 
 def as_named(expert: Weights, base: Weights) -> Weights:
-    """See an expert that has the base's own names as the base is seen."""
+    """See an expert that has the base's own names as the base is seen; names that the base lacks stay what they are."""
     if not isinstance(base, Renamed):
         return expert
-    return Renamed(expert, {base.prefix.applied(name): name for name in expert}, base.prefix)
+    names = {old: new for new, old in base.names.items()}
+    return Renamed(expert, {names.get(name, name): name for name in expert}, base.prefix)
 
 
 def own_names(base: Weights) -> Weights:

@@ -3,10 +3,10 @@
 A ``NAME.task_vector.safetensors`` holds for every parameter that differs from the base
 
 * ``delta.<parameter>``: the difference, of the parameter's shape, or
-* ``left.<parameter>`` ``(m, r)`` and ``right.<parameter>`` ``(r, n)``: the factors of the difference, truncated to rank r
-  (a convolution kernel is a matrix ``(out, in · height · width)``), or
-* ``own.<parameter>``: the expert's values as they are, where they are no difference: a head that the base lacks or has in
-  another shape, integer buffers, BatchNorm's running statistics.
+* ``left.<parameter>`` ``(m, r)`` and ``right.<parameter>`` ``(r, n)``: the factors of the difference, truncated to rank
+  r (a convolution kernel is a matrix ``(out, in · height · width)``), or
+* ``own.<parameter>``: the expert's values as they are, where they are no difference: a head that the base lacks or has
+  in another shape, integer buffers, BatchNorm's running statistics.
 
 The header says of which base and which expert, by the sha256 of their names, types, shapes and values, whatever file
 they are in. Over its base, the file is an expert wherever experts are given.
@@ -97,7 +97,7 @@ def check_task_vector(
     dtype: torch.dtype | None = None,
     exclude: Sequence[str] = (),
 ) -> None:
-    """Raise a :class:`MergeError` if a task vector cannot be saved, from headers alone; see :func:`save_task_vector`."""
+    """Raise a :class:`MergeError` if a task vector cannot be saved (:func:`save_task_vector`), from headers alone."""
     problems = []
     if rank is not None and rank < 1:
         problems.append(f"The rank of a task vector must be at least 1, got {rank}.")
@@ -236,8 +236,8 @@ def open_task_vector(
 ) -> TaskVector:
     """Open the file of a task vector as the expert that it makes of its base.
 
-    ``lightning_merge.save_weights("expert.ckpt", open_task_vector(path, base))`` writes that expert as a checkpoint. Its
-    differences are exact, and its weights the base with them added, whose last digits may not be those of the expert.
+    ``lightning_merge.save_weights("expert.ckpt", open_task_vector(path, base))`` writes that expert as a checkpoint.
+    The differences are exact; the weights are the base with them added, whose last digits may not be the expert's.
 
     Args:
         path: The file, see :func:`save_task_vector`.
@@ -259,12 +259,12 @@ def open_task_vector(
         raise MergeError(f"{file} is no task vector; lightning_merge.save_task_vector writes one.")
     if about.get("format") != _FORMAT:
         raise MergeError(
-            f"{file} is a task vector of format {about.get('format')}, and this version of lightning_merge reads format "
-            f"{_FORMAT}; install the one that wrote it ({about.get('lightning_merge')}), or a newer one."
+            f"{file} is a task vector of format {about.get('format')}, and this version of lightning_merge reads "
+            f"format {_FORMAT}; install the one that wrote it ({about.get('lightning_merge')}), or a newer one."
         )
     if read and origin.digest() != about["base"]["digest"]:
         raise MergeError(
-            f"{_which(name, about)}; over the base {_where(origin)} ({_short(origin.digest())}) it is void."
+            f"{_which(name, about)}, and {_where(origin)} is another model ({_short(origin.digest())}); give that base."
         )
     parts, problems = _sort(stored, origin, about)
     raise_all(problems)
@@ -313,14 +313,12 @@ def _wanted(shape: torch.Size, kinds: set[str]) -> tuple[int, ...]:
 
 def _which(name: str, about: Mapping[str, Any]) -> str:
     """The beginning of a sentence that says of which base a task vector is."""
-    base = about["base"]
-    return (
-        f"The task vector {name} is the difference to {base['path'] or 'a base in memory'} ({_short(base['digest'])})"
-    )
+    path, digest = about["base"]["path"], about["base"]["digest"]
+    return f"The task vector {name} is the difference to {path or 'a base in memory'} ({_short(digest)})"
 
 
 def _where(base: Weights) -> str:
-    return str(base.path or "in memory")
+    return str(base.path or "the base in memory")
 
 
 def _short(digest: str) -> str:
