@@ -47,13 +47,15 @@ class Keeps(Callback):
     def __init__(self) -> None:
         self.steps, self.epochs = {}, {}
 
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients = [p.grad.clone() for p in pl_module.parameters()]
+
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.steps[trainer.global_step] = {k: v.clone() for k, v in pl_module.state_dict().items()}
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.epochs[trainer.current_epoch] = {k: v.clone() for k, v in pl_module.state_dict().items()}
         self.random = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
-        self.gradients = [None if p.grad is None else p.grad.clone() for p in pl_module.parameters()]
 
 
 @pytest.fixture
@@ -188,12 +190,14 @@ def test_a_process_that_cannot_read_stops_the_others(base):
         fit(base, LogAlignment("base.ckpt", ["gone.ckpt"]), devices=2, strategy="ddp_fork")
 
 
-def test_of_a_bare_backbone_in_a_trial_run_twice_and_resumed(base):
+def test_beside_a_task_vector_of_a_bare_backbone_in_a_trial_run_twice_and_resumed(base):
     prefix = "backbone."
     for path in ("base.ckpt", "a.ckpt"):
         weights = lm.open_weights(path)
         lm.save_weights(f"bare_{path}", {k.removeprefix(prefix): v for k, v in weights.items() if prefix in k})
-    callback, notes = LogAlignment("bare_base.ckpt", ["bare_a.ckpt"]), Notes()
+    lm.save_task_vector("a.task_vector.safetensors", "bare_base.ckpt", "a.ckpt")  # whose head belongs to it alone
+    callback = LogAlignment("bare_base.ckpt", ["bare_a.ckpt", "a.task_vector.safetensors"], exclude=["head.*"])
+    notes = Notes()
     fit(base, callback, fast_dev_run=True)
     trainer, model = fit(base, callback, logger=notes)
     trainer.save_checkpoint("half.ckpt")

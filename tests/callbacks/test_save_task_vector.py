@@ -184,14 +184,20 @@ def test_what_cannot_work_is_said_before_the_fit(model, arguments, message):
     assert lm.open_weights(model.state_dict()).digest() == before
 
 
-def test_by_its_short_name_on_the_command_line(model):
+def test_by_their_short_names_on_the_command_line(model):
     from lightning_merge.cli import MergeCLI
 
     arguments = {"base": "base.ckpt", "output": "x.safetensors", "rank": 2, "dtype": "float16"}
-    callbacks = [{"class_path": "SaveTaskVector", "init_args": arguments}]
+    lm.save_weights("old.ckpt", {name: tensor + 0.1 for name, tensor in model.state_dict().items()})
+    alignment = {"base": "base.ckpt", "experts": {"old": "old.ckpt"}, "method": {"class_path": "TIES"}}
+    callbacks = [
+        {"class_path": "SaveTaskVector", "init_args": arguments},
+        {"class_path": "LogAlignment", "init_args": alignment},
+    ]
     settings = {**QUIET, "max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 0, "callbacks": callbacks}
     config = {"trainer": settings | {"enable_checkpointing": False}, "data": {"train_domains": ["noisy"]}}
     model_arguments = {key: model.hparams[key] for key in ("backbone", "num_classes", "pretrained", "backbone_args")}
     Path("fit.yaml").write_text(yaml.safe_dump(config | {"model": model_arguments}))
-    MergeCLI(lm.models.Expert, lm.Digits, args=["fit", "--config=fit.yaml"], save_config_callback=None)
+    cli = MergeCLI(lm.models.Expert, lm.Digits, args=["fit", "--config=fit.yaml"], save_config_callback=None)
     assert lm.checkpoints.open_safetensors("x", Path("x.safetensors")).header["task_vector"]["dtype"] == "float16"
+    assert 0 <= cli.trainer.callback_metrics["alignment/total"] <= 1
