@@ -86,7 +86,7 @@ def compare(
             merged.append(name)
     problems = [
         *_of_another_kind(own, [expert for expert in experts if not is_of_one_kind(own, expert)]),
-        *_unused_patterns(base, experts, [*(include or ()), *exclude]),
+        *unused_patterns(base, experts, [*(include or ()), *exclude]),
         *_missing(base, alike, left_out, tied),
         *_extra(base, alike, left_out),
         *_different(base, alike, [name for name in names if not left_out(name)]),
@@ -117,7 +117,8 @@ def _shares(expert: Weights, alias: str, owner: str) -> bool:
     return alias not in expert or expert.tied.get(alias, alias) == expert.tied.get(owner, owner)
 
 
-def _unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
+def unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
+    """A sentence for each pattern that matches no parameter."""
     names = {name for model in (base, *experts) for name in model}
     return [
         f"The pattern {pattern!r} matches no parameter; names look like {', '.join(list(base)[:3])}."

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.checkpoints import STATISTICS, Source, Weights, open_weights, replacing
+from lightning_merge.checkpoints import STATISTICS, TASK_VECTOR, Source, Weights, open_weights, save_tensors
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.prefixes import rename_statistics
 
@@ -36,7 +36,9 @@ HOW_TO_MAKE = {
 
 def statistics_file(expert: Weights) -> Path | None:
     """Where the statistics of an expert are, or would be: beside its file; None for an expert in memory."""
-    return expert.path.with_suffix(STATISTICS) if expert.path is not None else None
+    if expert.path is None:
+        return None
+    return expert.path.with_name(expert.path.stem.removesuffix(f".{TASK_VECTOR}") + STATISTICS)
 
 
 def save_statistics(
@@ -56,13 +58,9 @@ def save_statistics(
     Raises:
         MergeError: If the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     path = Path(path).expanduser()
     noted = {"expert": {"path": str(expert.path) if expert.path else None, "digest": expert.digest()}, **about}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in statistics.items()}
-    with replacing(path) as file:
-        save_file(tensors, file, {"format": "pt", "statistics": json.dumps(noted)})
+    save_tensors(path, statistics, {"statistics": json.dumps(noted)})
     return path
 
 

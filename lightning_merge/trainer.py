@@ -27,6 +27,7 @@ from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.evaluation.several_foundations import SeveralFoundations
 from lightning_merge.evaluation.task_models import evaluate_merged
+from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.merging import check_arguments, merge, open_experts
@@ -357,8 +358,9 @@ class MergeTrainer(Trainer):
             )
         check_names(candidates or {})
         rows = {BASE: open_weights(base) if base is not None else model.state_dict()}
-        rows |= {name: open_weights(path, name) for name, path in (candidates or {}).items()}
-        named = {domain: open_weights(path, f"expert {domain}") for domain, path in (experts or {}).items()}
+        origin = open_weights(rows[BASE], BASE)
+        rows |= {name: open_expert(path, origin, name) for name, path in (candidates or {}).items()}
+        named = {domain: open_expert(path, origin, f"expert {domain}") for domain, path in (experts or {}).items()}
         self.table = self._evaluate(model, datamodule, rows, named)
         if output is not None and self.is_global_zero:
             self.table.save(output)

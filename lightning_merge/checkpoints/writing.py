@@ -46,7 +46,9 @@ def save_weights(
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     with replacing(path) as file:
         if path.suffix == ".safetensors":
-            _save_safetensors(file, weights, manifest)
+            tied = from_memory("the merged model", weights).tied
+            stored = {name: tensor for name, tensor in weights.items() if name not in tied}
+            _save_safetensors(file, stored, header_metadata(tied, manifest))
         else:
             save_torch(file, path.suffix, weights, hyper_parameters, manifest)
     return path
@@ -126,12 +128,21 @@ def save_torch(
         _or_os_error(lambda: torch.save(content, stream))
 
 
-def _save_safetensors(file: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, and what the header is to say of them, to a safetensors file, completely or not at all.
+
+    Raises:
+        MergeError: If it cannot be written.
+    """
+    with replacing(path) as file:
+        _save_safetensors(file, tensors, {"format": "pt", **metadata})
+
+
+def _save_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     from safetensors.torch import save_file
 
-    tied = from_memory("the merged model", weights).tied
-    stored = {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}
-    _or_os_error(lambda: save_file(stored, file, header_metadata(tied, manifest)))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _or_os_error(lambda: save_file(stored, file, dict(metadata)))
 
 
 def _or_os_error(write: Callable[[], None]) -> None:
