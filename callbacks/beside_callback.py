@@ -82,7 +82,7 @@ class BesideCallback(MergingCallback):
         rows = beside.finish()
         for row, values in rows.items():
             for name, value in values.items():  # all processes have the same values, whose maximum is exact
-                pl_module.log(f"{row}/{name}", value, reduce_fx="max", sync_dist=True)
+                pl_module.log(f"{row}/{name}", value, reduce_fx="max", sync_dist=True, add_dataloader_idx=False)
         self.after(rows)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

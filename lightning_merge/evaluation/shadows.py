@@ -59,8 +59,7 @@ class Shadow:
         self.stage = "test" if trainer.testing else "validation"
         self._batch: Any = None
         self._loader: int | None = None
-        self._numbers: dict[str, _Numbers] = {}
-        self._metrics: dict[str, Metric] = {}
+        self._logged: dict[str, _Numbers | Metric] = {}
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
         """Run the module's hooks and its step on a batch, of which it gets its own copy.
@@ -71,7 +70,7 @@ class Shadow:
             dataloader_idx: The index of its loader, if there are several.
         """
         if dataloader_idx != self._loader:
-            self._metrics = {name: copy.deepcopy(metric) for name, metric in self._metrics.items()}  # as they are now
+            self._logged = copy.deepcopy(self._logged)  # the metrics as they are now
         self._loader = dataloader_idx
         self._batch = batch = apply_to_collection(batch, Tensor, torch.clone, allow_frozen=True)
         where = (batch, batch_idx) if dataloader_idx is None else (batch, batch_idx, dataloader_idx)
@@ -98,17 +97,18 @@ class Shadow:
         Raises:
             MergeError: If the processes have not logged the same metrics.
         """
-        numbers = {name: numbers.reduced() for name, numbers in self._numbers.items()}
-        logged = processes.gather((numbers, sorted(self._metrics)))
-        if any(metrics != logged[0][1] for _, metrics in logged):
+        metrics = {name: found for name, found in self._logged.items() if isinstance(found, Metric)}
+        numbers = {name: found.reduced() for name, found in self._logged.items() if isinstance(found, _Numbers)}
+        everywhere = processes.gather((numbers, sorted(metrics)))
+        if any(names != sorted(metrics) for _, names in everywhere):
+            names = set().union(*(names for _, names in everywhere))
             raise MergeError(
-                f"{type(self.module).__name__} has logged other metrics in one process than in another "
-                f"({', '.join(map(repr, sorted(set().union(*(metrics for _, metrics in logged)))))}); log all of them "
-                "in every process."
+                f"{type(self.module).__name__} has not logged the same metrics in every process (they are "
+                f"{', '.join(sorted(names))}); log all of them in each."
             )
-        values = {name: float(self._metrics[name].compute()) for name in sorted(self._metrics)}
-        values |= _over_processes([found for found, _ in logged])
-        return {name: values[name] for name in dict.fromkeys([*self._numbers, *self._metrics, *values])}
+        values = {name: float(metrics[name].compute()) for name in sorted(metrics)}
+        values |= _over_processes([numbers for numbers, _ in everywhere])
+        return {name: values[name] for name in dict.fromkeys([*self._logged, *values])}
 
     def _call(self, hook: str, *arguments: Any) -> Any:
         self.module._current_fx_name = hook  # as Lightning does
@@ -121,18 +121,18 @@ class Shadow:
         given = bound.arguments
         if given["on_epoch"] is False:  # where it is left to Lightning, an evaluation logs by epoch
             return
-        name, value = given["name"] + ("_epoch" if given["on_step"] else ""), given["value"]
+        name, value = given["name"], given["value"]
         if self._loader is not None and given["add_dataloader_idx"]:
             name += f"/dataloader_idx_{self._loader}"
         if isinstance(value, Metric):
-            self._metrics[name] = value
+            self._logged[name] = value
             return
         reduction = getattr(given["reduce_fx"], "__name__", given["reduce_fx"]).lower().replace("avg", "mean")
         weight = 1
         if reduction == "mean" and self._batch is not None:
             weight = given["batch_size"] or extract_batch_size(self._batch)
         value = value.detach().clone().squeeze() if isinstance(value, Tensor) else value
-        self._numbers.setdefault(name, _Numbers(reduction)).found.append((value, weight))
+        self._logged.setdefault(name, _Numbers(reduction)).found.append((value, weight))
 
 
 def _over_processes(found: list[dict[str, tuple[str, float, float]]]) -> dict[str, float]:
