@@ -19,6 +19,7 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.candidates import check_fit
+from lightning_merge.evaluation.engines import Engine, make_engine
 from lightning_merge.evaluation.foundations import Foundations, FoundationsBenchmark
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, check_names
@@ -383,6 +384,7 @@ class MergeTrainer(Trainer):
         statistics: Recipe | None = None,
         search: dict[str, dict[str, list[GridValue]]] | None = None,
         foundations: Foundations | None = None,
+        engine: Literal["ray", "slurm"] | Engine | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Table | FoundationsTable:
@@ -404,6 +406,8 @@ class MergeTrainer(Trainer):
                 name of the row, and for every field the values to try, ``{}`` for the scaling coefficients 0.1 to 3.
             foundations: Leave no domain out: fit several foundations, take the domains for tasks whose experts are
                 fitted from the foundations in turn, merge them in several ways, and test on the tasks of the experts.
+            engine: Who does the jobs: ``ray``, ``slurm``, or one of these with options (``Ray`` and ``Slurm``, such as
+                ``--engine Ray --engine.gpus 1``); by default this process, one after another.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -414,7 +418,9 @@ class MergeTrainer(Trainer):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         if foundations is not None:
             others = {"pretrain": pretrain, "search": search, "statistics": statistics}
-            self.table = self._benchmark_foundations(model, datamodule, methods, output, domains, foundations, others)
+            self.table = self._benchmark_foundations(
+                model, datamodule, methods, output, domains, foundations, others, engine
+            )
             return self.table
         base_domains = pretrain.domains if pretrain else ()
         self.table = Benchmark(
@@ -427,14 +433,15 @@ class MergeTrainer(Trainer):
             pretrain=pretrain,
             statistics=statistics,
             search=search or {},
+            engine=make_engine(engine),
         ).run()
         return self.table
 
-    def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others) -> FoundationsTable:
+    def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):
         unused = [name for name, value in others.items() if value]
         if unused:
             raise MergeError(f"`{unused[0]}` belongs to a benchmark of one base; leave it or `foundations` out.")
         rest = [domain for domain in datamodule.domains if domain not in options.domains]
         return FoundationsBenchmark(
-            self, model, datamodule, methods or {}, Path(output), domains or rest, options
+            self, model, datamodule, methods or {}, Path(output), domains or rest, options, make_engine(engine)
         ).run()
