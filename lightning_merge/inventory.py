@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import raise_all
@@ -64,9 +65,7 @@ def compare(
     base: Weights, experts: Sequence[Weights], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> tuple[Inventory, list[str]]:
     """Take the inventory as far as it goes, and list every conflict, see :func:`take_inventory`."""
-
-    def left_out(name: str) -> bool:
-        return matches(name, exclude) or (include is not None and not matches(name, include))
+    left_out = partial(is_left_out, include=include, exclude=exclude)
 
     tied = {
         alias: owner
@@ -95,6 +94,11 @@ def compare(
         problems.append("Nothing is left to merge: every parameter is excluded.")
     private = {expert.name: tuple(name for name in expert if left_out(name)) for expert in experts}
     return Inventory(tuple(merged), tuple(averaged), tuple(copied), tied, private), problems
+
+
+def is_left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
+    """Whether a parameter is not merged because the user says so."""
+    return matches(name, exclude) or (include is not None and not matches(name, include))
 
 
 def is_of_one_kind(names: Sequence[str], expert: Weights) -> bool:

@@ -92,6 +92,16 @@ def match_names(base: Weights, expert: Weights) -> Weights:
     return expert if prefix is None else Renamed(expert, {prefix.applied(name): name for name in expert}, prefix)
 
 
+def under_names_of(module: Weights, base: Weights) -> Weights:
+    """See a base under the names of a module that was made from it, which may have more than the base (a head)."""
+    matched = match_names(module, base)
+    prefix = find_prefix(base, module) if matched is base else None
+    if prefix is None:
+        return matched
+    inverse = Prefix(strip=prefix.add, add=prefix.strip)
+    return Renamed(base, {inverse.applied(name): name for name in base}, inverse)
+
+
 def find_prefix(base: Weights, expert: Weights) -> Prefix | None:
     """Find the one prefix by which nearly all of the base's parameters are found in an expert, with their shapes.
 

@@ -112,18 +112,39 @@ def save_torch(
     Raises:
         OSError: If it cannot be written.
     """
-    content: dict[str, Any] = dict(weights)
-    if suffix == ".ckpt":
-        from importlib.metadata import version
+    is_checkpoint = suffix == ".ckpt"
+    _torch_save(file, checkpoint_of(weights, hyper_parameters, manifest) if is_checkpoint else dict(weights))
 
-        content = {
-            "state_dict": content,
-            "pytorch-lightning_version": version("lightning"),
-            "epoch": 0,
-            "global_step": 0,
-            "hyper_parameters": dict(hyper_parameters or {}),
-            "merge": dict(manifest or {}),
-        }
+
+def checkpoint_of(
+    weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of a checkpoint of Lightning."""
+    from importlib.metadata import version
+
+    return {
+        "state_dict": dict(weights),
+        "pytorch-lightning_version": version("lightning"),
+        "epoch": 0,
+        "global_step": 0,
+        "hyper_parameters": dict(hyper_parameters or {}),
+        "merge": dict(manifest or {}),
+    }
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of Lightning, see :func:`checkpoint_of`, completely or not at all.
+
+    Raises:
+        MergeError: If the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    with replacing(path) as file:
+        _torch_save(file, dict(content))
+    return path
+
+
+def _torch_save(file: Path, content: dict[str, Any]) -> None:
     with file.open("wb") as stream:
         _or_os_error(lambda: torch.save(content, stream))
 
