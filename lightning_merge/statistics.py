@@ -4,7 +4,12 @@ Statistics come per expert, as a file or a state dict with one tensor for each p
 
 * ``fisher.<parameter>``: the diagonal of the Fisher information, of the parameter's shape,
 * ``gram.<parameter>``: the Gram matrix of the layer's inputs, ``(in, in)``,
-* ``gram_out.<parameter>``: the Gram matrix of the gradients at the layer's outputs, ``(out, out)``.
+* ``gram_out.<parameter>``: the Gram matrix of the gradients at the layer's outputs, ``(out, out)``,
+
+and, for TACT, of every site that it corrects (see :mod:`lightning_merge.recorded_moments`)
+
+* ``mean.<site>``, ``var.<site>``: the mean and the variance of every channel over ``count.<site>`` values, where the
+  channels lie along the axis ``axis.<site>`` of the activation.
 
 ``lightning-merge statistics`` and the callback ``RecordStatistics`` write them beside the expert's checkpoint, where a
 merge finds them: ``expert.ckpt``, ``expert.statistics.safetensors``.
@@ -130,11 +135,7 @@ def open_statistics(
         except MergeError as error:
             problems += error.problems
             continue
-        if read and _is_foreign(weights, experts[name]):
-            problems.append(
-                f"{weights.name} holds the statistics of other weights than those of expert {name}; make them anew "
-                f"with `{command(experts[name], needs)}`."
-            )
+        problems += foreign_problems(weights, experts[name], name, needs) if read else []
         opened[name] = rename_statistics(weights, experts[name])
     for kind in needs:
         parameters = _wanted(kind, needs, opened, names)
@@ -174,10 +175,15 @@ def command(expert: Weights, kinds: Sequence[str]) -> str:
     return shlex.join(["lightning-merge", "statistics", *(str(part) for pair in arguments.items() for part in pair)])
 
 
-def _is_foreign(statistics: Weights, expert: Weights) -> bool:
-    """Whether a file says that it is of other weights; what was made by other means does not say."""
+def foreign_problems(statistics: Weights, expert: Weights, name: str, kinds: Sequence[str]) -> list[str]:
+    """The sentence for statistics that say that they are of other weights; those made by other means do not say."""
     noted = statistics.header.get("statistics")
-    return noted is not None and noted["expert"]["digest"] != expert.digest()
+    if noted is None or noted["expert"]["digest"] == expert.digest():
+        return []
+    return [
+        f"{statistics.name} holds the statistics of other weights than those of expert {name}; make them anew with "
+        f"`{command(expert, kinds)}`."
+    ]
 
 
 def _is_path(source: Source) -> bool:

@@ -213,7 +213,7 @@ class MergeTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Path:
-        """Collect what an expert's training data say about its parameters, for Fisher, RegMean and MaTS.
+        """Collect what an expert's training data say about it, for Fisher, RegMean, MaTS and TACT.
 
         Args:
             model: The expert's module; its own weights are not used.
@@ -221,7 +221,8 @@ class MergeTrainer(Trainer):
             expert: The expert's checkpoint or run folder.
             kinds: ``fisher``: the diagonal Fisher information of every parameter (for Fisher). ``gram``: the Gram
                 matrix of the inputs of every linear layer (for RegMean). ``gram_out``: that of the gradients at its
-                outputs (with ``gram`` for MaTS).
+                outputs (with ``gram`` for MaTS). ``moments``: mean and variance of every channel of the activations
+                that TACT corrects (for ``merge`` with repair.by=tact and repair.recorded).
             batches: How many batches; by default all.
             fisher: ``example``: the mean of the squared gradients of single examples. ``batch``: of the gradients of
                 batches' means, faster and cruder.
