@@ -15,7 +15,9 @@ from torch import Tensor
 from lightning_merge.analysis.alignment import leading_subspace, projected_ratio
 from lightning_merge.checkpoints import Weights, open_weights
 from lightning_merge.errors import raise_all
+from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.matrices import Matrices
+from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod, TaskArithmetic
 from lightning_merge.task_vectors import wide
 from lightning_merge.trainers import processes_of_run
@@ -64,7 +66,6 @@ class LogAlignment(MergingCallback):
         matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
     ) -> None:
         super().__init__(base, experts, include, exclude, matrices)
-        self.options["keep_update"] = True
         self.method = method or TaskArithmetic(scale=1.0)
         self.each = each
         self.every_n_epochs = every_n_epochs
@@ -161,13 +162,15 @@ class LogAlignment(MergingCallback):
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """The base's parameters ``(…)`` as ``/NAME/`` and the subspaces ``(m, k)`` as ``REFERENCE/NAME/BLOCK``."""
         own = open_weights(pl_module.state_dict(), self.name)
-        base, experts = self._open(own, None)
+        base, experts = self.models_of(own, with_run=False)
         found: dict[str, Tensor] = {}
         references: dict[str, tuple[MergeMethod, Mapping[str, Weights]]] = {"": (self.method, experts)}
         if self.each:
             references |= {f"{name}/": (TaskArithmetic(scale=1.0), {name: expert}) for name, expert in experts.items()}
         for reference, (method, sources) in references.items():
-            merged = self._merge(trainer, pl_module, method, base, sources, distributed=False)
+            given = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, sources)
+            options = self.options_for(base, *sources.values())
+            merged = merge(base, sources, method, keep_update=True, **options, **given)
             updates = merged.computation.updates
             self._check_fit(own, base, updates)
             found |= {f"/{name}/": base[name].cpu() for name in updates}

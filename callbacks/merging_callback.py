@@ -152,7 +152,7 @@ class MergingCallback(Callback):
         if not state:
             return [f"{type(self).__name__} cannot compare {who} with the base, because it has no parameters. {late}"]
         own = open_weights(state, self.name if with_run else _MODULE)
-        base, earlier = self._models(own, with_run)
+        base, earlier = self.models_of(own, with_run)
         experts = earlier | ({self.name: own} if with_run else {})
         inventory, problems = compare(base, [*earlier.values(), own], self.options["include"], self.options["exclude"])
         if problems and makes_layers_late(pl_module):
@@ -164,7 +164,7 @@ class MergingCallback(Callback):
                 problems += self._statistics_problems(trainer, method, base, earlier, inventory.merged, with_run)
         return problems
 
-    def _models(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
+    def models_of(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
         """The base and the earlier experts, under the module's names."""
         source = open_weights(self.base, "base")
         base = under_names_of(own, source)
@@ -178,7 +178,7 @@ class MergingCallback(Callback):
         self, own: Weights, method: MergeMethod, run: Weights | None
     ) -> tuple[Weights, dict[str, Weights], list[Weights]]:
         """The base, all experts, and their statistics."""
-        base, experts = self._models(own, run is not None)
+        base, experts = self.models_of(own, run is not None)
         if run is not None:
             lacks = any(name not in run for name in own)
             experts[self.name] = Completed(run, own) if lacks else run  # a checkpoint may leave out what is frozen
@@ -237,11 +237,15 @@ class MergingCallback(Callback):
         if keeps is own and any(left_out(name) for name in own):
             keeps = _of_first(processes, own)
         whole = Completed(base, keeps, left_out)
-        names = {name for model in (whole, *experts.values()) for name in model}
-        used = [pattern for pattern in self.options["exclude"] if any(matches(name, [pattern]) for name in names)]
         given = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, experts)
-        options = self.options | {"exclude": used}
+        options = self.options_for(whole, *experts.values())
         return merge(whole, experts, method, distributed=processes.count > 1, **options, **given)
+
+    def options_for(self, *models: Weights) -> dict[str, Any]:
+        """The options of a merge of these models, without patterns that are of other parameters of the module."""
+        names = {name for model in models for name in model}
+        used = [pattern for pattern in self.options["exclude"] if any(matches(name, [pattern]) for name in names)]
+        return self.options | {"exclude": used}
 
 
 def makes_layers_late(module: LightningModule) -> bool:
