@@ -110,8 +110,8 @@ class MergeTrainer(Trainer):
             datamodule: If it is a :class:`DomainDataModule` and there is a model, the merged model is evaluated on its
                 test domains. Methods that run the model while they merge (AdaMerging, RegMean++) do so on the training
                 images of the domains that the experts are named after, without their labels.
-            experts: The experts' checkpoints, run folders or LoRA adapters: a list, or a mapping from a name (domain)
-                to a path.
+            experts: The experts' checkpoints, run folders, LoRA adapters or task vectors: a list, or a mapping from a
+                name (domain) to a path.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by

@@ -61,4 +61,4 @@ def projected_ratio(delta: Tensor, U: Tensor) -> Tensor:
     Returns:
         ``(…)``; NaN where a matrix is zero.
     """
-    return torch.linalg.matrix_norm(U.mT @ delta) / torch.linalg.matrix_norm(delta)
+    return (torch.linalg.matrix_norm(U.mT @ delta) / torch.linalg.matrix_norm(delta)).clamp(max=1)  # but for rounding
