@@ -172,19 +172,8 @@ class LogAlignment(MergingCallback):
             options = self.options_for(base, *sources.values())
             merged = merge(base, sources, method, keep_update=True, **options, **given)
             updates = merged.computation.updates
-            self._check_fit(own, base, updates)
             found |= {f"/{name}/": base[name].cpu() for name in updates}
             for name, update in updates.items():
                 for i, block in enumerate(self.options["matrices"].blocks(name, update[None]) or ()):
                     found[f"{reference}/{name}/{i}"] = leading_subspace(block[0], self.error).cpu()
         return found
-
-    def _check_fit(self, own: Weights, base: Weights, names: Mapping[str, Tensor]) -> None:
-        raise_all(
-            [
-                f"{name!r} of the base {base.path} is not in the module with the same shape "
-                f"{tuple(base.meta[name].shape)}; give the base that it starts from, or exclude: [{name}]."
-                for name in names
-                if name not in own or own.meta[name].shape != base.meta[name].shape
-            ]
-        )

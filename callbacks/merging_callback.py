@@ -24,7 +24,7 @@ from lightning_merge.matrices import Matrices, matches
 from lightning_merge.merged import Merged
 from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import MergeMethod
-from lightning_merge.prefixes import Renamed, match_names, under_names_of
+from lightning_merge.prefixes import under_names_of
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import open_statistics
 from lightning_merge.trainers import check_whole, processes_of_run
@@ -148,7 +148,7 @@ class MergingCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, methods: Sequence[MergeMethod], with_run: bool
     ) -> list[str]:
         state, who = pl_module.state_dict(), type(pl_module).__name__
-        late = f"What {who} makes in setup() or configure_model() is not there yet; make its layers in __init__."
+        late = f"If {who} makes layers in setup() or configure_model(), make them in __init__: they are not there yet."
         if not state:
             return [f"{type(self).__name__} cannot compare {who} with the base, because it has no parameters. {late}"]
         own = open_weights(state, self.name if with_run else _MODULE)
@@ -166,13 +166,11 @@ class MergingCallback(Callback):
 
     def models_of(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
         """The base and the earlier experts, under the module's names."""
-        source = open_weights(self.base, "base")
-        base = under_names_of(own, source)
-        opened = open_experts(self.experts, source)  # what an adapter adapts has the names that stand in the file
-        if with_run and self.name in opened:
+        base = under_names_of(own, open_weights(self.base, "base"))
+        experts = open_experts(self.experts, base)
+        if with_run and self.name in experts:
             raise MergeError(f"This run is called {self.name!r}, and so is one of the experts; give it another name.")
-        originals = {name: w.original if isinstance(w, Renamed) else w for name, w in opened.items()}
-        return base, {name: match_names(base, weights) for name, weights in originals.items()}
+        return base, experts
 
     def _open(
         self, own: Weights, method: MergeMethod, run: Weights | None

@@ -91,7 +91,7 @@ def test_layers_that_are_made_late():
             self.net, self.head = make_net(), nn.Linear(5, 3)
 
     write_models()
-    with pytest.raises(lm.MergeError, match=r"configure_model\(\) is not there yet; make its layers in __init__"):
+    with pytest.raises(lm.MergeError, match=r"configure_model\(\), make them in __init__"):
         make_trainer(MergeAtSetup("base.ckpt", EXPERTS)).test(Late(), Data())
 
 
