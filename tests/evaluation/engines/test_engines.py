@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ import lightning_merge as lm
 from lightning_merge.cli import main
 from lightning_merge.evaluation.benchmark import Benchmark
 from lightning_merge.evaluation.engines import Ray, Sequential, Slurm, make_engine
+from lightning_merge.evaluation.engines.elsewhere import Elsewhere
 from lightning_merge.evaluation.engines.parcels import Parcel, clear, send, withdraw
 from lightning_merge.evaluation.foundations import Arm, Foundations, FoundationsBenchmark
 from lightning_merge.methods import SCORE
+from lightning_merge.repairing import Repair
 from tests.conftest import ROOT
 from tests.evaluation.engines.toys import Note, run
-from tests.toys import quiet_trainer, tiny_expert
+from tests.toys import digit_tasks, quiet_trainer, tiny_expert, tiny_vgg
 
 
 def benchmark(**changes):
@@ -130,3 +133,40 @@ def test_experts_of_several_foundations_wait_for_their_own():
     foundations = ["seed 0, foundation a", "seed 0, foundation b"]
     assert after["seed 0, 2 tasks"] == [*foundations, "seed 0, expert rotated", "seed 0, expert noisy"]
     assert len(after["seed 1, 3 tasks"]) == 5
+
+
+class Here(Elsewhere):
+    """Sends jobs to this process."""
+
+    package = "cloudpickle"
+
+    @contextmanager
+    def workers(self, output):
+        yield self
+
+    def hand_out(self, parcels):
+        return [(parcel.name, parcel()) for parcel in parcels]
+
+    def wait(self, handles):
+        return [(handle, handle[1]) for handle in handles]
+
+
+def test_several_foundations_are_sent_as_well(tmp_path):
+    pytest.importorskip("cloudpickle")
+    data = lm.TaskArrays(str(digit_tasks(tmp_path / "tasks")), image_size=8, channels=1, batch_size=64)
+    options = Foundations(["upright"], {"aligned": Arm(repair=Repair())}, batches=2, batch_size=32)
+    records = [
+        quiet_trainer(max_epochs=1, limit_train_batches=2)
+        .benchmark(
+            tiny_vgg(),
+            data,
+            methods={"SCORE": SCORE()},
+            output=type(engine).__name__,
+            foundations=options,
+            engine=engine,
+        )
+        .records
+        for engine in (None, Here())
+    ]
+    assert records[0] == records[1]
+    assert len(records[0]) == 2
