@@ -104,6 +104,6 @@ class BesideCallback(MergingCallback):
         """As in a validation."""
         self.on_validation_epoch_end(trainer, pl_module)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the copies, if an evaluation was broken off."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the copies."""
         self._beside = None

@@ -33,7 +33,8 @@ class CompareMerged(BesideCallback):
     The data are read once. Every candidate runs the module's own step in a copy of the module, and what the module logs
     as ``NAME`` is logged for it as ``ROW/NAME``, to every logger. On several processes no sample is counted twice, and
     numbers are reduced over the processes even where the module does not ask for it; so that this holds for the current
-    weights, too, they then get a copy of their own, logged as ``current/NAME``.
+    weights, too, they then get a copy of their own, logged as ``current/NAME``. All candidates are held on the module's
+    device at once. What a module writes to a logger or to a file by itself, its copies write as well.
 
     After the run, ``callback.table`` holds the rows: ``{"row": …, NAME: number, …}``.
 

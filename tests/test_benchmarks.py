@@ -15,7 +15,19 @@ import yaml
 from safetensors.torch import load_file
 
 import lightning_merge as lm
-from benchmarks import contenders, errors, formulas, linalg, measure, memory, models, scaling, speed, startup
+from benchmarks import (
+    candidates,
+    contenders,
+    errors,
+    formulas,
+    linalg,
+    measure,
+    memory,
+    models,
+    scaling,
+    speed,
+    startup,
+)
 from tests.conftest import ROOT
 from tests.toys import tiny_vgg
 
@@ -124,9 +136,17 @@ def test_startup(capsys, monkeypatch):
     assert [line[0] for line in lines] == ["`import lightning.pytorch`", "`import lightning_merge`"]
 
 
+def test_candidates(capsys):
+    toy = ["--backbone", "timm/resnet10t", "--candidates", "2", "--images", "5", "--size", "16", "--batch-size", "4"]
+    candidates.main([*toy, "--repeat", "1"])
+    head, *lines = rows(capsys.readouterr().out)
+    counted = [[line[head.index(name)] for name in ("forward passes", "samples read")] for line in lines]
+    assert counted == [["4", "0"], ["6", "5"], ["4", "10"]] * 2
+
+
 def test_every_script_stands_in_the_readme():
     told = re.findall(r"python -m benchmarks\.(\w+)", (ROOT / "benchmarks" / "README.md").read_text())
-    assert told == ["speed", "linalg", "memory", "scaling", "startup", "foundations"]
+    assert told == ["speed", "linalg", "memory", "scaling", "startup", "candidates", "foundations"]
 
 
 def test_peers_are_imported_when_asked_for():

@@ -97,18 +97,17 @@ class Shadow:
         Raises:
             MergeError: If the processes have not logged the same metrics.
         """
-        metrics = {name: found for name, found in self._logged.items() if isinstance(found, Metric)}
-        numbers = {name: found.reduced() for name, found in self._logged.items() if isinstance(found, _Numbers)}
-        everywhere = processes.gather((numbers, sorted(metrics)))
-        if any(names != sorted(metrics) for _, names in everywhere):
-            names = set().union(*(names for _, names in everywhere))
+        mine = {name: found.reduced() if isinstance(found, _Numbers) else None for name, found in self._logged.items()}
+        everywhere = processes.gather(mine)
+        metrics = [sorted(name for name, found in logged.items() if found is None) for logged in everywhere]
+        if any(names != metrics[0] for names in metrics):
             raise MergeError(
                 f"{type(self.module).__name__} has not logged the same metrics in every process (they are "
-                f"{', '.join(sorted(names))}); log all of them in each."
+                f"{', '.join(sorted(set().union(*metrics)))}); log all of them in each."
             )
-        values = {name: float(metrics[name].compute()) for name in sorted(metrics)}
-        values |= _over_processes([numbers for numbers, _ in everywhere])
-        return {name: values[name] for name in dict.fromkeys([*self._logged, *values])}
+        values = _over_processes(everywhere)
+        values |= {name: float(self._logged[name].compute()) for name in metrics[0]}
+        return {name: values[name] for name in dict.fromkeys(name for logged in everywhere for name in logged)}
 
     def _call(self, hook: str, *arguments: Any) -> Any:
         self.module._current_fx_name = hook  # as Lightning does
@@ -135,11 +134,11 @@ class Shadow:
         self._logged.setdefault(name, _Numbers(reduction)).found.append((value, weight))
 
 
-def _over_processes(found: list[dict[str, tuple[str, float, float]]]) -> dict[str, float]:
+def _over_processes(everywhere: list[dict[str, tuple[str, float, float] | None]]) -> dict[str, float]:
     """Reduce what every process has reduced, to numbers of the precision in which Lightning logs."""
     values = {}
-    for name in dict.fromkeys(name for numbers in found for name in numbers):
-        parts = [numbers[name] for numbers in found if name in numbers]
+    for name in {name for logged in everywhere for name, found in logged.items() if found is not None}:
+        parts = [found for logged in everywhere if (found := logged.get(name)) is not None]
         reduction, totals = parts[0][0], [total for _, total, _ in parts]
         if reduction == "mean":
             value = sum(totals) / (sum(weight for _, _, weight in parts) or float("nan"))
