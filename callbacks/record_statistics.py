@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
-from lightning_merge.data.batches import each_once
+from lightning_merge.data.each_once import each_once
 from lightning_merge.errors import MergeError
 from lightning_merge.recording import record, statistics_batches
 from lightning_merge.statistics import statistics_file
