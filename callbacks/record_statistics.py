@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
-from lightning_merge.data.batches import each_once
+from lightning_merge.data.each_once import each_once
 from lightning_merge.errors import MergeError
 from lightning_merge.recording import record, statistics_batches
 from lightning_merge.statistics import statistics_file
@@ -75,11 +75,6 @@ class RecordStatistics(Callback):
                 check_output(self.output)
             elif stage == "fit" and trainer.checkpoint_callback is None:
                 raise MergeError("RecordStatistics: no checkpoint is written, beside which to write; give output=….")
-            elif stage == "validate" and trainer.ckpt_path is None:
-                raise MergeError(
-                    "RecordStatistics: the weights are of no checkpoint, beside which to write; give "
-                    "validate(ckpt_path=…), or output=…."
-                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out before the fit whether its data can be read."""
@@ -92,9 +87,22 @@ class RecordStatistics(Callback):
             checkpoint = best_checkpoint(trainer) or last_checkpoint(trainer)
             self._record(trainer, pl_module, self._training_batches(trainer), checkpoint)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to validate weights of which it cannot be told where to write."""
+        nowhere = self.output is None and trainer.ckpt_path is None and not trainer.fast_dev_run
+        if self._is_validated(trainer) and nowhere:
+            raise MergeError(
+                "RecordStatistics: the weights are of no checkpoint, beside which to write; give "
+                "validate(ckpt_path=…), or output=…."
+            )
+
+    def _is_validated(self, trainer: Trainer) -> bool:
+        """Whether this is the validation to record in, and none within a fit."""
+        return self.when == "validate" and trainer.state.fn == "validate"
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect over the validation data, if this is no validation within a fit."""
-        if self.when == "validate" and trainer.state.fn == "validate":
+        """Collect over the validation data."""
+        if self._is_validated(trainer):
             with isolate_rng(), processes_of_run().together():
                 batches = each_once(trainer.val_dataloaders)
             self._record(trainer, pl_module, batches, trainer.ckpt_path)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Weights
 from lightning_merge.collect_statistics import Recipe, StatisticsCollector
-from lightning_merge.data.batches import each_once
+from lightning_merge.data.each_once import each_once
 from lightning_merge.errors import MergeError
 from lightning_merge.statistics import save_statistics
 from lightning_merge.trainers import processes_of_run
@@ -142,7 +142,7 @@ def record_statistics(
         path: The file to write.
     """
     recorder = StatisticsRecorder(module, expert, recipe, path)
-    test = trainer.again(inference_mode=False, limit_test_batches=1).test
+    test = trainer.again(inference_mode=False).test
     with isolate_rng():
         test(recorder, datamodule=_with_nothing_to_test(datamodule), verbose=False)
 

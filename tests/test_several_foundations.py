@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,11 +17,13 @@ import lightning_merge as lm
 from lightning_merge.align import Symmetries, find_symmetries
 from lightning_merge.aligning import Align, align, example_images
 from lightning_merge.cli import main
+from lightning_merge.collect_statistics import Recipe, collect_statistics
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.task_models import model_of_task
 from lightning_merge.methods import TALLMask, TaskArithmetic
 from lightning_merge.repair import corrected_weights, load_corrections
 from lightning_merge.repairing import Repair, repair
+from lightning_merge.statistics import save_statistics
 from tests.conftest import ROOT
 from tests.toys import digit_tasks, tiny_vgg
 
@@ -293,3 +296,82 @@ class TestRepair:
         data = lm.TaskArrays(str(folder / "tasks"), image_size=8, channels=1)
         model = tiny_vgg(weights=str(folder / "a.ckpt"), class_names=[f"digit {i}" for i in range(10)])
         assert model_of_task(model, data, "parity").num_classes == 2
+
+
+class TestRecordedMoments:
+    """TACT from what was recorded beside the experts, which nobody has to run again."""
+
+    @pytest.fixture
+    def experts(self, folder) -> dict[str, str]:
+        """The experts, each with the moments of its own images: the ones that the repair sees."""
+        found = {}
+        for name, batches in images(folder).items():
+            shutil.copy(folder / f"{name}.ckpt", f"{name}.ckpt")
+            expert = lm.open_weights(f"{name}.ckpt")
+            model = tiny_vgg(num_classes=len(expert["head.bias"]))
+            model.load_state_dict(dict(expert))
+            statistics = collect_statistics(model, batches, Recipe(("moments",)))
+            save_statistics(f"{name}.statistics.safetensors", statistics, expert, {})
+            found[name] = f"{name}.ckpt"
+        return found
+
+    def corrections(self, folder, merged, recorded):
+        options = Repair("tact", recorded=recorded)
+        return repair(options, merged, tiny_vgg(), images(folder)).corrections
+
+    @pytest.mark.parametrize("by", ["nothing", "weights"])
+    def test_they_give_the_corrections_that_the_data_give(self, folder, experts, options, by):
+        merged = merged_of(replace(options, by=by), experts)
+        moved = [getattr(expert, "permutation", None) for expert in merged.experts.values()]
+        assert (by == "weights") == any(permutation is not None and permutation.moved() for permutation in moved)
+        found, expected = (self.corrections(folder, merged, recorded) for recorded in (True, False))
+        assert list(found) == list(expected) == list(ORIGIN)
+        for task, correction in expected.items():
+            assert correction.sites == found[task].sites
+            for site in correction.sites:
+                torch.testing.assert_close(found[task].scale[site], correction.scale[site], rtol=1e-6, atol=1e-6)
+                torch.testing.assert_close(found[task].shift[site], correction.shift[site], rtol=1e-6, atol=1e-6)
+
+    def test_the_experts_are_not_run(self, folder, experts, options, monkeypatch):
+        from lightning_merge.repair import calibration
+
+        merged = merged_of(options, experts)
+        monkeypatch.setattr(calibration, "observe", None)
+        self.corrections(folder, merged, recorded=True)
+        with pytest.raises(TypeError):
+            self.corrections(folder, merged, recorded=False)
+
+    def test_what_does_not_fit_is_refused(self, folder, experts, options):
+        merged = merged_of(options, experts)
+        with pytest.raises(MergeError, match=r"repair\.recorded: recorded moments are of each expert's own data"):
+            repair(Repair("repair", recorded=True), merged, tiny_vgg(), images(folder))
+        path, expert = "parity.statistics.safetensors", lm.open_weights("parity.ckpt")
+        whole = dict(lm.open_weights(path))
+        site = "backbone.hidden.0"
+        for change, sentence in (
+            ({f"mean.{site}": whole[f"mean.{site}"][:3]}, "have 3 channels at the site 'backbone.hidden.0', where the"),
+            ({f"axis.{site}": None}, "is not complete: .* has no parameter 'axis.backbone.hidden.0'"),
+            ({f"mean.{site}": None}, "recorded of expert parity lack the site 'backbone.hidden.0'"),
+            (dict.fromkeys(whole) | {"gram.x": torch.zeros(1)}, "holds no moments of activations"),
+        ):
+            changed = {name: tensor for name, tensor in {**whole, **change}.items() if tensor is not None}
+            save_statistics(path, changed, expert, {})
+            with pytest.raises(MergeError, match=sentence):
+                self.corrections(folder, merged_of(replace(options, by="nothing"), experts), recorded=True)
+        save_statistics(path, whole, lm.open_weights("inverted.ckpt"), {})
+        with pytest.raises(MergeError, match=r"other weights than those of expert parity.*--kinds '\[moments\]'"):
+            self.corrections(folder, merged, recorded=True)
+        Path(path).unlink()
+        with pytest.raises(MergeError, match="The activations of expert parity were not recorded beside its file"):
+            self.corrections(folder, merged, recorded=True)
+
+    def test_the_command_line(self, folder, experts, capsys):
+        main(command(folder, experts, "--output=merged.ckpt", "--repair.recorded=true"))
+        assert "the tasks' corrections beside it" in capsys.readouterr().out
+        noted = lm.open_weights("merged.ckpt").header["merge"]["repair"]
+        assert noted["recorded"]
+        assert len(noted["moments"]["parity"]["sha256"]) == 64
+        Path("parity.statistics.safetensors").unlink()
+        with pytest.raises(SystemExit):
+            main(command(folder, experts, "--output=other.ckpt", "--repair.recorded=true"))
+        assert "The activations of expert parity were not recorded beside its file" in capsys.readouterr().err

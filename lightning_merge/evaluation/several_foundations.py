@@ -13,12 +13,12 @@ from lightning.pytorch import LightningModule
 from lightning_merge.aligning import Align, align
 from lightning_merge.checkpoints import Weights, open_weights, put_in_place, save_weights
 from lightning_merge.data import DomainDataModule
-from lightning_merge.errors import raise_all
+from lightning_merge.errors import problems_of, raise_all
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
 from lightning_merge.folders import is_folder
 from lightning_merge.merged import Merged
 from lightning_merge.methods import MergeMethod
-from lightning_merge.recorded_moments import moments_file
+from lightning_merge.recorded_moments import moments_file, read_moments
 from lightning_merge.repair import save_corrections
 from lightning_merge.repairing import Repair, repair
 
@@ -69,6 +69,9 @@ class SeveralFoundations:
             problems.append("A repair runs the model on images; give --model and --data with a domain for each expert.")
         if self.correction is not None and resume:
             problems.append("A merge that is repaired is written when it is complete, so that there is no resume.")
+        if self.correction is not None and self.correction.recorded and isinstance(experts, Mapping):
+            for name, path in experts.items():
+                problems += problems_of(lambda name=name, path=path: read_moments(open_weights(path), name))
         raise_all(problems)
         if self._needs_images:
             assert self.datamodule is not None
