@@ -77,6 +77,7 @@ class MergeAfterFit(MergingCallback):
             return
         check_whole(trainer, type(self).__name__)
         check_which(trainer, self.checkpoint, type(self).__name__)
+        self._check_recorded(trainer)
         self._check_outputs()
         if not makes_layers_late(pl_module):
             self.check(trainer, pl_module, self.methods, with_run=True)
@@ -99,6 +100,16 @@ class MergeAfterFit(MergingCallback):
             with processes_of_run().together():
                 if trainer.is_global_zero and not trainer.fast_dev_run:
                     _save(pl_module, weights, merged, self.outputs[name])
+
+    def _check_recorded(self, trainer: Trainer) -> None:
+        """Raise a :class:`MergeError` if the statistics of this run will be those of other weights than are merged."""
+        needed = self.name not in (self.options["statistics"] or {}) and any(m.needs for m in self.methods.values())
+        monitored = not problems_of(check_which, trainer, "best", type(self).__name__)
+        if needed and monitored and self.checkpoint in ("last", "average"):
+            raise MergeError(
+                f"RecordStatistics records the statistics of the best checkpoint where a metric is monitored, and "
+                f"MergeAfterFit is asked for the {self.checkpoint}; ask for the best, or take the monitor out."
+            )
 
     def _check_outputs(self) -> None:
         processes = processes_of_run()

@@ -215,7 +215,7 @@ class MergingCallback(Callback):
     def _will_be_recorded(self, trainer: Trainer, kinds: Sequence[str]) -> bool:
         before = takewhile(lambda callback: callback is not self, trainer.callbacks)
         recorders = [callback for callback in before if isinstance(callback, RecordStatistics)]
-        return any(set(kinds) <= set(r.recipe.kinds) and r.output is None for r in recorders)
+        return any(set(kinds) <= set(r.recipe.kinds) and r.output is None and r.when == "fit" for r in recorders)
 
     def _merge(
         self,

@@ -256,6 +256,10 @@ class TestMethodsThatNeedData:
         merging = MergeAfterFit("base.ckpt", ["thick/expert.ckpt"], Fisher())
         with pytest.raises(lm.MergeError, match=r"put RecordStatistics\(kinds=\['fisher'\]\) before MergeAfterFit"):
             self.fit(base, "noisy", merging, RecordStatistics(["fisher"], batches=2), checkpoint)
+        monitored = ModelCheckpoint(dirpath="noisy", monitor="val/accuracy")
+        last = MergeAfterFit("base.ckpt", ["thick/expert.ckpt"], Fisher(), checkpoint="last")
+        with pytest.raises(lm.MergeError, match="of the best checkpoint where a metric is monitored"):
+            self.fit(base, "noisy", RecordStatistics(["fisher"]), last, monitored)
         self.fit(base, "noisy", RecordStatistics(["fisher"], batches=2), merging, checkpoint)
         expected = lm.merge("base.ckpt", ["thick/expert.ckpt", "noisy/expert.ckpt"], Fisher())
         found = read("merged.ckpt")
