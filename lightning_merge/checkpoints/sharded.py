@@ -20,8 +20,8 @@ def check_consolidated(folder: Path) -> None:
     if (folder / ".metadata").is_file():
         whole = folder.with_name(f"{folder.name.removesuffix('.ckpt')}.consolidated.ckpt")
         raise MergeError(
-            f"The folder {folder} holds a checkpoint in parts, as FSDP and ModelParallel write it; put it together with "
-            f"`{_CONSOLIDATE} {folder} --output_file {whole}` and give that file."
+            f"The folder {folder} holds a checkpoint in parts, as FSDP and ModelParallel write it; put it together "
+            f"with `{_CONSOLIDATE} {folder} --output_file {whole}` and give that file."
         )
     if any(folder.glob("*_model_states.pt")) and (folder.parent / "zero_to_fp32.py").is_file():
         folder = folder.parent
