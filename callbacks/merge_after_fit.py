@@ -2,71 +2,132 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from lightning_merge.checkpoints import check_output, open_weights
-from lightning_merge.errors import MergeError
-from lightning_merge.inventory import take_inventory
-from lightning_merge.merging import merge
+from lightning.pytorch import LightningModule, Trainer
+from lightning_merge.callbacks.merging_callback import MergingCallback, makes_layers_late
+from torch import Tensor
+
+from lightning_merge.checkpoints import check_output, checkpoint_of, open_weights, save_checkpoint
+from lightning_merge.errors import MergeError, problems_of, raise_all
+from lightning_merge.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.trainers import Which, check_which, check_whole, fitted_weights, processes_of_run
 
 
-class MergeAfterFit(Callback):
+class MergeAfterFit(MergingCallback):
     """At the end of ``fit``, merge this run's model with experts of earlier runs into one checkpoint.
 
-    The model is the checkpoint that a ``ModelCheckpoint`` with a monitored metric chose, else the last weights.
-    ``trainer.test(ckpt_path=callback.output)`` takes the result.
+    ``trainer.test(model, ckpt_path=callback.output)`` and the module's ``load_from_checkpoint`` take the result. What
+    this run keeps to itself (an excluded head) is this run's in it. Nothing is merged after a fit that was interrupted
+    or has failed. With ``fast_dev_run`` everything is checked and the last weights are merged in memory, but nothing is
+    written; methods that need statistics, which are beside a checkpoint, are only checked then.
 
     Args:
         base: The checkpoint that all experts started from.
-        experts: The checkpoints of the earlier experts.
+        experts: The checkpoints (run folders, adapters, task vectors) of the earlier experts: a list, or a mapping from
+            a name.
         method: The merging method; SCORE by default.
-        output: The file to write.
-        exclude: Shell patterns of parameters that are not merged.
+        methods: Several methods by name instead, for a candidate of each.
+        output: The file to write, a ``.ckpt``. With several methods the name of each stands where it says ``{method}``,
+            else at its end: ``merged-TIES.ckpt``.
+        checkpoint: Which weights of this run are merged. ``best``: those that a ``ModelCheckpoint`` with a monitored
+            metric chose. ``last``: the last ones. ``average``: the running average of Lightning's ``WeightAveraging``
+            or ``EMAWeightAveraging``. By default the best where a metric is monitored, else the last.
+        options: As in :class:`MergingCallback`.
+
+    Attributes:
+        outputs: The file of every method.
     """
 
     def __init__(
         self,
         base: str,
-        experts: list[str],
+        experts: list[str] | dict[str, str],
         method: MergeMethod | None = None,
+        methods: dict[str, MergeMethod] | None = None,
         output: str = "merged.ckpt",
-        exclude: list[str] | None = None,
+        checkpoint: Which | None = None,
+        **options: Any,
     ) -> None:
-        self.base = base
-        self.experts = experts
-        self.method = method or SCORE()
-        self.output = output
-        self.exclude = exclude or []
+        super().__init__(base, experts, **options)
+        if method is not None and methods:
+            raise MergeError("MergeAfterFit has one method or several methods; leave `method` or `methods` out.")
+        method = method or SCORE()
+        self.methods = methods or {type(method).__name__: method}
+        self.checkpoint = checkpoint
+        self.outputs = _outputs(output, list(self.methods))
+
+    @property
+    def output(self) -> str:
+        """The file, if there is only one method.
+
+        Raises:
+            MergeError: If there are several.
+        """
+        if len(self.outputs) > 1:
+            raise MergeError(f"There are several outputs: {', '.join(self.outputs.values())}; see `outputs`.")
+        return next(iter(self.outputs.values()))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out before the fit, and not after it, whether the merge can work."""
         if stage != "fit":
             return
-        if self.method.needs_data:
-            raise MergeError(
-                f"MergeAfterFit has no data of the earlier experts, which {type(self.method).__name__} needs; merge "
-                "with lightning-merge merge, or choose another method."
-            )
-        check_output(self.output)
-        experts = [open_weights(path) for path in self.experts] + [open_weights(pl_module.state_dict(), "this run")]
-        take_inventory(open_weights(self.base), experts, exclude=self.exclude)
+        check_whole(trainer, type(self).__name__)
+        check_which(trainer, self.checkpoint, type(self).__name__)
+        self._check_outputs()
+        if not makes_layers_late(pl_module):
+            self.check(trainer, pl_module, self.methods, with_run=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do so for a module that has made its layers only now."""
+        if makes_layers_late(pl_module):
+            self.check(trainer, pl_module, self.methods, with_run=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge on rank zero; every rank waits for the file."""
-        if trainer.is_global_zero:
-            experts = {path: open_weights(path) for path in self.experts}
-            merged = merge(
-                self.base, experts | {"this run": self._this_run(trainer, pl_module)}, self.method, exclude=self.exclude
-            )
-            merged.hyper_parameters.update(pl_module.hparams)
-            merged.save(self.output)
-        trainer.strategy.barrier()
+        """Merge on all ranks, write on rank zero; every rank waits for the files, and none if one fails."""
+        if trainer.interrupted:
+            return
+        which = "last" if trainer.fast_dev_run else self.checkpoint
+        run = partial(fitted_weights, trainer, pl_module, which, self.name)
+        for name, method in self.methods.items():
+            if trainer.fast_dev_run and method.needs:
+                continue
+            weights, merged = self.merge(trainer, pl_module, method, run)
+            with processes_of_run().together():
+                if trainer.is_global_zero and not trainer.fast_dev_run:
+                    _save(pl_module, weights, merged, self.outputs[name])
 
-    @staticmethod
-    def _this_run(trainer: Trainer, pl_module: LightningModule):
-        callback = trainer.checkpoint_callback
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            return open_weights(callback.best_model_path, "this run")
-        return open_weights(pl_module.state_dict(), "this run")
+    def _check_outputs(self) -> None:
+        processes = processes_of_run()
+        with processes.together():
+            if processes.is_first:
+                experts = self.experts.values() if isinstance(self.experts, dict) else self.experts
+                sources = [open_weights(path) for path in (self.base, *experts) if Path(path).is_file()]
+                raise_all([text for path in self.outputs.values() for text in problems_of(check_output, path, sources)])
+
+
+def _outputs(output: str, methods: list[str]) -> dict[str, str]:
+    """The file of every method."""
+    path = Path(output)
+    if path.suffix != ".ckpt":
+        raise MergeError(f"MergeAfterFit writes a checkpoint of Lightning; end the output {output} in .ckpt.")
+    strange = [name for name in methods if Path(name).name != name]
+    if strange:
+        raise MergeError(f"The method's name {strange[0]!r} cannot be part of a file's name; choose another one.")
+    if len(methods) > 1 and "{method}" not in output:
+        output = str(path.with_name(f"{path.stem}-{{method}}.ckpt"))
+    return {name: output.replace("{method}", name) for name in methods}
+
+
+def _save(pl_module: LightningModule, weights: dict[str, Tensor], merged: Merged, path: str) -> None:
+    """Write a checkpoint that the module loads as one of its own."""
+    check_output(path, [merged.base, *merged.experts.values()])
+    stored = {key: tensor.detach().cpu() for key, tensor in weights.items()}
+    content = checkpoint_of(stored, pl_module.hparams, merged.manifest)
+    if hasattr(pl_module, "_hparams_name"):
+        content["hparams_name"] = pl_module._hparams_name  # how load_from_checkpoint passes them
+    pl_module.on_save_checkpoint(content)
+    save_checkpoint(path, content)

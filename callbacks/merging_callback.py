@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_merge.callbacks.record_statistics import RecordStatistics
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.checkpoints.weights import plain_names
+from lightning_merge.completion import Completed
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.evaluation.merge_data import check_named_after_domains, module_and_data
-from lightning_merge.inventory import take_inventory
-from lightning_merge.matrices import Matrices
+from lightning_merge.inventory import compare, is_left_out
+from lightning_merge.matrices import Matrices, matches
 from lightning_merge.merged import Merged
 from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import MergeMethod
-from lightning_merge.prefixes import match_names
+from lightning_merge.prefixes import Renamed, match_names, under_names_of
+from lightning_merge.sharing import Processes
 from lightning_merge.statistics import open_statistics
 from lightning_merge.trainers import check_whole, processes_of_run
+
+_MODULE = "the running module"
+"""What the module's own weights are called in messages where they are no expert."""
 
 
 class MergingCallback(Callback):
     """Merges experts within a run.
+
+    The base and the experts may be of the module or of a part of it (the file of a backbone that the module keeps as
+    ``self.model``): their names are matched by what stands before them. What comes out has the module's names.
 
     Args:
         base: The checkpoint that all experts started from.
@@ -79,72 +93,98 @@ class MergingCallback(Callback):
         check_whole(trainer, type(self).__name__)
         processes = processes_of_run()
         with processes.together():
-            if not processes.is_first:
-                return
-            own = open_weights(pl_module.state_dict(), self.name)
-            base, experts = self._open(own, own if with_run else None)
-            earlier = {name: weights for name, weights in experts.items() if weights is not own}
-            problems = problems_of(take_inventory, base, list(experts.values()), *self._patterns)
-            for method in methods.values():
-                problems += problems_of(check_arguments, method, base, experts)
-                problems += self._data_problems(trainer, method, experts)
-                if method.needs and not problems:
-                    merged = take_inventory(base, list(experts.values()), *self._patterns).merged
-                    given = {k: v for k, v in (self.options["statistics"] or {}).items() if k in earlier}
-                    problems += problems_of(open_statistics, given, method.needs, base, earlier, merged, read=False)
-            raise_all(list(dict.fromkeys(problems)))
+            if processes.is_first:
+                raise_all(list(dict.fromkeys(self._problems(trainer, pl_module, methods.values(), with_run))))
 
     def merge(
-        self, trainer: Trainer, pl_module: LightningModule, method: MergeMethod, run: Weights | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        method: MergeMethod,
+        run: Weights | Callable[[], Weights] | None = None,
     ) -> tuple[dict[str, Tensor], Merged | None]:
-        """Merge in memory; all processes must call it.
+        """Merge in memory; all processes must call it. The module and the random numbers stay as they are.
 
-        The parameters are shared out over the processes, where all of them can read the files; else the first process
-        merges and the others get what comes out.
+        The parameters are shared out over the processes, where all of them see the same files; else the first process
+        merges and the others get what comes out. What is in memory is the first process's everywhere: BatchNorm's
+        running statistics differ between the processes of ``ddp``.
 
         Args:
             trainer: The trainer.
-            pl_module: Its module, which is not changed.
+            pl_module: Its module.
             method: The merging method.
-            run: The weights of this run, if they are one of the experts.
+            run: The weights of this run, if they are one of the experts, or what opens them.
 
         Returns:
-            Weights that fit the module, with what this run keeps to itself (its head, where that is excluded), on every
-            process; and the merged model, on the first one at least.
+            Weights under the keys of the module's state dict, with what this run keeps to itself (its head, where that
+            is excluded), on every process; and the merged model, on the first one at least.
         """
-        processes = processes_of_run()
-        own = open_weights(pl_module.state_dict(), self.name)
+        processes, state = processes_of_run(), pl_module.state_dict()
+        own = open_weights(state, _MODULE)
         opened, failure = None, None
         try:
-            opened = self._open(own, run)
+            opened = self._open(own, method, run() if callable(run) else run)
         except MergeError as error:
             failure = error
-        shared = all(processes.gather(failure is None))
-        merged: Merged | None = None
-        weights: dict[str, Tensor] | None = None
         with processes.together():
             if processes.is_first and failure is not None:
                 raise failure
-        if shared:
-            merged = self._merge(trainer, pl_module, method, *opened, distributed=processes.count > 1)
-            return self._fitting(merged, own, run), merged
-        with processes.together():
-            if processes.is_first:
-                merged = self._merge(trainer, pl_module, method, *opened, distributed=False)
-                weights = self._fitting(merged, own, run)
-        return processes.from_first(weights), merged
+        seen = processes.gather(None if opened is None else _sizes(opened))
+        work = partial(self._merge, trainer, pl_module, method)
+        merged, weights = None, None
+        with isolate_rng():
+            if all(files == seen[0] for files in seen):
+                merged = work(own, *opened, processes)
+                weights = dict(merged.weights)
+            else:
+                with processes.together():
+                    if processes.is_first:
+                        merged = work(own, *opened, Processes())
+                        weights = dict(merged.weights)
+                weights = processes.from_first(weights)
+        return {key: weights[name] for name, key in plain_names(_MODULE, state).items() if name in weights}, merged
 
-    @property
-    def _patterns(self) -> tuple[Any, Any]:
-        return self.options["include"], self.options["exclude"]
+    def _problems(
+        self, trainer: Trainer, pl_module: LightningModule, methods: Sequence[MergeMethod], with_run: bool
+    ) -> list[str]:
+        state, who = pl_module.state_dict(), type(pl_module).__name__
+        late = f"What {who} makes in setup() or configure_model() is not there yet; make its layers in __init__."
+        if not state:
+            return [f"{type(self).__name__} cannot compare {who} with the base, because it has no parameters. {late}"]
+        own = open_weights(state, self.name if with_run else _MODULE)
+        base, earlier = self.models_of(own, with_run)
+        experts = earlier | ({self.name: own} if with_run else {})
+        inventory, problems = compare(base, [*earlier.values(), own], self.options["include"], self.options["exclude"])
+        if problems and makes_layers_late(pl_module):
+            problems.append(late)
+        for method in methods:
+            problems += problems_of(check_arguments, method, base, experts)
+            problems += self._data_problems(trainer, method, experts)
+            if method.needs and not problems:
+                problems += self._statistics_problems(trainer, method, base, earlier, inventory.merged, with_run)
+        return problems
 
-    def _open(self, own: Weights, run: Weights | None) -> tuple[Weights, dict[str, Weights]]:
-        """The base under the module's names, and all experts."""
-        base = match_names(own, open_weights(self.base, "base"))
-        experts = open_experts(self.experts, base)
-        if run is not None and self.name in experts:
+    def models_of(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
+        """The base and the earlier experts, under the module's names."""
+        source = open_weights(self.base, "base")
+        base = under_names_of(own, source)
+        opened = open_experts(self.experts, source)  # what an adapter adapts has the names that stand in the file
+        if with_run and self.name in opened:
             raise MergeError(f"This run is called {self.name!r}, and so is one of the experts; give it another name.")
-        return base, experts | ({} if run is None else {self.name: run})
+        originals = {name: w.original if isinstance(w, Renamed) else w for name, w in opened.items()}
+        return base, {name: match_names(base, weights) for name, weights in originals.items()}
+
+    def _open(
+        self, own: Weights, method: MergeMethod, run: Weights | None
+    ) -> tuple[Weights, dict[str, Weights], list[Weights]]:
+        """The base, all experts, and their statistics."""
+        base, experts = self.models_of(own, run is not None)
+        if run is not None:
+            lacks = any(name not in run for name in own)
+            experts[self.name] = Completed(run, own) if lacks else run  # a checkpoint may leave out what is frozen
+        inventory, _ = compare(base, list(experts.values()), self.options["include"], self.options["exclude"])
+        given = self.options["statistics"]
+        return base, experts, open_statistics(given, method.needs, base, experts, inventory.merged, read=False)
 
     def _data_problems(self, trainer: Trainer, method: MergeMethod, experts: Mapping[str, Weights]) -> list[str]:
         if not method.needs_data:
@@ -154,15 +194,74 @@ class MergingCallback(Callback):
             return [f"{who} runs the model on images of every expert's domain; give the trainer a DomainDataModule."]
         return problems_of(check_named_after_domains, who, datamodule, list(experts))
 
-    def _merge(self, trainer, pl_module, method, base, experts, distributed) -> Merged:
-        given = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, experts)
-        return merge(base, experts, method, distributed=distributed, **self.options, **given)
+    def _statistics_problems(
+        self,
+        trainer: Trainer,
+        method: MergeMethod,
+        base: Weights,
+        earlier: Mapping[str, Weights],
+        merged: Sequence[str],
+        with_run: bool,
+    ) -> list[str]:
+        given = self.options["statistics"] or {}
+        known = {name: source for name, source in given.items() if name != self.name}
+        problems = problems_of(open_statistics, known, method.needs, base, earlier, merged, read=False)
+        if with_run and self.name not in given and not self._will_be_recorded(trainer, method.needs):
+            kinds = ", ".join(repr(kind) for kind in method.needs)
+            problems.append(
+                f"{type(method).__name__} needs statistics of this run's data, and nothing records them beside its "
+                f"checkpoint; put RecordStatistics(kinds=[{kinds}]) before {type(self).__name__} in the callbacks."
+            )
+        return problems
 
-    @staticmethod
-    def _fitting(merged: Merged, own: Weights, run: Weights | None) -> dict[str, Tensor]:
-        """The merged weights, with the module's own for what is not merged: those of this run, or as they are."""
-        kept = {name for names in merged.inventory.private.values() for name in names}
-        source = own if run is None else run
-        return {
-            name: source[name] if name in kept or name not in merged.weights else merged.weights[name] for name in own
-        }
+    def _will_be_recorded(self, trainer: Trainer, kinds: Sequence[str]) -> bool:
+        before = takewhile(lambda callback: callback is not self, trainer.callbacks)
+        recorders = [callback for callback in before if isinstance(callback, RecordStatistics)]
+        return any(set(kinds) <= set(r.recipe.kinds) and r.output is None for r in recorders)
+
+    def _merge(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        method: MergeMethod,
+        own: Weights,
+        base: Weights,
+        experts: Mapping[str, Weights],
+        statistics: Sequence[Weights],
+        processes: Processes,
+    ) -> Merged:
+        """Merge onto the base, completed with what this run keeps: what comes out fits the module."""
+        left_out = partial(is_left_out, include=self.options["include"], exclude=self.options["exclude"])
+        experts = {name: _of_first(processes, weights) for name, weights in experts.items()}
+        keeps = experts.get(self.name, own)
+        if keeps is own and any(left_out(name) for name in own):
+            keeps = _of_first(processes, own)
+        whole = Completed(base, keeps, left_out)
+        given = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, experts)
+        options = self.options_for(whole, *experts.values())
+        return merge(whole, experts, method, distributed=processes.count > 1, **options, **given)
+
+    def options_for(self, *models: Weights) -> dict[str, Any]:
+        """The options of a merge of these models, without patterns that are of other parameters of the module."""
+        names = {name for model in models for name in model}
+        used = [pattern for pattern in self.options["exclude"] if any(matches(name, [pattern]) for name in names)]
+        return self.options | {"exclude": used}
+
+
+def makes_layers_late(module: LightningModule) -> bool:
+    """Whether a module may make layers after the ``setup`` of callbacks."""
+    return is_overridden("setup", module) or is_overridden("configure_model", module)
+
+
+def _sizes(opened: tuple[Weights, Mapping[str, Weights], Sequence[Weights]]) -> list[tuple[str, int]]:
+    """What tells one process whether another one sees the same files."""
+    base, experts, statistics = opened
+    return [(file.path.name, file.size) for w in (base, *experts.values(), *statistics) for file in w.inputs]
+
+
+def _of_first(processes: Processes, weights: Weights) -> Weights:
+    """The weights of the first process, where they are in memory."""
+    if processes.count == 1 or weights.inputs:
+        return weights
+    sent = processes.from_first({name: weights[name] for name in weights if name not in weights.tied})
+    return open_weights(sent | {alias: sent[owner] for alias, owner in weights.tied.items()}, weights.name)

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_merge.checkpoints import open_weights
+from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
+from lightning_merge.data.batches import each_once
 from lightning_merge.errors import MergeError
-from lightning_merge.recording import (
-    new_collector,
-    save_collected,
-    split_batch,
-    statistics_dataloader,
-)
+from lightning_merge.recording import record, statistics_batches
 from lightning_merge.statistics import statistics_file
-from lightning_merge.trainers import best_checkpoint, check_whole, last_checkpoint
+from lightning_merge.trainers import best_checkpoint, check_whole, last_checkpoint, processes_of_run
 
 
 class RecordStatistics(Callback):
-    """At the end of ``fit``, collect the statistics that Fisher, RegMean and MaTS need, beside the checkpoint.
+    """Collect the statistics that Fisher, RegMean, MaTS and TACT need, and write them beside the checkpoint.
 
-    They are those of the checkpoint that a ``ModelCheckpoint`` with a monitored metric chose, else of the last one,
-    else of the last weights. Weights, modes and random numbers stay as they are.
+    At the end of ``fit`` they are those of the checkpoint that a ``ModelCheckpoint`` with a monitored metric chose,
+    else of the last one, else of the last weights; in ``trainer.validate`` those of the weights that are validated.
+    Weights, modes and random numbers stay as they are.
 
-    Every process takes its part of the data. This package's data modules have a ``statistics_dataloader()``: the
-    training samples without augmentation, each once. Of any other data module the training loader is used as it is,
-    with its augmentation; the sampler that Lightning puts into it counts a few samples twice where their number is no
-    multiple of the number of processes.
+    The data are read once more, in order, every sample once, and every process takes its part, so that the numbers do
+    not depend on the number of processes. This package's data modules have a ``statistics_dataloader()``: the training
+    samples without augmentation. Of any other project's loaders the samples are taken with the augmentation that they
+    have; streams and batches of the project's own making are read as each process gets them.
+
+    With ``fast_dev_run`` everything is tried on as many batches as that asks for, and nothing is written.
 
     Args:
         kinds: ``fisher``: the diagonal Fisher information of every parameter (for ``Fisher``). ``gram``: the Gram
             matrix of the inputs of every linear layer (for ``RegMean``). ``gram_out``: that of the gradients at its
-            outputs (with ``gram`` for ``MaTS``).
-        batches: How many batches; by default all.
+            outputs (with ``gram`` for ``MaTS``). ``moments``: mean and variance of every channel of the activations
+            that TACT corrects (for ``repair.by=tact`` with ``repair.recorded``).
+        batches: How many batches, in the loader's order of samples; by default all.
         fisher: ``example``: the mean of the squared gradients of single examples. ``batch``: of the gradients of
             batches' means, faster and cruder.
         labels: ``expected``: the expectation over the model's own predictions. ``true``: the data's labels.
             ``argmax``: the predicted ones.
         output: The file to write; by default ``NAME.statistics.safetensors`` beside the checkpoint ``NAME.ckpt``.
+        when: ``fit``: at the end of a fit, over the training data. ``validate``: at the end of ``trainer.validate``,
+            over the validation data.
     """
 
     def __init__(
@@ -53,35 +55,69 @@ class RecordStatistics(Callback):
         fisher: Literal["example", "batch"] = "example",
         labels: Literal["expected", "true", "argmax"] = "expected",
         output: str | None = None,
+        when: Literal["fit", "validate"] = "fit",
     ) -> None:
+        if when not in ("fit", "validate"):
+            raise MergeError(f"RecordStatistics: when must be fit or validate, got {when!r}.")
         self.recipe = Recipe(tuple(kinds), fisher, labels, batches)
         self.output = output
+        self.when = when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the fit what cannot work after it."""
-        if stage != "fit":
+        """Refuse before the run what cannot work at its end."""
+        if stage != self.when:
             return
         check_whole(trainer, "RecordStatistics")
-        if self.output is None and trainer.checkpoint_callback is None:
-            raise MergeError("RecordStatistics: no checkpoint is written, beside which to write; give output=….")
+        with processes_of_run().together():
+            if trainer.fast_dev_run:
+                return
+            if self.output is not None:
+                check_output(self.output)
+            elif stage == "fit" and trainer.checkpoint_callback is None:
+                raise MergeError("RecordStatistics: no checkpoint is written, beside which to write; give output=….")
+            elif stage == "validate" and trainer.ckpt_path is None:
+                raise MergeError(
+                    "RecordStatistics: the weights are of no checkpoint, beside which to write; give "
+                    "validate(ckpt_path=…), or output=…."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before the fit whether its data can be read."""
+        if self.when == "fit":
+            self._training_batches(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collect on every process, write on rank zero; every rank waits for the file."""
-        checkpoint = best_checkpoint(trainer) or last_checkpoint(trainer)
-        expert = open_weights(pl_module.state_dict() if checkpoint is None else checkpoint)
-        path = Path(self.output) if self.output is not None else statistics_file(expert)
-        if path is None:
-            raise MergeError(
-                "RecordStatistics: the fit has written no checkpoint, beside which to write; give output=…."
-            )
-        datamodule = getattr(trainer, "datamodule", None)
-        device = pl_module.device
-        with isolate_rng():
-            pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU by now
-            collector = new_collector(trainer, pl_module, expert, self.recipe)
-            loader = trainer.train_dataloader if datamodule is None else statistics_dataloader(datamodule)
-            for batch in islice(loader, self.recipe.batches):
-                batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-                collector.update(*split_batch(batch))
-            save_collected(trainer, collector, expert, path)
-            pl_module.to(device)
+        """Collect over the training data."""
+        if self.when == "fit":
+            checkpoint = best_checkpoint(trainer) or last_checkpoint(trainer)
+            self._record(trainer, pl_module, self._training_batches(trainer), checkpoint)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect over the validation data, if this is no validation within a fit."""
+        if self.when == "validate" and trainer.state.fn == "validate":
+            with isolate_rng(), processes_of_run().together():
+                batches = each_once(trainer.val_dataloaders)
+            self._record(trainer, pl_module, batches, trainer.ckpt_path)
+
+    @staticmethod
+    def _training_batches(trainer: Trainer) -> Iterable[Any]:
+        with isolate_rng(), processes_of_run().together():
+            return statistics_batches(getattr(trainer, "datamodule", None), trainer.train_dataloader)
+
+    def _record(
+        self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], checkpoint: str | None
+    ) -> None:
+        processes, expert, path = processes_of_run(), None, None
+        with processes.together():
+            if processes.is_first:  # a checkpoint may be on its disk alone
+                expert = open_weights(pl_module.state_dict() if checkpoint is None else checkpoint)
+                path = Path(self.output) if self.output is not None else statistics_file(expert)
+                if path is None and not trainer.fast_dev_run:
+                    raise MergeError(
+                        "RecordStatistics: the fit has written no checkpoint, beside which to write; give output=…."
+                    )
+        recipe = self.recipe
+        if trainer.fast_dev_run:
+            path, most = None, int(trainer.fast_dev_run)
+            recipe = replace(recipe, batches=min(most, recipe.batches or most))
+        record(trainer, pl_module, batches, expert, recipe, path)

@@ -31,8 +31,10 @@ _HOME = {
     "Plan": "lightning_merge.plans",
     "TaskArrays": "lightning_merge.data",
     "merge": "lightning_merge.merging",
+    "open_task_vector": "lightning_merge.task_vector_files",
     "open_weights": "lightning_merge.checkpoints",
     "plan": "lightning_merge.planning",
+    "save_task_vector": "lightning_merge.task_vector_files",
     "save_weights": "lightning_merge.checkpoints",
     "sweep": "lightning_merge.sweeping",
 }

@@ -1,38 +1,34 @@
 """Collect what an expert's data say about its parameters, batch by batch, on any number of processes.
 
-See :mod:`lightning_merge.statistics` for the kinds and their names. In all of them, ``log p(y | x)`` is the log-softmax
-of the module's logits, and the label y is, by choice,
-
-* ``expected``: every class in turn, weighted by p(y | x) — the Fisher information itself (Matena and Raffel,
-  arXiv 2111.09832, eq. 3),
-* ``true``: the data's label — the empirical Fisher,
-* ``argmax``: the class that the module predicts.
+See :mod:`lightning_merge.statistics` for the kinds and their names, and :mod:`lightning_merge.fisher_and_gram`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from itertools import islice
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.fisher_and_gram import Labelled, State, example_fisher, gradient, gram, label, pick_log_likelihood
 from lightning_merge.inventory import is_running_statistic
 from lightning_merge.layer_inputs import watch_inputs, watchable
+from lightning_merge.repair.find_sites import find_sites
+from lightning_merge.repair.moments import Moments, gather_moments, to_tensors
 from lightning_merge.running import distinct_names, evaluating
+from lightning_merge.sharing import Processes
+from lightning_merge.sites import Site, at_sites
 from lightning_merge.task_vectors import wide
 
-Kind = Literal["fisher", "gram", "gram_out"]
-State = dict[str, Tensor]
-Labelled = list[tuple[Tensor, Tensor]]
-"""Ways to label a batch: for each the labels ``(N,)`` and the weights ``(N,)`` of the examples under them."""
-
-_MOST_GRADIENTS = 1 << 27  # entries of per-example gradients at a time, 512 MiB in float32
+Kind = Literal["fisher", "gram", "gram_out", "moments"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,8 @@ class Recipe:
         kinds: ``fisher``: the diagonal Fisher information of every floating-point parameter. ``gram``: the Gram matrix
             of the inputs of every ``nn.Linear``, without the bias, the mean over all tokens. ``gram_out``: that of the
             gradients of log p(y | x) at its outputs. Layers that are never called (the output projection inside
-            ``nn.MultiheadAttention``) have no Gram matrices.
+            ``nn.MultiheadAttention``) have no Gram matrices. ``moments``: the mean and the variance of every channel
+            of the activations that TACT corrects, over all samples and places, in float64.
         fisher: ``example``: the mean over examples of the squared gradient, exactly. ``batch``: the mean over batches
             of the squared gradient of the batch's mean, as RegMean's and MergeLM's codes do: as many backward passes
             for a batch as ``example`` needs for an example, but an estimate that depends on the batch size.
@@ -60,7 +57,7 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
         for name, given, allowed in (
-            ("kinds", self.kinds or ("",), ("fisher", "gram", "gram_out")),
+            ("kinds", self.kinds or ("",), get_args(Kind)),
             ("fisher", (self.fisher,), ("example", "batch")),
             ("labels", (self.labels,), ("expected", "true", "argmax")),
         ):
@@ -68,65 +65,6 @@ class Recipe:
                 raise MergeError(f"Statistics: {name} must be of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.batches is not None and self.batches < 1:
             raise MergeError(f"Statistics: batches must be at least 1, got {self.batches}.")
-
-
-# The formulas
-
-
-def label(logits: Tensor, targets: Tensor, labels: str) -> Labelled:
-    """Label a batch so that ``Σ weight · f(label)`` is the expectation of f: ``(N, C), (N,) -> [((N,), (N,)), …]``."""
-    if labels == "expected":
-        p = logits.softmax(dim=1)
-        return [(torch.full_like(targets, y), p[:, y]) for y in range(logits.shape[1])]
-    chosen = targets if labels == "true" else logits.argmax(dim=1)
-    return [(chosen, logits.new_ones(len(logits)))]
-
-
-def pick_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """``log p(y | x)`` of every example: ``(N, C), (N,) -> (N,)``."""
-    return logits.log_softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
-
-
-def example_fisher(logits_of: Callable[[State, Tensor], Tensor], parameters: State, x: Tensor, ys: Labelled) -> State:
-    """``Σ_x Σ_y p(y | x) (∂ log p(y | x) / ∂θ)²`` over the examples x of a batch ``(N, …)``; a tensor like each θ."""
-
-    def log_likelihood(parameters: State, x: Tensor, y: Tensor) -> Tensor:  # of one example
-        return pick_log_likelihood(logits_of(parameters, x.unsqueeze(0)), y.unsqueeze(0)).squeeze(0)
-
-    size = max(1, _MOST_GRADIENTS // sum(tensor.numel() for tensor in parameters.values()))
-    total = {name: torch.zeros_like(wide(tensor)) for name, tensor in parameters.items()}
-    for labels, weights in ys:
-        for some in zip(x.split(size), labels.split(size), weights.split(size), strict=True):
-            for name, gradients in example_gradients(log_likelihood, parameters, *some[:2]).items():
-                total[name] += torch.einsum("n,n...->...", wide(some[2]), wide(gradients).square())
-    return total
-
-
-def example_gradients(
-    function: Callable[[State, Tensor, Tensor], Tensor], parameters: State, x: Tensor, y: Tensor
-) -> State:
-    """The gradient of ``function(parameters, x, y)`` for every example: ``(N, …)`` for each parameter ``(…)``."""
-    try:
-        return vmap(grad(function), in_dims=(None, 0, 0))(parameters, x, y)
-    except RuntimeError:  # the module does what vmap cannot follow
-        each = [gradient(partial(function, x=a, y=b), parameters) for a, b in zip(x, y, strict=True)]
-        return {name: torch.stack([gradients[name] for gradients in each]) for name in parameters}
-
-
-def gradient(function: Callable[[State], Tensor], parameters: State) -> State:
-    """The gradient of ``function(parameters)``, of zeros for parameters that it does not depend on."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-    found = torch.autograd.grad(function(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
-
-
-def gram(rows: Tensor) -> Tensor:
-    """``Σ x xᵀ`` over all tokens x: ``(…, n) -> (n, n)``."""
-    rows = wide(rows.detach()).reshape(-1, rows.shape[-1])
-    return rows.mT @ rows
-
-
-# The sums over batches and processes
 
 
 class StatisticsCollector:
@@ -138,8 +76,7 @@ class StatisticsCollector:
         module: Maps inputs ``(N, …)`` to logits ``(N, C)``.
         weights: The weights of the expert; by default those of the module.
         recipe: What to collect.
-        reduce: Adds up a tensor over the processes. With ``fisher="batch"`` it is called for each batch, of which
-            every process has its part, so that all must have the same number of batches.
+        processes: Who adds batches. With ``fisher="batch"`` every process must add its part of each batch.
     """
 
     def __init__(
@@ -147,12 +84,12 @@ class StatisticsCollector:
         module: nn.Module,
         weights: Mapping[str, Tensor] | None = None,
         recipe: Recipe = Recipe(),
-        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        processes: Processes = Processes(),  # noqa: B008, this one alone: never changed
     ) -> None:
         own = open_weights(module.state_dict(), "the module")
         state = {name: (weights or own)[name].to(own[name]) for name in own if name not in own.tied}
         self.recipe = recipe
-        self._module, self._reduce = module, reduce
+        self._module, self._processes = module, processes
         self._parameters = {name: tensor for name, tensor in state.items() if _is_parameter(name, tensor)}
         self._buffers = {name: tensor for name, tensor in state.items() if name not in self._parameters}
         self._tied = {alias: own.tied[alias] for alias in distinct_names(module) if alias in own.tied}
@@ -166,20 +103,51 @@ class StatisticsCollector:
         self._tokens = {name: torch.zeros((), dtype=torch.int64, device=device) for name in matrices}
         self._inputs = {name: weight.new_zeros(2 * weight.shape[1:]) for name, weight in matrices.items()}
         self._outputs = {name: matrices[name].new_zeros(2 * matrices[name].shape[:1]) for name in self._layers}
+        self._sites: list[Site] = []
+        self._moments: dict[Site, Moments] = {}
 
     def _logits(self, parameters: State, inputs: Tensor) -> Tensor:
         state = parameters | self._buffers
         state |= {alias: state[owner] for alias, owner in self._tied.items()}
         return functional_call(self._module, state, (inputs,), tie_weights=False)
 
+    def update_all(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add all batches (of this process, if there are several).
+
+        Raises:
+            MergeError: On every process, if one of them fails.
+        """
+        if self._in_step:
+            for inputs, targets in self._processes.in_step(batches, "batches"):
+                self.update(inputs, targets)
+            return
+        with self._processes.together():
+            for inputs, targets in batches:
+                self.update(inputs, targets)
+
+    @property
+    def _in_step(self) -> bool:
+        """Whether every batch is a step that all processes take together."""
+        return "fisher" in self.recipe.kinds and self.recipe.fisher == "batch"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What a process does by itself within a step of all processes."""
+        with self._processes.together() if self._in_step else nullcontext():
+            yield
+
     def update(self, inputs: Tensor, targets: Tensor) -> None:
         """Add one batch of inputs ``(N, …)`` and labels ``(N,)`` (of this process, if there are several)."""
         with evaluating(self._module), torch.autocast(inputs.device.type, enabled=False), torch.enable_grad():
-            if self._inputs:
-                self._add_grams(inputs, targets)
+            with self._alone():
+                if "moments" in self.recipe.kinds:
+                    self._add_moments(inputs)
+                if self._inputs:
+                    self._add_grams(inputs, targets)
+                if self._fisher:
+                    with torch.no_grad():
+                        ys = label(_check(self._logits(self._parameters, inputs)), targets, self.recipe.labels)
             if self._fisher:
-                with torch.no_grad():
-                    ys = label(_check(self._logits(self._parameters, inputs)), targets, self.recipe.labels)
                 add = self._add_example_fisher if self.recipe.fisher == "example" else self._add_batch_fisher
                 add(inputs, ys)
         self._counts += torch.tensor([len(inputs), 1], device=self._counts.device)
@@ -190,14 +158,24 @@ class StatisticsCollector:
 
     def _add_batch_fisher(self, inputs: Tensor, ys: Labelled) -> None:
         """``Σ_y (mean_x √p(y | x) ∂ log p(y | x) / ∂θ)²``: of a batch of one example, what ``example`` gives."""
-        count = self._reduce(torch.tensor(len(inputs), device=inputs.device))
+        count = self._processes.sum(torch.tensor(len(inputs), device=inputs.device))
         for labels, weights in ys:
 
             def score(parameters: State, labels: Tensor = labels, weights: Tensor = weights) -> Tensor:
                 return (weights.sqrt() * pick_log_likelihood(self._logits(parameters, inputs), labels)).sum()
 
-            for name, gradients in gradient(score, self._parameters).items():
-                self._fisher[name] += (self._reduce(wide(gradients)) / count).square()
+            with self._alone():
+                found = gradient(score, self._parameters)
+            for name, gradients in found.items():
+                self._fisher[name] += (self._processes.sum(wide(gradients)) / count).square()
+
+    def _add_moments(self, inputs: Tensor) -> None:
+        def add(site: Site, activation: Tensor) -> None:
+            self._moments.setdefault(site, Moments()).update(site.channels_last(activation))
+
+        self._sites = self._sites or find_sites(self._module, torch.cat([inputs[:2], inputs[:2]]))
+        with torch.no_grad(), at_sites(self._module, self._sites, add):
+            self._logits(self._parameters, inputs)
 
     def _add_grams(self, inputs: Tensor, targets: Tensor) -> None:
         def add_input(name: str, rows: Tensor) -> None:
@@ -229,16 +207,17 @@ class StatisticsCollector:
     @property
     def num_examples(self) -> int:
         """How many examples were added by all processes; every process must ask."""
-        return int(self._reduce(self._counts.clone())[0])
+        return int(self._processes.sum(self._counts)[0])
 
     def compute(self) -> State:
         """The means over everything that all processes added; every process must ask.
 
         Returns:
-            A tensor for every ``kind.<parameter>``, in float32 (float64 of double weights), on every process.
+            A tensor for every ``kind.<parameter>``, in float32 (float64 of double weights), and of every site that
+            TACT corrects ``mean.<site>``, ``var.<site>``, ``count.<site>`` and ``axis.<site>``, on every process.
 
         Raises:
-            MergeError: If nothing was added.
+            MergeError: If nothing was added, or if an activation was not finite.
         """
         examples = self.num_examples
         if not examples:
@@ -246,15 +225,26 @@ class StatisticsCollector:
         found = {}
         for name, total in self._fisher.items():
             if self.recipe.fisher == "example":
-                found[f"fisher.{name}"] = self._reduce(total.clone()) / examples
+                found[f"fisher.{name}"] = self._processes.sum(total) / examples
             else:
                 found[f"fisher.{name}"] = total / int(self._counts[1])  # the same on every process
         for name in self._inputs:
-            tokens = self._reduce(self._tokens[name].clone())
+            tokens = self._processes.sum(self._tokens[name])
             for kind, sums in (("gram", self._inputs), ("gram_out", self._outputs)):
                 if kind in self.recipe.kinds and name in sums and tokens > 0:
-                    found[f"{kind}.{name}"] = self._reduce(sums[name].clone()) / tokens
-        return found
+                    found[f"{kind}.{name}"] = self._processes.sum(sums[name]) / tokens
+        return found | self._all_moments()
+
+    def _all_moments(self) -> State:
+        found = gather_moments(self._moments, self._processes)
+        raise_all(
+            [
+                f"The activations at {site.name} are not finite; look for NaN and infinity in data and weights."
+                for site, moments in found.items()
+                if not moments.is_finite
+            ]
+        )
+        return to_tensors(found)
 
 
 def collect_statistics(
@@ -264,10 +254,7 @@ def collect_statistics(
 ) -> State:
     """Collect the statistics of a module over batches of inputs ``(N, …)`` and labels ``(N,)``, on one process."""
     collector = StatisticsCollector(module, recipe=recipe)
-    for number, (inputs, targets) in enumerate(batches):
-        if number == recipe.batches:
-            break
-        collector.update(inputs, targets)
+    collector.update_all(islice(batches, recipe.batches))
     return collector.compute()
 
 

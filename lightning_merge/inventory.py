@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.errors import raise_all
@@ -64,9 +65,7 @@ def compare(
     base: Weights, experts: Sequence[Weights], include: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> tuple[Inventory, list[str]]:
     """Take the inventory as far as it goes, and list every conflict, see :func:`take_inventory`."""
-
-    def left_out(name: str) -> bool:
-        return matches(name, exclude) or (include is not None and not matches(name, include))
+    left_out = partial(is_left_out, include=include, exclude=exclude)
 
     tied = {
         alias: owner
@@ -86,7 +85,7 @@ def compare(
             merged.append(name)
     problems = [
         *_of_another_kind(own, [expert for expert in experts if not is_of_one_kind(own, expert)]),
-        *_unused_patterns(base, experts, [*(include or ()), *exclude]),
+        *unused_patterns(base, experts, [*(include or ()), *exclude]),
         *_missing(base, alike, left_out, tied),
         *_extra(base, alike, left_out),
         *_different(base, alike, [name for name in names if not left_out(name)]),
@@ -95,6 +94,11 @@ def compare(
         problems.append("Nothing is left to merge: every parameter is excluded.")
     private = {expert.name: tuple(name for name in expert if left_out(name)) for expert in experts}
     return Inventory(tuple(merged), tuple(averaged), tuple(copied), tied, private), problems
+
+
+def is_left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
+    """Whether a parameter is not merged because the user says so."""
+    return matches(name, exclude) or (include is not None and not matches(name, include))
 
 
 def is_of_one_kind(names: Sequence[str], expert: Weights) -> bool:
@@ -117,7 +121,8 @@ def _shares(expert: Weights, alias: str, owner: str) -> bool:
     return alias not in expert or expert.tied.get(alias, alias) == expert.tied.get(owner, owner)
 
 
-def _unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
+def unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
+    """A sentence for each pattern that matches no parameter."""
     names = {name for model in (base, *experts) for name in model}
     return [
         f"The pattern {pattern!r} matches no parameter; names look like {', '.join(list(base)[:3])}."

@@ -6,16 +6,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_merge.checkpoints import Source, Weights, open_weights
+from lightning_merge.differences import Difference, Product
 from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.prefixes import as_named, own_names
+from lightning_merge.task_vector_files import is_task_vector, open_task_vector
 from lightning_merge.task_vectors import wide
 
 _CONFIG = "adapter_config.json"
@@ -24,84 +25,34 @@ _PREFIX = "base_model.model."
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that take something off the base
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """How an adapter changes one parameter: by ``scaling · B A``.
-
-    Args:
-        A: Reads ``(r, in, …)``.
-        B: Reads ``(out, r, …)``.
-        scaling: The coefficient of the product.
-        transposed: Whether the parameter is the transpose of the product (``fan_in_fan_out``, embeddings).
-    """
-
-    A: Callable[[], Tensor]
-    B: Callable[[], Tensor]
-    scaling: float
-    transposed: bool
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Left ``(m, r)`` and right ``(r, n)`` factor of the parameter's change, without the scaling."""
-        A, B = wide(self.A()).flatten(1), wide(self.B()).flatten(1)
-        return (A.mT, B.mT) if self.transposed else (B, A)
-
-    def delta(self, shape: torch.Size) -> Tensor:
-        """The change of the parameter, in float64."""
-        left, right = self.factors()
-        return (self.scaling * (left.double() @ right.double())).reshape(shape)
-
-
-class LoRAWeights(Weights):
-    """The dense weights of an expert that is an adapter over a base, computed when they are asked for."""
-
-    origin: Weights
-    adapted: Mapping[str, Adapted]
-    replaced: Mapping[str, str]
-
-    def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The factors ``(B, A)`` of the difference of a parameter to a base.
-
-        Returns:
-            Nothing where the adapter leaves the parameter alone; None where it replaces it or was opened over another
-            base, so that no factors are known.
-        """
-        if name in self.replaced or not torch.equal(wide(self.origin[name]).to(base.device), base):
-            return None
-        return [self.adapted[name].factors()] if name in self.adapted else []
-
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """The difference of a parameter to a base as the product of its factors, in float64; None if not known.
-
-        It has their rank to the last digit. A difference of float32 weights would have full rank, by rounding errors
-        that methods which flatten the spectrum take for directions like any other.
-        """
-        return self.adapted[name].delta(base.shape).to(base.device) if self.factors(name, base) else None
-
-
 def is_adapter(source: Source) -> bool:
     """Whether a source is a folder that peft has written."""
     return isinstance(source, (str, os.PathLike)) and (Path(source).expanduser() / _CONFIG).is_file()
 
 
-def open_expert(source: Source, base: Weights, name: str | None = None) -> Weights:
-    """Open an expert, be it dense weights or an adapter over the base.
+def open_expert(source: Source, base: Weights, name: str | None = None, *, read: bool = True) -> Weights:
+    """Open an expert, be it dense weights, or an adapter or a task vector over the base.
 
     Args:
-        source: Weights, see :func:`lightning_merge.checkpoints.open_weights`, or the folder of an adapter.
-        base: The model that an adapter is put on.
+        source: Weights, see :func:`lightning_merge.checkpoints.open_weights`, the folder of an adapter, or a task
+            vector's file.
+        base: The model that an adapter or a task vector is put on; they have its own names, and are seen as it is.
         name: What to call this expert in messages; by default the path.
+        read: Whether to read the base, to see that a task vector is the difference to these very weights.
 
     Raises:
-        MergeError: If it cannot be opened, or if an adapter does not fit the base.
+        MergeError: If it cannot be opened, or if it does not fit the base.
     """
-    if isinstance(source, (str, os.PathLike)) and is_adapter(source):
-        return open_adapter(source, base, name=name)
+    if is_task_vector(source):
+        return as_named(open_task_vector(source, own_names(base), name=name, read=read), base)
+    if is_adapter(source):
+        return as_named(open_adapter(source, own_names(base), name=name), base)
     return open_weights(source, name)
 
 
 def open_adapter(
     folder: str | os.PathLike[str], base: Source, *, name: str | None = None, prefix: str = ""
-) -> LoRAWeights:
+) -> Difference:
     """Open a LoRA adapter as the expert it makes of its base.
 
     Args:
@@ -146,7 +97,7 @@ def open_adapter(
         module = parameter.removeprefix(prefix).removesuffix(".weight")
         rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
         alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
-        adapted[parameter] = Adapted(
+        adapted[parameter] = Product(
             A=lambda key=keys["A"]: adapter[key],
             B=lambda key=keys["B"]: adapter[key],
             scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
@@ -172,7 +123,9 @@ def open_adapter(
         for parameter, key in replaced.items()
         if parameter not in adapted or not torch.equal(wide(adapter[key]), wide(origin[parameter]).cpu())
     }
-    return _assemble(name, file, origin, adapter, adapted, replaced)
+    changed = {*adapted, *replaced}
+    tied = {alias: owner for alias, owner in origin.tied.items() if not {alias, owner} & changed}
+    return Difference(name, adapter, origin, adapted, replaced, tied=tied)
 
 
 def _sort_keys(adapter: Weights, name: str, prefix: str) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
@@ -236,37 +189,3 @@ def _product_shape(A: torch.Size, B: torch.Size, transposed: bool) -> torch.Size
     if transposed:
         return torch.Size([A[1], B[0]])
     return torch.Size([B[0], *A[1:]])
-
-
-def _assemble(
-    name: str,
-    file: Path,
-    origin: Weights,
-    adapter: Weights,
-    adapted: Mapping[str, Adapted],
-    replaced: Mapping[str, str],
-) -> LoRAWeights:
-    """The base's parameters with those that the adapter adds to or replaces."""
-
-    def reader(parameter: str) -> Callable[[], Tensor]:
-        def below() -> Tensor:
-            return adapter[replaced[parameter]] if parameter in replaced else origin[parameter]
-
-        def read() -> Tensor:
-            weight = wide(below())
-            return (weight.double() + adapted[parameter].delta(weight.shape).to(weight.device)).to(weight.dtype)
-
-        return read if parameter in adapted else below
-
-    meta = dict(origin.meta) | {parameter: adapter.meta[key] for parameter, key in replaced.items()}
-    meta |= {parameter: wide(meta[parameter]) for parameter in adapted}
-    changed = {*adapted, *replaced}
-    weights = LoRAWeights(
-        name,
-        readers={parameter: reader(parameter) for parameter in origin},
-        meta=meta,
-        path=file,
-        tied={alias: owner for alias, owner in origin.tied.items() if not {alias, owner} & changed},
-    )
-    weights.origin, weights.adapted, weights.replaced = origin, adapted, replaced
-    return weights

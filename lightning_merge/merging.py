@@ -20,7 +20,7 @@ from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inspection import check_finite, fingerprint_all
 from lightning_merge.inventory import Inventory, take_inventory
 from lightning_merge.linalg import paths_taken
-from lightning_merge.lora import LoRAWeights, open_expert
+from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.methods import MergeMethod
@@ -67,7 +67,7 @@ def merge(
     Args:
         base: The model that the experts started from: a file, a folder, or a state dict.
         experts: The experts: a sequence of sources, or a mapping from a name to a source. The folder of a LoRA adapter,
-            as peft writes it, is an expert, too.
+            as peft writes it, and the file of a task vector (``lightning_merge.save_task_vector``) are experts, too.
         method: How to merge, e.g. ``lightning_merge.methods.SCORE()``.
         statistics: For methods that need them: what each expert's data say about its parameters, a source for each
             expert's name, see :mod:`lightning_merge.statistics`; by default the files beside the experts'.
@@ -279,7 +279,7 @@ def check_resumable(inputs: Iterable[Weights]) -> None:
 
 def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
     """The precision of the task vectors: the method's own, but float64 where weights or differences have as much."""
-    exact = method.factorizes and any(isinstance(expert, LoRAWeights) for expert in experts)  # they keep their low rank
+    exact = method.factorizes and any(expert.low_rank for expert in experts)  # they keep their low rank
     return torch.promote_types(method.dtype, torch.float64 if exact else _widest(base))
 
 
@@ -298,8 +298,8 @@ def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) ->
 def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
     """Open every expert for reading, under its name, its path, or (a state dict in a list) its position.
 
-    Adapters, as peft writes them, are opened over the base. Experts whose names differ from the base's by a prefix are
-    seen under the base's names, see :mod:`lightning_merge.prefixes`.
+    Adapters, as peft writes them, and task vectors are opened over the base. Experts whose names differ from the base's
+    by a prefix are seen under the base's names, see :mod:`lightning_merge.prefixes`.
 
     Raises:
         MergeError: If experts cannot be opened, or if there are none; every problem is listed.
@@ -309,7 +309,7 @@ def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
     return named
 
 
-def open_each(experts: Experts, base: Weights) -> tuple[dict[str, Weights], list[str]]:
+def open_each(experts: Experts, base: Weights, *, read: bool = True) -> tuple[dict[str, Weights], list[str]]:
     """Open the experts that can be opened, and list what is wrong with the others, see :func:`open_experts`."""
     named: dict[str, Weights] = {}
     problems = []
@@ -317,7 +317,7 @@ def open_each(experts: Experts, base: Weights) -> tuple[dict[str, Weights], list
     for key, source in enumerate(experts) if unnamed else experts.items():
         is_path = isinstance(source, (str, os.PathLike, Weights))
         try:
-            weights = open_expert(source, base, None if unnamed and is_path else str(key))
+            weights = open_expert(source, base, None if unnamed and is_path else str(key), read=read)
         except MergeError as error:
             problems += error.problems
             continue

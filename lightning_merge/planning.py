@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_merge.checkpoints import TORCH_SUFFIXES, Source, Weights, open_weights
+from lightning_merge.checkpoints import TASK_VECTOR, TORCH_SUFFIXES, Source, Weights, open_weights
 from lightning_merge.computation import count_workers
 from lightning_merge.costs import estimate_seconds, factorizes, measure_machine, peak_memory, surveys
 from lightning_merge.errors import MergeError, problems_of
@@ -26,6 +26,7 @@ from lightning_merge.prefixes import Renamed
 from lightning_merge.statistics import open_statistics
 from lightning_merge.streaming import SHARD_SIZE
 from lightning_merge.task_data import Data, check_task_data
+from lightning_merge.task_vector_files import is_task_vector
 
 
 def plan(
@@ -131,7 +132,7 @@ def plan(
         shapes,
         {name: str(expert.prefix) for name, expert in models.experts.items() if isinstance(expert, Renamed)},
         costs,
-        tuple([*models.other_dtypes(), *_notes(method, allow_non_finite)]),
+        tuple([*models.other_dtypes(), *_notes(method, models, allow_non_finite)]),
     )
 
 
@@ -184,7 +185,7 @@ def _open(
     include: Sequence[str] | None,
     exclude: Sequence[str],
 ) -> _Models:
-    opened, problems = open_each(experts, base)
+    opened, problems = open_each(experts, base, read=False)
     inventory, conflicts = compare(base, list(opened.values()), include, exclude)
     problems += conflicts
     measured: list[Weights] = []
@@ -198,7 +199,8 @@ def _open(
 def _unreadable(experts: Experts) -> list[str]:
     """What is wrong with the experts' files, where there is no base to compare them with."""
     sources = experts.values() if isinstance(experts, Mapping) else experts
-    return [problem for source in sources if not is_adapter(source) for problem in problems_of(open_weights, source)]
+    whole = [source for source in sources if not (is_adapter(source) or is_task_vector(source))]
+    return [problem for source in whole for problem in problems_of(open_weights, source)]
 
 
 def _name(source: Source) -> str:
@@ -275,18 +277,20 @@ def _costs(
 
 
 def _stored_bytes(weights: Weights) -> int:
-    """What there is to read of a model: of an adapter its own file, as it is put on a base that is read anyway."""
-    if hasattr(weights, "adapted"):
+    """What there is to read of a model: of a difference its own file, as it is put on a base that is read anyway."""
+    if weights.origin is not None:
         return weights.path.stat().st_size
     return _bytes(tensor for name, tensor in weights.meta.items() if name not in weights.tied)
 
 
-def _notes(method: MergeMethod, allow_non_finite: bool) -> list[str]:
+def _notes(method: MergeMethod, models: _Models, allow_non_finite: bool) -> list[str]:
     notes = ["Only headers were read."]
     if not allow_non_finite:
         notes.append("Whether all values are finite is seen when the merge reads them.")
     if method.needs:
         notes.append("So is whether the statistics are of these very weights.")
+    if any(TASK_VECTOR in expert.header for expert in models.experts.values()):
+        notes.append("So is whether the task vectors are differences to this very base.")
     if method.needs_data:
         notes.append("What it takes to run the model on data comes on top of the time and the memory.")
     return [" ".join(notes)]

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lightning_merge.checkpoints import Weights
 from lightning_merge.inventory import is_of_one_kind
 
@@ -59,6 +61,27 @@ class Renamed(Weights):
         """The model's own digest, by which its statistics know it."""
         return self.original.digest()
 
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """What the model knows of a parameter's difference to a base."""
+        return self.original.delta(self.names[name], base)
+
+    def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """The factors of that difference."""
+        return self.original.factors(self.names[name], base)
+
+
+def as_named(expert: Weights, base: Weights) -> Weights:
+    """See an expert that has the base's own names as the base is seen; names that the base lacks stay what they are."""
+    if not isinstance(base, Renamed):
+        return expert
+    names = {old: new for new, old in base.names.items()}
+    return Renamed(expert, {names.get(name, name): name for name in expert}, base.prefix)
+
+
+def own_names(base: Weights) -> Weights:
+    """The base under its own names."""
+    return base.original if isinstance(base, Renamed) else base
+
 
 def match_names(base: Weights, expert: Weights) -> Weights:
     """See an expert under the base's names, if one prefix makes the difference; else give it back as it is.
@@ -67,6 +90,16 @@ def match_names(base: Weights, expert: Weights) -> Weights:
     """
     prefix = find_prefix(base, expert)
     return expert if prefix is None else Renamed(expert, {prefix.applied(name): name for name in expert}, prefix)
+
+
+def under_names_of(module: Weights, base: Weights) -> Weights:
+    """See a base under the names of a module that was made from it, which may have more than the base (a head)."""
+    matched = match_names(module, base)
+    prefix = find_prefix(base, module) if matched is base else None
+    if prefix is None:
+        return matched
+    inverse = Prefix(strip=prefix.add, add=prefix.strip)
+    return Renamed(base, {inverse.applied(name): name for name in base}, inverse)
 
 
 def find_prefix(base: Weights, expert: Weights) -> Prefix | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import asdict
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -16,46 +18,83 @@ from torch.utils.data import DataLoader
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Weights
 from lightning_merge.collect_statistics import Recipe, StatisticsCollector
+from lightning_merge.data.batches import each_once
 from lightning_merge.errors import MergeError
 from lightning_merge.statistics import save_statistics
+from lightning_merge.trainers import processes_of_run
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
 
 
-def statistics_dataloader(datamodule: LightningDataModule) -> DataLoader:
-    """The training data to collect statistics over.
+def statistics_batches(datamodule: LightningDataModule | None, loaders: Any = None) -> Iterable[Any]:
+    """The training data to collect statistics over, every sample once.
 
     That is the data module's ``statistics_dataloader()`` where it has one (a
-    :class:`lightning_merge.data.DomainDataModule` has one without augmentation), else its ``train_dataloader()``, with
-    whatever augmentation that has.
+    :class:`lightning_merge.data.DomainDataModule` has one without augmentation), else the samples of its
+    ``train_dataloader()``, with whatever augmentation they have.
+
+    Args:
+        datamodule: The data module, if there is one.
+        loaders: The training loaders, if they have been made already.
     """
-    return getattr(datamodule, "statistics_dataloader", datamodule.train_dataloader)()
+    own = getattr(datamodule, "statistics_dataloader", None)
+    if own is not None:
+        return own()
+    return each_once(datamodule.train_dataloader() if loaders is None else loaders)
 
 
-def new_collector(trainer: Trainer, module: LightningModule, expert: Weights, recipe: Recipe) -> StatisticsCollector:
-    """A collector that adds up over the trainer's processes."""
-    return StatisticsCollector(module, expert, recipe, reduce=partial(trainer.strategy.reduce, reduce_op="sum"))
+def record(
+    trainer: Trainer,
+    module: LightningModule,
+    batches: Iterable[Any],
+    expert: Weights | None,
+    recipe: Recipe,
+    path: Path | None,
+) -> None:
+    """Collect the statistics of an expert within a run; every process must take part, and returns when it is done.
+
+    Args:
+        trainer: Moves batches to the device of this process.
+        module: Maps inputs to logits; its own weights are not used, and it is as before afterwards.
+        batches: This process's part of the data.
+        expert: The weights of the expert; the first process's count.
+        recipe: What to collect.
+        path: The file that the first process writes; none if it is None.
+
+    Raises:
+        MergeError: On every process, if one of them fails.
+    """
+    processes, device = processes_of_run(), module.device
+    with isolate_rng(), torch.inference_mode(False):
+        with processes.together():
+            own = dict(expert) if processes.is_first else None
+        weights = processes.from_first(own)
+        try:
+            with processes.together():
+                module.to(trainer.strategy.root_device)
+                collector = StatisticsCollector(module, weights, recipe, processes)
+            collector.update_all(_prepared(trainer, batch) for batch in islice(batches, recipe.batches))
+            statistics, examples = collector.compute(), collector.num_examples
+        finally:
+            module.to(device)
+        with processes.together():
+            if processes.is_first and path is not None:
+                about = {"examples": examples, **asdict(recipe), "lightning_merge": __version__}
+                save_statistics(path, statistics, expert, about)
 
 
-def save_collected(trainer: Trainer, collector: StatisticsCollector, expert: Weights, path: Path) -> None:
-    """Write what was collected, on rank zero; every process must take part, and returns when the file is there."""
-    statistics, examples = collector.compute(), collector.num_examples
-    if trainer.is_global_zero:
-        about = {"examples": examples, **asdict(collector.recipe), "lightning_merge": __version__}
-        save_statistics(path, statistics, expert, about)
-    trainer.strategy.barrier()
-
-
-def split_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """The inputs and labels of a batch."""
+def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
+    """The inputs and labels of a batch, on this process's device, as Lightning's loops prepare them."""
+    batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    batch = trainer.strategy.batch_to_device(batch)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise MergeError(f"Statistics need batches of (inputs, labels), two tensors; the data give {type(batch)}.")
     return batch[0], batch[1]
 
 
 class StatisticsRecorder(LightningModule):
-    """Collects statistics in Lightning's test loop and writes them when it ends.
+    """Records statistics at the start of Lightning's test loop, whose own data do not matter.
 
     Args:
         module: Maps inputs to logits; its own weights are not used.
@@ -75,16 +114,13 @@ class StatisticsRecorder(LightningModule):
         return getattr(self.module, "preprocessing", None)
 
     def on_test_start(self) -> None:
-        """Start from nothing."""
-        self._collector = new_collector(self.trainer, self.module, self._expert, self._recipe)
+        """Collect, and write the file."""
+        with processes_of_run().together():
+            batches = statistics_batches(self.trainer.datamodule)
+        record(self.trainer, self.module, batches, self._expert, self._recipe, self._path)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Add one batch."""
-        self._collector.update(*split_batch(batch))
-
-    def on_test_end(self) -> None:
-        """Write the file."""
-        save_collected(self.trainer, self._collector, self._expert, self._path)
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Nothing is left to do."""
 
 
 def record_statistics(
@@ -98,26 +134,26 @@ def record_statistics(
     """Collect the statistics of an expert on the training data and write them to a file.
 
     Args:
-        trainer: Its settings are used for one pass in the test loop.
+        trainer: Its settings are used.
         module: The expert's module; its own weights are not used.
-        datamodule: The expert's data, see :func:`statistics_dataloader`.
+        datamodule: The expert's data, see :func:`statistics_batches`.
         expert: The weights of the expert.
         recipe: What to collect.
         path: The file to write.
     """
+    recorder = StatisticsRecorder(module, expert, recipe, path)
+    test = trainer.again(inference_mode=False, limit_test_batches=1).test
     with isolate_rng():
-        recorder = StatisticsRecorder(module, expert, recipe, path)
-        test = trainer.again(inference_mode=False, limit_test_batches=recipe.batches or 1.0).test
-        test(recorder, datamodule=_training_data_as_test_data(datamodule), verbose=False)
+        test(recorder, datamodule=_with_nothing_to_test(datamodule), verbose=False)
 
 
-def _training_data_as_test_data(datamodule: LightningDataModule) -> LightningDataModule:
+def _with_nothing_to_test(datamodule: LightningDataModule) -> LightningDataModule:
     class TrainingData(type(datamodule)):  # type: ignore[misc]
         def setup(self, stage: str) -> None:
             super().setup("fit")
 
         def test_dataloader(self) -> DataLoader:
-            return statistics_dataloader(self)
+            return DataLoader(torch.zeros(1))
 
     other = copy.copy(datamodule)
     other.__class__ = TrainingData

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.merged import Change, Merged
 from lightning_merge.methods import MergeMethod
+from lightning_merge.recorded_moments import read_moments
 from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
 from lightning_merge.repair import repair as shared_repair
 from lightning_merge.repair.calibration import Known
+from lightning_merge.repair.tact import OWN_DATA
 from lightning_merge.sharing import Processes
 from lightning_merge.task_data import Data, data_problems
 
@@ -32,12 +34,16 @@ class Repair:
             ``probe``: the head of every task, trained anew on the merged model's features; needs labels.
         batches: The most batches of each task's training images.
         max_gain: The most that a channel is scaled by.
+        recorded: Take the activations of every expert from the file of statistics beside its checkpoint (kind
+            ``moments`` of ``RecordStatistics`` and of the verb ``statistics``), instead of running it over its images;
+            ``tact`` only. The merged model is still run over them.
         sites: The activations that are corrected, by name; by default they are found in the model.
     """
 
     by: Literal["tact", "repair", "batch_norm", "probe"] = "tact"
     batches: int = 16
     max_gain: float = 10.0
+    recorded: bool = False
     sites: Sequence[str] | None = None
 
     def problems(self) -> list[str]:
@@ -45,6 +51,11 @@ class Repair:
         known = get_args(get_type_hints(Repair)["by"])
         found = [] if self.by in known else [f"repair.by must be one of {', '.join(known)}, got {self.by!r}."]
         found += [] if self.batches >= 1 else [f"repair.batches must be at least 1, got {self.batches}."]
+        if self.recorded and self.by != "tact":
+            found.append(
+                f"repair.recorded: recorded moments are of each expert's own data, and {self.by} looks at those of all "
+                "tasks; use repair.by=tact."
+            )
         return found + ([] if self.max_gain > 0 else [f"repair.max_gain must be positive, got {self.max_gain}."])
 
     def problems_with(self, method: MergeMethod) -> list[str]:
@@ -123,6 +134,8 @@ def _found(
         renewed = reestimate_batch_norm(module, complete, Pool(data), batches=options.batches, seed=seed)
         return {name: tensor for name, tensor in renewed.items() if tensor is not complete[name]}
     ours = None if known is None else known.setdefault((options.batches, *(options.sites or ())), {})
+    if options.recorded:
+        ours = {(OWN_DATA, task): read_moments(expert, task) for task, expert in merged.experts.items()}
     arguments = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain, "seed": seed}
     if options.by == "repair":
         return shared_repair(module, merged.weights, merged.experts, data, known=ours, **arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +65,42 @@ class Processes:
                 known, message = other
                 raise MergeError(message if known else f"Process {rank} has failed, and the others stop: {message}")
 
+    def in_step(self, items: Iterable[Any], what: str) -> Iterator[Any]:
+        """This process's items, one after another, while all processes have one.
+
+        Args:
+            items: The items, such as this process's part of every batch; None is none.
+            what: What they are, for the message.
+
+        Raises:
+            MergeError: On every process, if one of them cannot read its next item, or has more of them than another.
+        """
+        left = iter(items)
+        while True:
+            with self.together():
+                item = next(left, None)
+            present = self.gather(item is not None)
+            if not any(present):
+                return
+            if not all(present):
+                raise MergeError(
+                    f"The processes have different numbers of {what}; give each of them its part of every batch."
+                )
+            yield item
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes of a tensor that each of them has, on all of them; its own is not changed."""
+        if self.count == 1:
+            return tensor
+        total = tensor.detach().to(self._through or tensor.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    @property
+    def _through(self) -> torch.device | None:
+        """The device that tensors must be on to be sent; None if any will do."""
+        return torch.device("cuda") if dist.get_backend() == "nccl" else None
+
     def share(self, jobs: Sequence[str], cost: Callable[[str], float]) -> list[list[str]]:
         """Divide jobs among the processes so that all have about the same cost; the same on every process.
 
@@ -91,7 +127,7 @@ class Processes:
         """
         if self.count == 1:
             return
-        through = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        through = self._through or torch.device("cpu")
         for rank, names in enumerate(owners):
             for name in names:
                 own = tensors.get(name)

@@ -4,7 +4,12 @@ Statistics come per expert, as a file or a state dict with one tensor for each p
 
 * ``fisher.<parameter>``: the diagonal of the Fisher information, of the parameter's shape,
 * ``gram.<parameter>``: the Gram matrix of the layer's inputs, ``(in, in)``,
-* ``gram_out.<parameter>``: the Gram matrix of the gradients at the layer's outputs, ``(out, out)``.
+* ``gram_out.<parameter>``: the Gram matrix of the gradients at the layer's outputs, ``(out, out)``,
+
+and, for TACT, of every site that it corrects (see :mod:`lightning_merge.recorded_moments`)
+
+* ``mean.<site>``, ``var.<site>``: the mean and the variance of every channel over ``count.<site>`` values, where the
+  channels lie along the axis ``axis.<site>`` of the activation.
 
 ``lightning-merge statistics`` and the callback ``RecordStatistics`` write them beside the expert's checkpoint, where a
 merge finds them: ``expert.ckpt``, ``expert.statistics.safetensors``.
@@ -22,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.checkpoints import STATISTICS, Source, Weights, open_weights, replacing
+from lightning_merge.checkpoints import STATISTICS, TASK_VECTOR, Source, Weights, open_weights, save_tensors
 from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.prefixes import rename_statistics
 
@@ -36,7 +41,9 @@ HOW_TO_MAKE = {
 
 def statistics_file(expert: Weights) -> Path | None:
     """Where the statistics of an expert are, or would be: beside its file; None for an expert in memory."""
-    return expert.path.with_suffix(STATISTICS) if expert.path is not None else None
+    if expert.path is None:
+        return None
+    return expert.path.with_name(expert.path.stem.removesuffix(f".{TASK_VECTOR}") + STATISTICS)
 
 
 def save_statistics(
@@ -56,13 +63,9 @@ def save_statistics(
     Raises:
         MergeError: If the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     path = Path(path).expanduser()
     noted = {"expert": {"path": str(expert.path) if expert.path else None, "digest": expert.digest()}, **about}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in statistics.items()}
-    with replacing(path) as file:
-        save_file(tensors, file, {"format": "pt", "statistics": json.dumps(noted)})
+    save_tensors(path, statistics, {"statistics": json.dumps(noted)})
     return path
 
 
@@ -132,11 +135,7 @@ def open_statistics(
         except MergeError as error:
             problems += error.problems
             continue
-        if read and _is_foreign(weights, experts[name]):
-            problems.append(
-                f"{weights.name} holds the statistics of other weights than those of expert {name}; make them anew "
-                f"with `{command(experts[name], needs)}`."
-            )
+        problems += foreign_problems(weights, experts[name], name, needs) if read else []
         opened[name] = rename_statistics(weights, experts[name])
     for kind in needs:
         parameters = _wanted(kind, needs, opened, names)
@@ -176,10 +175,15 @@ def command(expert: Weights, kinds: Sequence[str]) -> str:
     return shlex.join(["lightning-merge", "statistics", *(str(part) for pair in arguments.items() for part in pair)])
 
 
-def _is_foreign(statistics: Weights, expert: Weights) -> bool:
-    """Whether a file says that it is of other weights; what was made by other means does not say."""
+def foreign_problems(statistics: Weights, expert: Weights, name: str, kinds: Sequence[str]) -> list[str]:
+    """The sentence for statistics that say that they are of other weights; those made by other means do not say."""
     noted = statistics.header.get("statistics")
-    return noted is not None and noted["expert"]["digest"] != expert.digest()
+    if noted is None or noted["expert"]["digest"] == expert.digest():
+        return []
+    return [
+        f"{statistics.name} holds the statistics of other weights than those of expert {name}; make them anew with "
+        f"`{command(expert, kinds)}`."
+    ]
 
 
 def _is_path(source: Source) -> bool:

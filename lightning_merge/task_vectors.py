@@ -127,7 +127,7 @@ class TaskVectors:
         if self._transform is not None:
             return None
         base = wide(self._base[name])
-        found = [expert.factors(name, base) if hasattr(expert, "factors") else None for expert in self._experts]
+        found = [expert.factors(name, base) for expert in self._experts]
         return None if None in found else [pair for pairs in found for pair in pairs]
 
     def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
@@ -170,7 +170,7 @@ class Scratch(threading.local):
 
 def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:
     """Put what an expert did to a parameter ``(…)`` into ``delta``; that of an adapter is exact."""
-    exact = expert.delta(name, base) if hasattr(expert, "delta") else None
+    exact = expert.delta(name, base)
     if exact is not None:
         delta.copy_(exact)
         return

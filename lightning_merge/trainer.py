@@ -19,6 +19,7 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation import Table, evaluate_domain
 from lightning_merge.evaluation.benchmark import Benchmark, Pretrain
 from lightning_merge.evaluation.candidates import check_fit
+from lightning_merge.evaluation.engines import Engine, make_engine
 from lightning_merge.evaluation.foundations import Foundations, FoundationsBenchmark
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, check_names
@@ -27,6 +28,7 @@ from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.evaluation.several_foundations import SeveralFoundations
 from lightning_merge.evaluation.task_models import evaluate_merged
+from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.merging import check_arguments, merge, open_experts
@@ -222,7 +224,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Path:
-        """Collect what an expert's training data say about its parameters, for Fisher, RegMean and MaTS.
+        """Collect what an expert's training data say about it, for Fisher, RegMean, MaTS and TACT.
 
         Args:
             model: The expert's module; its own weights are not used.
@@ -230,7 +232,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             expert: The expert's checkpoint or run folder.
             kinds: ``fisher``: the diagonal Fisher information of every parameter (for Fisher). ``gram``: the Gram
                 matrix of the inputs of every linear layer (for RegMean). ``gram_out``: that of the gradients at its
-                outputs (with ``gram`` for MaTS).
+                outputs (with ``gram`` for MaTS). ``moments``: mean and variance of every channel of the activations
+                that TACT corrects (for ``merge`` with repair.by=tact and repair.recorded).
             batches: How many batches; by default all.
             fisher: ``example``: the mean of the squared gradients of single examples. ``batch``: of the gradients of
                 batches' means, faster and cruder.
@@ -368,8 +371,9 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             )
         check_names(candidates or {})
         rows = {BASE: open_weights(base) if base is not None else model.state_dict()}
-        rows |= {name: open_weights(path, name) for name, path in (candidates or {}).items()}
-        named = {domain: open_weights(path, f"expert {domain}") for domain, path in (experts or {}).items()}
+        origin = open_weights(rows[BASE], BASE)
+        rows |= {name: open_expert(path, origin, name) for name, path in (candidates or {}).items()}
+        named = {domain: open_expert(path, origin, f"expert {domain}") for domain, path in (experts or {}).items()}
         self.table = self._evaluate(model, datamodule, rows, named)
         if output is not None and self.is_global_zero:
             self.table.save(output)
@@ -392,6 +396,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         statistics: Recipe | None = None,
         search: dict[str, dict[str, list[GridValue]]] | None = None,
         foundations: Foundations | None = None,
+        engine: Literal["ray", "slurm"] | Engine | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Table | FoundationsTable:
@@ -413,6 +418,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 name of the row, and for every field the values to try, ``{}`` for the scaling coefficients 0.1 to 3.
             foundations: Leave no domain out: fit several foundations, take the domains for tasks whose experts are
                 fitted from the foundations in turn, merge them in several ways, and test on the tasks of the experts.
+            engine: Who does the jobs: ``ray``, ``slurm``, or one of these with options (``Ray`` and ``Slurm``, such as
+                ``--engine Ray --engine.gpus 1``); by default this process, one after another.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -423,7 +430,9 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         if foundations is not None:
             others = {"pretrain": pretrain, "search": search, "statistics": statistics}
-            self.table = self._benchmark_foundations(model, datamodule, methods, output, domains, foundations, others)
+            self.table = self._benchmark_foundations(
+                model, datamodule, methods, output, domains, foundations, others, engine
+            )
             return self.table
         base_domains = pretrain.domains if pretrain else ()
         self.table = Benchmark(
@@ -436,14 +445,15 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             pretrain=pretrain,
             statistics=statistics,
             search=search or {},
+            engine=make_engine(engine),
         ).run()
         return self.table
 
-    def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others) -> FoundationsTable:
+    def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):
         unused = [name for name, value in others.items() if value]
         if unused:
             raise MergeError(f"`{unused[0]}` belongs to a benchmark of one base; leave it or `foundations` out.")
         rest = [domain for domain in datamodule.domains if domain not in options.domains]
         return FoundationsBenchmark(
-            self, model, datamodule, methods or {}, Path(output), domains or rest, options
+            self, model, datamodule, methods or {}, Path(output), domains or rest, options, make_engine(engine)
         ).run()

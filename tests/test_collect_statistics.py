@@ -207,7 +207,7 @@ def test_a_real_backbone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kinds": ("hessian",)}, "kinds must be of fisher, gram, gram_out, got .'hessian'"),
+        ({"kinds": ("hessian",)}, "kinds must be of fisher, gram, gram_out, moments, got .'hessian'"),
         ({"kinds": ()}, "kinds must be of"),
         ({"fisher": "exact"}, "fisher must be of example, batch"),
         ({"labels": "none"}, "labels must be of expected, true, argmax"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.hub import HUB, download
-from lightning_merge.checkpoints.safetensors_format import load_json, open_safetensors
+from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, load_json, open_safetensors
 from lightning_merge.checkpoints.sharded import check_consolidated
 from lightning_merge.checkpoints.torch_format import open_torch
 from lightning_merge.checkpoints.weights import Weights, from_memory, plain_names
@@ -53,7 +53,13 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
 
 def _from_file(name: str, path: Path) -> Weights:
     if path.suffix == ".safetensors":
-        return open_safetensors(name, path)
+        weights = open_safetensors(name, path)
+        if TASK_VECTOR in weights.header:
+            raise MergeError(
+                f"{path} is a task vector, which is no model but the difference to one; give it as an expert, over its "
+                "base."
+            )
+        return weights
     if path.suffix in TORCH_SUFFIXES:
         return open_torch(name, path)
     known = ", ".join([".safetensors", *TORCH_SUFFIXES])
@@ -80,7 +86,7 @@ def _find_file(path: Path) -> Path:
     check_consolidated(path)
     for patterns in _FOLDER_PATTERNS:
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
-        found = [file for file in found if not file.name.endswith(STATISTICS)]
+        found = [file for file in found if not file.name.endswith((STATISTICS, f".{TASK_VECTOR}.safetensors"))]
         if len(found) == 1:
             return _find_file(found[0])
         if found:

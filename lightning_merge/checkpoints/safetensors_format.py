@@ -20,6 +20,8 @@ from lightning_merge.errors import MergeError
 
 TIED = "tied:"
 """In the metadata, ``tied:<alias>`` -> the name under which the shared tensor is stored."""
+TASK_VECTOR = "task_vector"
+"""In the metadata, what a task vector is the difference of; its file is called ``NAME.task_vector.safetensors``."""
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -156,7 +158,7 @@ def _read(file: InputFile, entry: Entry, start: int) -> Tensor:
 def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     """What this package wrote into a header; nothing where another one used the same words."""
     header = {}
-    for key in ("merge", "statistics"):
+    for key in ("merge", "statistics", TASK_VECTOR):
         try:
             content = load_json(metadata.get(key, "null"))
         except ValueError:

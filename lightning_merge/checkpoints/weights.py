@@ -25,7 +25,15 @@ class Weights(Mapping[str, Tensor]):
         header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest, what ``statistics`` are of.
         tied: Names that share a tensor with another name: ``{alias: name}``.
         inputs: All files behind it; by default ``path``.
+
+    Attributes:
+        origin: The base that these weights are kept as a difference to; None if they are weights themselves.
+        low_rank: Whether some of these differences are products of factors.
     """
+
+    origin: Weights | None = None
+    low_rank: bool = False
+    _digest: str | None = None
 
     def __init__(
         self,
@@ -90,8 +98,25 @@ class Weights(Mapping[str, Tensor]):
         """Where these weights are from, in plain values: the path and the sha256 of the file, if there is one."""
         return {"path": str(self.path) if self.path else None, "sha256": self.fingerprint()}
 
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """The difference of a parameter ``(…)`` to a base's, where more is known of it than both weights; else None."""
+        return None
+
+    def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """The factors, left ``(m, r)`` and right ``(r, n)``, of that difference; None where none are known."""
+        return None
+
     def digest(self) -> str:
-        """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory."""
+        """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory.
+
+        That of files is computed once.
+        """
+        self.check_unchanged()
+        if self._digest is None or not self.inputs:
+            self._digest = self._hash()
+        return self._digest
+
+    def _hash(self) -> str:
         digest = hashlib.sha256()
         for name in sorted(name for name in self if name not in self.tied):
             tensor = self[name].detach().cpu().contiguous()

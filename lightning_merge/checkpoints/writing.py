@@ -46,7 +46,9 @@ def save_weights(
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     with replacing(path) as file:
         if path.suffix == ".safetensors":
-            _save_safetensors(file, weights, manifest)
+            tied = from_memory("the merged model", weights).tied
+            stored = {name: tensor for name, tensor in weights.items() if name not in tied}
+            _save_safetensors(file, stored, header_metadata(tied, manifest))
         else:
             save_torch(file, path.suffix, weights, hyper_parameters, manifest)
     return path
@@ -110,28 +112,58 @@ def save_torch(
     Raises:
         OSError: If it cannot be written.
     """
-    content: dict[str, Any] = dict(weights)
-    if suffix == ".ckpt":
-        from importlib.metadata import version
+    is_checkpoint = suffix == ".ckpt"
+    _torch_save(file, checkpoint_of(weights, hyper_parameters, manifest) if is_checkpoint else dict(weights))
 
-        content = {
-            "state_dict": content,
-            "pytorch-lightning_version": version("lightning"),
-            "epoch": 0,
-            "global_step": 0,
-            "hyper_parameters": dict(hyper_parameters or {}),
-            "merge": dict(manifest or {}),
-        }
+
+def checkpoint_of(
+    weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The content of a checkpoint of Lightning."""
+    from importlib.metadata import version
+
+    return {
+        "state_dict": dict(weights),
+        "pytorch-lightning_version": version("lightning"),
+        "epoch": 0,
+        "global_step": 0,
+        "hyper_parameters": dict(hyper_parameters or {}),
+        "merge": dict(manifest or {}),
+    }
+
+
+def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of Lightning, see :func:`checkpoint_of`, completely or not at all.
+
+    Raises:
+        MergeError: If the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    with replacing(path) as file:
+        _torch_save(file, dict(content))
+    return path
+
+
+def _torch_save(file: Path, content: dict[str, Any]) -> None:
     with file.open("wb") as stream:
         _or_os_error(lambda: torch.save(content, stream))
 
 
-def _save_safetensors(file: Path, weights: Mapping[str, Tensor], manifest: Mapping[str, Any] | None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors, and what the header is to say of them, to a safetensors file, completely or not at all.
+
+    Raises:
+        MergeError: If it cannot be written.
+    """
+    with replacing(path) as file:
+        _save_safetensors(file, tensors, {"format": "pt", **metadata})
+
+
+def _save_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     from safetensors.torch import save_file
 
-    tied = from_memory("the merged model", weights).tied
-    stored = {name: tensor.contiguous() for name, tensor in weights.items() if name not in tied}
-    _or_os_error(lambda: save_file(stored, file, header_metadata(tied, manifest)))
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _or_os_error(lambda: save_file(stored, file, dict(metadata)))
 
 
 def _or_os_error(write: Callable[[], None]) -> None:

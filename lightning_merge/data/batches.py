@@ -8,12 +8,29 @@ same number of steps, which BatchNorm under DDP needs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import chain, islice
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
 
 from lightning_merge.errors import MergeError
+
+Collate = Callable[[list[Any]], Any]
 
 
 class GlobalBatches(DistributedSampler):
@@ -84,17 +101,25 @@ class GlobalBatches(DistributedSampler):
 class _Batched(Dataset):
     """A data set that is indexed by a list of indices and returns the collated batch."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, collate: Collate = default_collate) -> None:
+        self.dataset, self._collate = dataset, collate
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, indices: list[int]):
-        return default_collate([self.dataset[i] for i in indices])
+        return self._collate([self.dataset[i] for i in indices])
 
 
-def batch_loader(dataset: Dataset, batch_size: int, shuffle: bool, num_workers: int, shared: bool = True) -> DataLoader:
+def batch_loader(
+    dataset: Dataset,
+    batch_size: int,
+    shuffle: bool,
+    num_workers: int,
+    shared: bool = True,
+    collate: Collate = default_collate,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader:
     """Build the loader of :class:`GlobalBatches` over a data set of single samples.
 
     Args:
@@ -103,13 +128,78 @@ def batch_loader(dataset: Dataset, batch_size: int, shuffle: bool, num_workers: 
         shuffle: Whether it is for training.
         num_workers: Processes that read samples.
         shared: Give each process its part of every batch; otherwise every process gets all of it.
+        collate: Makes a batch of a list of samples.
+        worker_init: Called in every process that reads samples.
     """
     processes = {} if shared else {"num_replicas": 1, "rank": 0}
     return DataLoader(
-        _Batched(dataset),
+        _Batched(dataset, collate),
         batch_size=None,
         sampler=GlobalBatches(dataset, batch_size, shuffle, **processes),  # type: ignore[arg-type]
         num_workers=num_workers,
+        worker_init_fn=worker_init,
         persistent_workers=num_workers > 0 and shuffle,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def each_once(loaders: Any) -> Iterable[Any]:
+    """The samples of any project's loaders, each once and in order, whatever the number of processes.
+
+    Every process gets its part of every batch. Nothing is dropped or shuffled, nor repeated so that all processes have
+    the same number of samples (as Lightning's distributed sampler does). A sampler of the project's own is asked once
+    which samples it takes. Streams, and loaders with batches of their own making, are read as they are.
+
+    Args:
+        loaders: What a ``train_dataloader`` or ``val_dataloader`` gives: a loader, or several, one after another.
+
+    Raises:
+        MergeError: If there are fewer samples than processes.
+    """
+    several = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    if isinstance(several, Sequence) and any(isinstance(loader, DataLoader) for loader in several):
+        return chain.from_iterable([each_once(loader) for loader in several])
+    if not _can_be_read_anew(loaders):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank_zero_warn(
+                "The data are a stream, or have batches of their own making, and are read as each process gets them: a "
+                "sample that two processes get counts twice."
+            )
+        return loaders
+    batch_sampler, dataset = loaders.batch_sampler, loaders.dataset
+    order = _own_order(batch_sampler.sampler)
+    dataset = dataset if order is None else Subset(dataset, order)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    smallest = torch.distributed.get_world_size() if distributed else 1
+    size = max(batch_sampler.batch_size, smallest)
+    collate, init = loaders.collate_fn, loaders.worker_init_fn
+    return batch_loader(dataset, size, False, loaders.num_workers, collate=collate, worker_init=init)
+
+
+def _can_be_read_anew(loader: Any) -> bool:
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and not isinstance(loader.dataset, IterableDataset)
+        and type(loader.batch_sampler) is BatchSampler
+        and (
+            type(loader.sampler) is DistributedSampler or not isinstance(_unwrapped(loader.sampler), DistributedSampler)
+        )
+    )
+
+
+def _unwrapped(sampler: Sampler | Iterable[int]) -> Sampler | Iterable[int]:
+    """The project's own sampler, inside what Lightning made of it to share it out."""
+    return sampler.dataset._sampler if type(sampler) is DistributedSamplerWrapper else sampler
+
+
+def _own_order(sampler: Sampler | Iterable[int]) -> list[int] | None:
+    """The indices that a sampler takes, in ascending order; None if it takes all."""
+    own = _unwrapped(sampler)
+    if type(own) in (SequentialSampler, DistributedSampler):
+        return None
+    if type(own) is RandomSampler and not own.replacement and len(own) == len(own.data_source):
+        return None
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)  # so that all processes draw the same
+        return sorted(islice(own, len(own)))

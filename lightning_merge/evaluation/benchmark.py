@@ -16,8 +16,9 @@ import copy
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +29,18 @@ from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
+from lightning_merge.evaluation.engines import Engine, Sequential
 from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
 from lightning_merge.evaluation.jobs import (
+    Job,
+    JobList,
     claim,
     fit_expert,
     is_done,
     mark_done,
+    names_of,
     read_done,
     rebuild,
-    run_jobs,
     settings_of,
 )
 from lightning_merge.evaluation.merge_data import module_and_data
@@ -68,7 +72,7 @@ class Pretrain:
 
 
 @dataclass
-class Benchmark:
+class Benchmark(JobList):
     """The jobs of one benchmark, see :meth:`lightning_merge.trainer.MergeTrainer.benchmark` for its arguments."""
 
     trainer: MergeTrainer
@@ -80,20 +84,34 @@ class Benchmark:
     pretrain: Pretrain | None = None
     statistics: Recipe | None = None
     search: Mapping[str, Grid] = field(default_factory=dict)
+    engine: Engine = field(default_factory=Sequential)
 
     def run(self) -> Table:
         """Do every job that is not done, and write the results."""
         self._check()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._claim_output(seed)
-        jobs = [
-            *([("base", self.fit_base)] if self.pretrain else []),
-            *((f"expert {domain}", lambda domain=domain: self.fit_expert(domain)) for domain in self.domains),
-            *((f"statistics {domain}", lambda domain=domain: self.collect(domain)) for domain in self._measured()),
-            *((f"held out {domain}", lambda domain=domain: self.hold_out(domain)) for domain in self.domains),
-        ]
-        run_jobs(self.trainer, jobs, seed)
+        self.engine.run(self, seed)
         return self.write_results()
+
+    def jobs(self) -> list[Job]:
+        """The base, the experts, their statistics, and every domain held out."""
+        base = [Job("base", self.fit_base, self._is_done("base"))] if self.pretrain else []
+        experts = [
+            Job(f"expert {d}", partial(self.fit_expert, d), self._is_done("experts", d), names_of(base))
+            for d in self.domains
+        ]
+        statistics = [
+            Job(f"statistics {d}", partial(self.collect, d), partial(self._is_collected, d), [f"expert {d}"])
+            for d in (self.domains if self._needed() else ())  # of all domains, or of none
+        ]
+        held_out = [
+            Job(
+                f"held out {d}", partial(self.hold_out, d), partial(self._is_held_out, d), names_of(experts, statistics)
+            )
+            for d in self.domains
+        ]
+        return [*base, *experts, *statistics, *held_out]
 
     # The jobs
 
@@ -108,8 +126,6 @@ class Benchmark:
         self._fit([domain], self._expert_folder(domain), {})
 
     def _fit(self, domains: Sequence[str], folder: Path, hparams: Mapping[str, Any], **arguments: Any) -> None:
-        if is_done(folder):
-            return
         model = copy.deepcopy(self.model) if not hparams else rebuild(self.model, hparams)
         if self.pretrain and folder != self.output / "base":
             model.load_state_dict(dict(self._base()))
@@ -119,24 +135,12 @@ class Benchmark:
         """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
         expert = self._expert(domain)
         recipe = replace(self.statistics or Recipe(), kinds=self._needed())
-        path = statistics_file(expert)
-        if path.exists() and set(recipe.kinds) <= set(open_weights(path).header["statistics"]["kinds"]):
-            return
         data = self.datamodule.only(train=[domain], test=[domain])
-        record_statistics(self.trainer, self.model, data, expert, recipe, path)
+        record_statistics(self.trainer, self.model, data, expert, recipe, statistics_file(expert))
 
     def hold_out(self, domain: str) -> None:
         """Merge the experts of all other domains by every method and evaluate on this domain."""
-        folder = self.output / "held_out" / domain
-        done = self._records(domain)
-        known = [(record["row"], record["method"], record.get("grid")) for record in done]
-        missing = {
-            name: method
-            for name, method in self.methods.items()
-            if (name, method.describe(), self.search.get(name)) not in known
-        }
-        if done and not missing:
-            return
+        done, missing = self._records(domain), self._missing(domain)
         base = self._base()
         experts = {name: self._expert(name) for name in self.domains}
         others = {name: weights for name, weights in experts.items() if name != domain}
@@ -163,7 +167,7 @@ class Benchmark:
                 record |= {"grid": self.search[row], "chosen": chosen[row]}
         records = [record for record in done if record["row"] not in missing] + measured
         if self.trainer.is_global_zero:
-            mark_done(folder, {"records": records})
+            mark_done(self.output / "held_out" / domain, {"records": records})
         self.trainer.strategy.barrier()
 
     # What is on disk
@@ -175,9 +179,24 @@ class Benchmark:
         """The kinds of statistics that the methods need."""
         return tuple(dict.fromkeys(kind for method in self.methods.values() for kind in method.needs))
 
-    def _measured(self) -> Sequence[str]:
-        """The domains of whose experts statistics are needed: all of them, or none."""
-        return self.domains if self._needed() else ()
+    def _is_done(self, *folders: str) -> Callable[[], bool]:
+        return partial(is_done, self.output.joinpath(*folders))
+
+    def _is_collected(self, domain: str) -> bool:
+        path = statistics_file(self._expert(domain))
+        return path.exists() and set(self._needed()) <= set(open_weights(path).header["statistics"]["kinds"])
+
+    def _is_held_out(self, domain: str) -> bool:
+        return bool(self._records(domain)) and not self._missing(domain)
+
+    def _missing(self, domain: str) -> dict[str, MergeMethod]:
+        """The methods that were not measured on a domain."""
+        known = [(record["row"], record["method"], record.get("grid")) for record in self._records(domain)]
+        return {
+            name: method
+            for name, method in self.methods.items()
+            if (name, method.describe(), self.search.get(name)) not in known
+        }
 
     def _expert(self, domain: str) -> Weights:
         return open_weights(self._expert_folder(domain) / "expert.ckpt")
@@ -201,6 +220,7 @@ class Benchmark:
     # Checks before anything runs
 
     def _check(self) -> None:
+        self.engine.check(self.trainer)
         known, pretrain = self.datamodule.domains, list(self.pretrain.domains if self.pretrain else [])
         unknown = [domain for domain in [*self.domains, *pretrain] if domain not in known]
         if unknown:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import raise_all
 from lightning_merge.models.metrics import classification_metrics
 from lightning_merge.running import distinct_names
@@ -58,7 +59,7 @@ def evaluate_candidates(
 
 def check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise a :class:`MergeError` unless every candidate has exactly the module's parameters."""
-    own = module.state_dict()
+    own = open_weights(module.state_dict(), "the model").meta
     problems = []
     for name, weights in candidates.items():
         problems += [f"The candidate {name!r} lacks {key!r} of the model." for key in own if key not in weights]

@@ -12,9 +12,9 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,8 +29,19 @@ from lightning_merge.checkpoints import Weights, open_weights
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import raise_all
 from lightning_merge.evaluation.candidates import Record, evaluate_candidates
+from lightning_merge.evaluation.engines import Engine, Sequential
 from lightning_merge.evaluation.foundations_table import FoundationsTable
-from lightning_merge.evaluation.jobs import claim, fit_expert, is_done, mark_done, read_done, run_jobs, settings_of
+from lightning_merge.evaluation.jobs import (
+    Job,
+    JobList,
+    claim,
+    fit_expert,
+    is_done,
+    mark_done,
+    names_of,
+    read_done,
+    settings_of,
+)
 from lightning_merge.evaluation.merge_data import calibration_images, on_device
 from lightning_merge.evaluation.task_models import model_of_task, start_from, unfolded
 from lightning_merge.matrices import matches
@@ -92,7 +103,7 @@ class Foundations:
 
 
 @dataclass
-class FoundationsBenchmark:
+class FoundationsBenchmark(JobList):
     """The jobs of a benchmark over several foundations.
 
     Args:
@@ -103,6 +114,7 @@ class FoundationsBenchmark:
         output: The folder for everything.
         domains: The tasks of the experts.
         options: How.
+        engine: Where the jobs are done.
     """
 
     trainer: MergeTrainer
@@ -112,6 +124,7 @@ class FoundationsBenchmark:
     output: Path
     domains: Sequence[str]
     options: Foundations
+    engine: Engine = field(default_factory=Sequential)
 
     def run(self) -> FoundationsTable:
         """Do every job that is not done, and write the results."""
@@ -126,20 +139,33 @@ class FoundationsBenchmark:
         }
         del settings["weights"]
         claim(self.output, settings, write=self.trainer.is_global_zero)
-        jobs = []
-        for study in self.options.seeds:
-            for i, name in enumerate(self.names):
-                jobs.append((f"seed {study}, foundation {name}", self._job(self.fit_foundation, study, i)))
-            for i, task in enumerate(self.used):
-                jobs.append((f"seed {study}, expert {task}", self._job(self.fit_expert, study, i)))
-            for count in self.options.merged:
-                jobs.append((f"seed {study}, {count} tasks", self._job(self.measure, study, count)))
-        run_jobs(self.trainer, jobs, seed)
+        self.engine.run(self, seed)
         return self.write_results()
 
-    @staticmethod
-    def _job(work, *arguments):
-        return lambda: work(*arguments)
+    def jobs(self) -> list[Job]:
+        """For every seed the foundations, the experts, and what becomes of the first two, three, … of them."""
+        return [job for study in self.options.seeds for job in self._jobs(study)]
+
+    def _jobs(self, study: int) -> list[Job]:
+        def job(name: str, work: Callable[..., None], index: int, *folders: str, after: Sequence[str] = ()) -> Job:
+            done = partial(is_done, self._folder(study).joinpath(*folders))
+            return Job(f"seed {study}, {name}", partial(work, study, index), done, after)
+
+        foundations = {
+            name: job(f"foundation {name}", self.fit_foundation, i, "foundations", name)
+            for i, name in enumerate(self.names)
+        }
+        origin = self.foundation_of(self.used)
+        experts = [
+            job(f"expert {task}", self.fit_expert, i, "experts", task, after=[foundations[origin[task]].name])
+            for i, task in enumerate(self.used)
+        ]
+        every = names_of(foundations.values())
+        measured = [
+            job(f"{n} tasks", self.measure, n, "merged", str(n), after=[*every, *names_of(experts[:n])])
+            for n in self.options.merged
+        ]
+        return [*foundations.values(), *experts, *measured]
 
     @property
     def names(self) -> list[str]:
@@ -165,8 +191,6 @@ class FoundationsBenchmark:
     def fit_foundation(self, study: int, index: int) -> None:
         """Fit a foundation from random weights of its own seed."""
         folder = self._folder(study) / "foundations" / self.names[index]
-        if is_done(folder):
-            return
         seed_everything(1000 * study + index, workers=True, verbose=False)
         first = self.options.domains[0]
         model = model_of_task(self.model, self.datamodule, first, self.options.hparams)
@@ -177,18 +201,14 @@ class FoundationsBenchmark:
         """Fit a task's expert from its foundation, with a head of its own."""
         task = self.used[index]
         folder = self._folder(study) / "experts" / task
-        if is_done(folder):
-            return
         seed_everything(1000 * study + 100 + index, workers=True, verbose=False)
         model = model_of_task(self.model, self.datamodule, task)
-        start_from(model, self._foundations(study)[self.foundation_of(self.used)[task]], self.options.private)
+        start_from(model, self._foundation(study, self.foundation_of(self.used)[task]), self.options.private)
         fit_expert(self.trainer, model, self.datamodule, [task], folder)
 
     def measure(self, study: int, count: int) -> None:
         """Merge the first experts in every way and test the models on every task."""
         folder = self._folder(study) / "merged" / str(count)
-        if is_done(folder):
-            return
         tasks = self.used[:count]
         experts = {task: open_weights(self._folder(study) / "experts" / task / "expert.ckpt") for task in tasks}
         candidates: dict[str, dict[str, Mapping[str, Tensor]]] = {task: {_OWN: experts[task]} for task in tasks}
@@ -250,7 +270,7 @@ class FoundationsBenchmark:
         experts: Mapping[str, Weights],
         data: Mapping[str, Sequence[Any]],
     ) -> Aligned:
-        paths = {name: str(weights.path) for name, weights in self._foundations(study).items()}
+        paths = {name: str(self._foundation(study, name).path) for name in self.names}
         options = Align(paths, self.foundation_of(tasks), by=by, restarts=self.options.restarts)
         return align(
             options,
@@ -267,9 +287,8 @@ class FoundationsBenchmark:
     def _folder(self, study: int) -> Path:
         return self.output / f"seed {study}"
 
-    def _foundations(self, study: int) -> dict[str, Weights]:
-        folder = self._folder(study) / "foundations"
-        return {name: open_weights(folder / name / "expert.ckpt") for name in self.names}
+    def _foundation(self, study: int, name: str) -> Weights:
+        return open_weights(self._folder(study) / "foundations" / name / "expert.ckpt")
 
     def write_results(self) -> FoundationsTable:
         """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
@@ -283,6 +302,7 @@ class FoundationsBenchmark:
         return table
 
     def _check(self) -> None:
+        self.engine.check(self.trainer)
         options, known, state = self.options, self.datamodule.domains, self.model.state_dict()
         problems = [
             f"There is no task {domain!r}; the tasks are {', '.join(known)}."

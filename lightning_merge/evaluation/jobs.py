@@ -10,17 +10,18 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
-from tqdm import tqdm
 
 from lightning_merge.checkpoints import open_weights, save_weights, write_text
 from lightning_merge.data import DomainDataModule
@@ -29,9 +30,6 @@ from lightning_merge.trainers import best_checkpoint
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
-
-Job = tuple[str, Callable[[], None]]
-"""What a job is called, and what it does."""
 
 _DONE = "done"
 _ELSEWHERE = (
@@ -54,20 +52,65 @@ _ELSEWHERE = (
 """Arguments of the trainer that say where and how loudly it runs, and not what comes out."""
 
 
-def run_jobs(trainer: MergeTrainer, jobs: Sequence[Job], seed: int) -> None:
-    """Do jobs one after another, each from the same seed, so that none depends on those that ran before it."""
-    for name, job in tqdm(jobs, desc="benchmark", unit="job", disable=None if trainer.is_global_zero else True):
-        seed_everything(seed, workers=True, verbose=False)
-        started = time.perf_counter()
-        try:
-            with quiet_lightning():
-                job()
-        except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
-            rank_zero_info(f"benchmark: interrupted in {name}; the same command goes on there")
-            raise
-        finally:
-            os.environ["PL_GLOBAL_SEED"] = str(seed)  # a job may have seeded with another number
-        rank_zero_info(f"benchmark: {name}, {time.perf_counter() - started:.1f} s")
+@dataclass(frozen=True)
+class Job:
+    """A part of a benchmark that any process can do by itself, as it reads and writes nothing but files.
+
+    Args:
+        name: What it is called.
+        work: Does it.
+        done: Whether it is done already.
+        after: The names of the jobs that must be done before.
+    """
+
+    name: str
+    work: Callable[[], None]
+    done: Callable[[], bool]
+    after: Sequence[str] = ()
+
+
+class JobList(ABC):
+    """A benchmark as the jobs that it consists of.
+
+    It can be sent to another process, where its trainer is built anew from the same arguments.
+    """
+
+    trainer: MergeTrainer
+    output: Path
+
+    @abstractmethod
+    def jobs(self) -> list[Job]:
+        """All jobs, those first that others wait for."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        arguments = self.trainer.arguments | {"callbacks": self.trainer.given_callbacks, "logger": False}
+        return self.__dict__ | {"trainer": (type(self.trainer), arguments)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trainer, arguments = state["trainer"]
+        self.__dict__.update(state | {"trainer": trainer(**arguments)})
+
+
+def do(job: Job, seed: int) -> float:
+    """Do a job that is not done, from a seed, so that it does not depend on those that ran before it in this process.
+
+    Returns:
+        The seconds that it took.
+    """
+    seed_everything(seed, workers=True, verbose=False)
+    started = time.perf_counter()
+    try:
+        with quiet_lightning():
+            if not job.done():
+                job.work()
+    finally:
+        os.environ["PL_GLOBAL_SEED"] = str(seed)  # a job may have seeded with another number
+    return time.perf_counter() - started
+
+
+def names_of(*jobs: Iterable[Job]) -> list[str]:
+    """The names of jobs."""
+    return [job.name for job in chain(*jobs)]
 
 
 def fit_expert(

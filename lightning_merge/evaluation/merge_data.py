@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_merge.errors import MergeError
 from lightning_merge.methods import MergeMethod
+from lightning_merge.running import device_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -83,4 +84,4 @@ def calibration_images(
 def on_device(trainer: MergeTrainer, model: LightningModule) -> LightningModule:
     """The model on the trainer's device: itself if it is there, else a copy."""
     device = trainer.strategy.root_device
-    return model if model.device == device else copy.deepcopy(model).to(device)
+    return model if device_of(model) == device else copy.deepcopy(model).to(device)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule
 
 from lightning_merge.aligning import Align, align
-from lightning_merge.checkpoints import Weights, put_in_place, save_weights
+from lightning_merge.checkpoints import Weights, open_weights, put_in_place, save_weights
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import raise_all
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
 from lightning_merge.folders import is_folder
 from lightning_merge.merged import Merged
 from lightning_merge.methods import MergeMethod
+from lightning_merge.recorded_moments import moments_file
 from lightning_merge.repair import save_corrections
 from lightning_merge.repairing import Repair, repair
 
@@ -104,7 +105,12 @@ class SeveralFoundations:
         assert self.correction is not None
         images = self._images("A repair", list(merged.experts), self.correction.batches)
         repaired = repair(self.correction, merged, self._module, images, seed=self.seed, distributed=distributed)
-        return replace(repaired, manifest=merged.manifest | {"repair": asdict(self.correction)})
+        noted = asdict(self.correction)
+        if self.correction.recorded:
+            noted["moments"] = {
+                name: open_weights(moments_file(own)).provenance() for name, own in merged.experts.items()
+            }
+        return replace(repaired, manifest=merged.manifest | {"repair": noted})
 
     def save(self, merged: Merged, output: str, shard_size: int) -> None:
         """Write the merged model if it was repaired, and beside it what belongs to its tasks.

@@ -83,19 +83,8 @@ class Calibration:
     def _sized(self) -> Iterator[tuple[Tensor, int]]:
         """The batches, each with the number of its images over all processes."""
         once = (read_images(islice(self.batches, self.limit), self.task) for _ in range(self.passes))
-        images = chain.from_iterable(once)
-        while True:
-            with self.processes.together():
-                batch = next(images, None)
-            sizes = self.processes.gather(None if batch is None else len(batch))
-            if batch is None and not any(sizes):
-                return
-            if None in sizes:
-                raise MergeError(
-                    f"The processes have different numbers of batches of {self.task}; give each of them its part of "
-                    "every batch."
-                )
-            yield batch, sum(sizes)
+        for batch in self.processes.in_step(chain.from_iterable(once), f"batches of {self.task}"):
+            yield batch, sum(self.processes.gather(len(batch)))
 
     def _checked(self, images: Tensor, size: int) -> Tensor:
         if size < 2:
@@ -129,7 +118,7 @@ def observe(
 
 
 Known = dict[tuple[str, ...], dict[Site, Moments]]
-"""Statistics that were found before, by the names of the model and of the data."""
+"""Statistics that were found before, by the names of the model and of the data; of these sites at least."""
 
 
 def observe_once(
@@ -142,11 +131,38 @@ def observe_once(
     new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
     """What :func:`observe` finds, or what is known of this model on these data."""
-    if known is None:
-        return observe(module, weights, sites, data, new)
+    known = {} if known is None else known
+    sites = list(sites)
     if names not in known:
         known[names] = observe(module, weights, sites, data, new)
-    return known[names]
+    return {site: known[names][site] for site in sites}
+
+
+def known_problems(
+    known: Mapping[Site, Moments],
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    sites: Iterable[Site],
+    data: Calibration,
+) -> list[str]:
+    """Why statistics that were found before are not those of a model's sites, in sentences."""
+    channels: dict[Site, int] = {}
+
+    def act(site: Site, activation: Tensor) -> None:
+        channels[site] = activation.shape[site.axis]
+
+    run_at(module, weights, sites, [data.first_images()[:2]], act, data.task, data.seed)
+    why = "record them anew with this model"
+    return [
+        f"The moments recorded of {data.task} lack the site {site.name!r}, which is corrected; {why}."
+        for site in channels
+        if site not in known
+    ] + [
+        f"The moments recorded of {data.task} have {len(known[site].mean)} channels at the site {site.name!r}, where "
+        f"the model has {width}; {why}."
+        for site, width in channels.items()
+        if site in known and len(known[site].mean) != width
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+
 import torch
 from torch import Tensor
 
 from lightning_merge.errors import MergeError
 from lightning_merge.sharing import Processes
+from lightning_merge.sites import Site, split_name
 
 
 class Moments:
@@ -35,16 +38,21 @@ class Moments:
         )
 
     @classmethod
+    def known(cls, count: int, mean: Tensor, variance: Tensor) -> Moments:
+        """Moments that were found before: of ``count`` values of each channel, ``(channels,)`` each."""
+        found = Moments()
+        found.count, found._mean, found._variance = count, _to_cpu(mean), _to_cpu(variance)
+        return found
+
+    @classmethod
     def of(cls, x: Tensor) -> Moments:
         """The moments of one batch: ``(N, channels)``, of any type of numbers."""
-        found = Moments()
         wide = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
-        found.count = len(wide)
-        if found.count:
-            mean = wide.mean(dim=0)
-            wide -= mean
-            found._mean, found._variance = _to_cpu(mean), _to_cpu(wide.square_().mean(dim=0))
-        return found
+        if not len(wide):
+            return Moments()
+        mean = wide.mean(dim=0)
+        wide -= mean
+        return cls.known(len(wide), mean, wide.square_().mean(dim=0))
 
     def update(self, x: Tensor) -> None:
         """Add one batch: ``(N, channels)``."""
@@ -67,13 +75,7 @@ class Moments:
         """The moments of what all processes have seen, on each of them; every process must ask."""
         if processes.count == 1:
             return self
-        states = processes.gather((self.count, self._mean, self._variance))
-        total = Moments()
-        for count, mean, variance in states:
-            part = Moments()
-            part.count, part._mean, part._variance = count, mean, variance
-            total.merge(part)
-        return total
+        return gather_moments({"": self}, processes).get("", self)
 
     @property
     def mean(self) -> Tensor:
@@ -109,6 +111,38 @@ class Moments:
     def is_finite(self) -> bool:
         """Whether all values that were seen are finite numbers."""
         return bool(self._mean.isfinite().all() and self._variance.isfinite().all())
+
+
+def gather_moments(own: Mapping[Hashable, Moments], processes: Processes) -> dict[Hashable, Moments]:
+    """By name (or site) the moments of what all processes have seen, on each of them; every process must ask."""
+    total: dict[Hashable, Moments] = {}
+    for part in processes.gather({name: (m.count, m._mean, m._variance) for name, m in own.items()}):
+        for name, (count, mean, variance) in part.items():
+            total.setdefault(name, Moments()).merge(Moments.known(count, mean, variance))
+    return total
+
+
+def to_tensors(moments: Mapping[Site, Moments]) -> dict[str, Tensor]:
+    """The moments of every site: ``mean.<site>``, ``var.<site>`` in float64, ``count.<site>``, ``axis.<site>``."""
+    found = {}
+    for site, own in moments.items():
+        found |= {f"mean.{site.name}": own.mean, f"var.{site.name}": own.variance}
+        found |= {f"count.{site.name}": torch.tensor(own.count), f"axis.{site.name}": torch.tensor(site.axis)}
+    return found
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Site, Moments]:
+    """The moments of every site that :func:`to_tensors` made tensors of; other tensors are left out.
+
+    Raises:
+        KeyError: If a site has a mean and lacks the rest.
+    """
+    found = {}
+    for name in [key.removeprefix("mean.") for key in tensors if key.startswith("mean.")]:
+        path, is_input = split_name(name)
+        site = Site(path, int(tensors[f"axis.{name}"]), is_input)
+        found[site] = Moments.known(int(tensors[f"count.{name}"]), tensors[f"mean.{name}"], tensors[f"var.{name}"])
+    return found
 
 
 def _to_cpu(values: Tensor) -> Tensor:

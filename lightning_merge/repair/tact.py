@@ -12,7 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_merge.errors import raise_all
-from lightning_merge.repair.calibration import Calibration, Goals, Known, NewMoments, correct_in_turn, observe_once
+from lightning_merge.repair.calibration import (
+    Calibration,
+    Goals,
+    Known,
+    NewMoments,
+    correct_in_turn,
+    known_problems,
+    observe_once,
+)
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
@@ -22,6 +30,9 @@ from lightning_merge.sites import Site
 from lightning_merge.task_data import data_problems, plain
 
 Weights = Mapping[str, Tensor]
+
+OWN_DATA = "own data"
+"""What the data of an expert's own task are called among known statistics."""
 
 
 def tact(
@@ -66,8 +77,9 @@ def tact(
             official code.
         distributed: Whether the processes of the default process group share the data.
         seed: Seed of data that are drawn from PyTorch's global generator.
-        known: Statistics of the same experts on the same data, where several merged models are corrected: what is
-            found is added, and what is there is not computed again.
+        known: Statistics of the same experts on their own data, by ``(OWN_DATA, task)`` and site: recorded earlier, or
+            found while another merged model was corrected. What is found is added, and what is
+            there is not computed again.
 
     Returns:
         For every expert a correction, in float32 (float64 if the weights are).
@@ -86,10 +98,18 @@ def tact(
         raise_all(list(dict.fromkeys([*data_problems(data, experts, "tact"), *problems])))
         Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
         found = find_sites(module, next(iter(calibrations.values())).first_images(), sites)
+        raise_all(
+            [
+                line
+                for task, expert in experts.items()
+                if (OWN_DATA, task) in (known or {})
+                for line in known_problems(known[OWN_DATA, task], module, expert, found, calibrations[task])
+            ]
+        )
     corrections = {}
     for task, expert in experts.items():
         complete = {**expert, **(merged(task) if callable(merged) else merged)}
-        goal = observe_once(known, ("own data", task), module, expert, found, calibrations[task], statistics)
+        goal = observe_once(known, (OWN_DATA, task), module, expert, found, calibrations[task], statistics)
         mean = {site: moments.mean for site, moments in goal.items()}
         std = {site: moments.std for site, moments in goal.items()}
         goals = Goals(mean, std, max_gain, eps)

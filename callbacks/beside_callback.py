@@ -1,0 +1,109 @@
+"""What the callbacks that evaluate other weights beside the module have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_merge.callbacks.merging_callback import MergingCallback
+from torch import Tensor
+
+from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.beside import Beside
+from lightning_merge.evaluation.repeats import check_enough, loaders_of
+from lightning_merge.trainers import processes_of_run
+
+
+class BesideCallback(MergingCallback):
+    """Evaluates other weights of the module on the batches of its own evaluation, and logs ``ROW/NAME`` for each.
+
+    ``NAME`` is whatever the module logs by epoch, in its ``validation_step`` or ``test_step`` and the hooks around it.
+    The weights are asked for when the first batch is there: by then every callback has put into the module what it is
+    evaluated with (``WeightAveraging``: the average).
+    """
+
+    _beside: Beside | None = None
+
+    def evaluates(self, trainer: Trainer) -> bool:
+        """Whether to evaluate anything in the evaluation that a trainer is in."""
+        raise NotImplementedError
+
+    def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
+        """By row, all weights of the module, under their plain names; all processes call it."""
+        raise NotImplementedError
+
+    def after(self, rows: dict[str, dict[str, float]]) -> None:
+        """Take what was measured, by row and name."""
+
+    def check_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise a :class:`MergeError` in ``setup`` if the module draws its batches by itself."""
+        for step in (pl_module.validation_step, pl_module.test_step):
+            if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+                raise MergeError(
+                    f"{type(self).__name__} shows every batch to several models, and {type(pl_module).__name__} draws "
+                    f"its batches by itself; let {step.__name__} take a batch, and not a dataloader_iter."
+                )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before the first batch whether there is a sample for every process."""
+        self._beside = None
+        if self.evaluates(trainer):
+            check_enough(loaders_of(trainer), type(self).__name__)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
+    ) -> None:
+        """Evaluate the other weights on a batch, before the module's own step may change it."""
+        if not self.evaluates(trainer):
+            return
+        if self._beside is None:
+            processes = processes_of_run()
+            with isolate_rng():
+                with torch.inference_mode(False):
+                    candidates = self.candidates(trainer, pl_module)
+                with processes.together():
+                    self._beside = Beside(trainer, pl_module, candidates, processes)
+        self._beside.run_batch(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was measured."""
+        beside, self._beside = self._beside, None
+        if beside is None:
+            return
+        rows = beside.finish()
+        for row, values in rows.items():
+            for name, value in values.items():  # all processes have the same values, whose maximum is exact
+                pl_module.log(f"{row}/{name}", value, reduce_fx="max", sync_dist=True, add_dataloader_idx=False)
+        self.after(rows)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in a validation."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int | None = None,
+    ) -> None:
+        """As in a validation."""
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in a validation."""
+        self.on_validation_epoch_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the copies, if an evaluation was broken off."""
+        self._beside = None

@@ -1,0 +1,169 @@
+"""Compare merged models with the module's own weights, in one pass over the data."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning_merge.callbacks.beside_callback import BesideCallback
+from torch import Tensor
+
+from lightning_merge.checkpoints import Weights, open_weights, write_text
+from lightning_merge.errors import MergeError, problems_of, raise_all
+from lightning_merge.evaluation.candidates import check_fit
+from lightning_merge.evaluation.markdown import markdown_table
+from lightning_merge.methods import MergeMethod
+from lightning_merge.prefixes import match_names
+from lightning_merge.sharing import Processes
+from lightning_merge.trainers import check_whole, processes_of_run
+
+CURRENT = "current"
+"""The row of the module's own weights."""
+
+
+class CompareMerged(BesideCallback):
+    """In ``validate`` and ``test``, evaluate candidates beside the current weights and print a table.
+
+    The data are read once. Every candidate runs the module's own step in a copy of the module, and what the module logs
+    as ``NAME`` is logged for it as ``ROW/NAME``, to every logger. On several processes no sample is counted twice, and
+    numbers are reduced over the processes even where the module does not ask for it; so that this holds for the current
+    weights, too, they then get a copy of their own, logged as ``current/NAME``.
+
+    After the run, ``callback.table`` holds the rows: ``{"row": …, NAME: number, …}``.
+
+    Args:
+        candidates: Checkpoints of complete models, by row.
+        base: The checkpoint that the experts started from, where there are methods.
+        experts: The checkpoints (run folders, adapters, task vectors) of the experts: a list, or a mapping from a name.
+        methods: Merging methods, by row; the experts are merged in memory when the evaluation starts.
+        stages: Where to compare; ``fit`` stands for the validations of a fit.
+        output: Where to write the table as well: a ``.csv`` file, with all digits, or a ``.md`` file.
+        **options: What :class:`lightning_merge.callbacks.merging_callback.MergingCallback` takes.
+    """
+
+    def __init__(
+        self,
+        candidates: dict[str, str] | None = None,
+        base: str | None = None,
+        experts: list[str] | dict[str, str] | None = None,
+        methods: dict[str, MergeMethod] | None = None,
+        stages: Sequence[Literal["fit", "validate", "test"]] = ("validate", "test"),
+        output: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(base or "", experts or [], **options)
+        self.paths = candidates or {}
+        self.methods = methods or {}
+        self.stages = stages
+        self.output = output
+        self.table: list[dict[str, Any]] = []
+        self._rows: dict[str, dict[str, float]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before the first batch whether all candidates fit the module."""
+        if stage not in self.stages:
+            return
+        check_whole(trainer, type(self).__name__)
+        self.check_step(trainer, pl_module)
+        self._check_arguments()
+        if self.methods:
+            self.check(trainer, pl_module, self.methods, with_run=False)
+        processes = processes_of_run()
+        with processes.together():
+            if processes.is_first:
+                own = open_weights(pl_module.state_dict(), "the model")
+                raise_all([problem for row in self.paths for problem in problems_of(self._check, row, pl_module, own)])
+
+    def _check_arguments(self) -> None:
+        rows = [*self.paths, *self.methods]
+        if not rows:
+            raise MergeError(
+                "CompareMerged has nothing to compare; give it candidates, or a base, experts and methods."
+            )
+        taken = [row for row in dict.fromkeys(rows) if row in (CURRENT, "") or rows.count(row) > 1]
+        if taken:
+            raise MergeError(f"CompareMerged cannot call a row {taken[0]!r}, which is taken; give it another name.")
+        if self.methods and not (self.base and self.experts):
+            raise MergeError("CompareMerged has methods and lacks what to merge; give it a base and experts.")
+        if self.output is not None and Path(self.output).suffix not in (".csv", ".md"):
+            raise MergeError(f"CompareMerged writes its table as .csv or .md, and not as {self.output}; rename it.")
+
+    def _check(self, row: str, pl_module: LightningModule, own: Weights) -> None:
+        check_fit(pl_module, {row: self._candidate(row, own).meta})
+
+    def _candidate(self, row: str, own: Weights) -> Weights:
+        return match_names(own, open_weights(self.paths[row], row))
+
+    def evaluates(self, trainer: Trainer) -> bool:
+        """In the stages that were asked for."""
+        return trainer.state.fn is not None and trainer.state.fn.value in self.stages and not trainer.sanity_checking
+
+    def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
+        """The candidates as the first process reads them, and the merge by every method."""
+        processes = processes_of_run()
+        own = open_weights(pl_module.state_dict(), "the model")
+        found: dict[str, Mapping[str, Tensor]] = {CURRENT: own} if processes.count > 1 else {}
+        found |= {row: self._from_first(row, own, processes) for row in self.paths}
+        return found | {row: self.merge(trainer, pl_module, method)[0] for row, method in self.methods.items()}
+
+    def _from_first(self, row: str, own: Weights, processes: Processes) -> dict[str, Tensor]:
+        weights = None
+        with processes.together():
+            if processes.is_first:
+                weights = dict(self._candidate(row, own))
+        return processes.from_first(weights)
+
+    def after(self, rows: dict[str, dict[str, float]]) -> None:
+        """Keep the rows until the module has logged its own."""
+        self._rows = rows
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the table, print it and write it."""
+        if not self.evaluates(trainer):
+            return
+        rows, self._rows = self._rows, {}
+        names = list(dict.fromkeys(name for values in rows.values() for name in values))
+        if CURRENT not in rows:  # in one process the module's own numbers are exact
+            logged = trainer.callback_metrics
+            rows = {CURRENT: {name: float(logged[name]) for name in names if name in logged}} | rows
+        self.table = [{"row": row, **values} for row, values in rows.items()]
+        if not names:
+            rank_zero_warn(f"CompareMerged has nothing to show, because {type(pl_module).__name__} has logged nothing.")
+            return
+        processes = processes_of_run()
+        with processes.together():
+            if processes.is_first:
+                sys.stdout.write(f"\n{self.markdown()}\n")
+                if self.output is not None:
+                    is_csv = Path(self.output).suffix == ".csv"
+                    write_text(Path(self.output), self.csv() if is_csv else self.markdown() + "\n")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in a validation."""
+        self.on_validation_end(trainer, pl_module)
+
+    @property
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for record in self.table for name in record if name != "row"))
+
+    def markdown(self) -> str:
+        """The table in Markdown, with four digits."""
+        body = [
+            [record["row"], *(f"{record[name]:.4g}" if name in record else "" for name in self._names)]
+            for record in self.table
+        ]
+        return markdown_table(["candidate", *self._names], body)
+
+    def csv(self) -> str:
+        """The table as CSV, with all digits."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["candidate", *self._names])
+        writer.writerows([record["row"], *(record.get(name, "") for name in self._names)] for record in self.table)
+        return out.getvalue()

@@ -1,0 +1,85 @@
+"""See at every validation of a fit what the running weights are worth in a merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_merge.callbacks.beside_callback import BesideCallback
+from torch import Tensor
+
+from lightning_merge.checkpoints import open_weights
+from lightning_merge.errors import MergeError
+from lightning_merge.methods import SCORE, MergeMethod
+
+
+class MergeEveryEpoch(BesideCallback):
+    """At each validation of a ``fit``, merge the running weights with earlier experts, evaluate the result and log it.
+
+    What the module logs as ``NAME`` is logged for the merged model as ``merged/NAME``, which a ``ModelCheckpoint`` or
+    an ``EarlyStopping`` can monitor. In a run with ``WeightAveraging`` it is the average that is merged. The fit itself
+    goes on as without this callback: weights, gradients, optimizer and random numbers stay what they are. The merged
+    model is evaluated in a copy of the module, on the batches of the validation.
+
+    Args:
+        base: The checkpoint that all experts started from.
+        experts: The checkpoints (run folders, adapters, task vectors) of the other experts: a list, or a mapping from a
+            name.
+        method: The merging method whose results are logged as ``merged/NAME``; SCORE by default.
+        methods: Several merging methods instead, by the name under which their results are logged.
+        every_n: Merge at each validation, or at every second, third, …
+        **options: What :class:`lightning_merge.callbacks.merging_callback.MergingCallback` takes.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        experts: list[str] | dict[str, str],
+        method: MergeMethod | None = None,
+        methods: dict[str, MergeMethod] | None = None,
+        every_n: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(base, experts, **options)
+        if method is not None and methods:
+            raise MergeError("MergeEveryEpoch takes one method, or several by name in methods; leave one of them out.")
+        if every_n < 1:
+            raise MergeError(
+                f"MergeEveryEpoch merges at every n-th validation, and every_n is {every_n}; give 1 or more."
+            )
+        self.methods: dict[str, MergeMethod] = methods or {"merged": method or SCORE()}
+        self.every_n = every_n
+        self._validations = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out before the fit whether the merges can work."""
+        if stage == "fit":
+            self.check_step(trainer, pl_module)
+            self.check(trainer, pl_module, self.methods, with_run=True)
+
+    def evaluates(self, trainer: Trainer) -> bool:
+        """In every n-th validation of a fit."""
+        in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return in_fit and (self._validations + 1) % self.every_n == 0
+
+    def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
+        """The merge by every method."""
+        running = {name: tensor.to("cpu", copy=True) for name, tensor in open_weights(pl_module.state_dict()).items()}
+        run = open_weights(running, self.name)
+        return {row: self.merge(trainer, pl_module, method, run)[0] for row, method in self.methods.items()}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what was measured, and count the validation."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._validations += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were, so that a fit that is resumed goes on counting."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._validations = state_dict["validations"]

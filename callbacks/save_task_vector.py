@@ -1,0 +1,102 @@
+"""Save only what a fit has changed of its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_merge.checkpoints import TASK_VECTOR, Weights, open_weights, save_tensors
+from lightning_merge.errors import MergeError
+from lightning_merge.prefixes import match_names
+from lightning_merge.task_vector_files import check_task_vector, take_task_vector, task_vector_file
+from lightning_merge.trainers import Which, check_which, check_whole, fitted_weights, processes_of_run
+
+
+class SaveTaskVector(Callback):
+    """At the end of ``fit``, save the difference of this run's model to its base, and nothing else.
+
+    The file is an expert wherever experts are given, over this very base: ``lightning-merge merge --base BASE --experts
+    '[NAME.task_vector.safetensors]'`` (with ``--method TaskArithmetic --method.scale 1`` it gives the model back). Its
+    header holds the base's sha256, so that it is refused over another one. Without ``rank`` and ``dtype`` it is as
+    large as the parameters that were trained, and merges to the same bits as the checkpoint.
+
+    The first process writes, and the others wait. In a ``fast_dev_run`` the difference is taken and nothing is written;
+    nor is anything after a fit that was interrupted.
+
+    Args:
+        base: The checkpoint that the fit started from.
+        output: The file to write; by default ``NAME.task_vector.safetensors`` beside the checkpoint ``NAME.ckpt``, or
+            ``last.task_vector.safetensors`` beside it where no checkpoint holds the weights in question.
+        rank: Truncate the difference of every matrix and convolution kernel to this rank, where that is smaller.
+        dtype: The precision in which differences are stored; by default that of the weights, at least float32.
+        checkpoint: Of which weights: the ``best`` by a monitored metric, the ``last``, or their running ``average``; by
+            default the best where a metric is monitored, else the last.
+        exclude: Shell patterns of parameters that are left out.
+
+    Attributes:
+        path: The file that was written last; None before.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        output: str | None = None,
+        rank: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        checkpoint: Which | None = None,
+        exclude: list[str] | None = None,
+    ) -> None:
+        self.base = base
+        self.output = output
+        self.rank = rank
+        self.dtype = None if dtype is None else getattr(torch, dtype)
+        self.checkpoint = checkpoint
+        self.exclude = exclude or []
+        self.path: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before the fit what cannot work after it."""
+        if stage != "fit":
+            return
+        check_whole(trainer, "SaveTaskVector")
+        check_which(trainer, self.checkpoint, "SaveTaskVector")
+        processes = processes_of_run()
+        with processes.together():
+            if self.output is None and trainer.checkpoint_callback is None and not trainer.fast_dev_run:
+                raise MergeError("SaveTaskVector: no checkpoint is written, beside which to write; give output=….")
+            if processes.is_first:
+                output = None if self.output is None else Path(self.output).expanduser()
+                check_task_vector(output, *self._models(open_weights(pl_module.state_dict(), "this run")), *self._how)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file, on the first process."""
+        processes, written = processes_of_run(), None
+        with processes.together():
+            if processes.is_first:
+                which = None if trainer.fast_dev_run else self.checkpoint
+                base, fitted = self._models(fitted_weights(trainer, pl_module, which))
+                tensors, about = take_task_vector(base, fitted, *self._how)
+                if not trainer.fast_dev_run:
+                    written = self._output(trainer, fitted)
+                    save_tensors(written, tensors, {TASK_VECTOR: json.dumps(about)})
+        self.path = processes.gather(written)[0]
+
+    @property
+    def _how(self) -> tuple[int | None, torch.dtype | None, list[str]]:
+        return self.rank, self.dtype, self.exclude
+
+    def _models(self, run: Weights) -> tuple[Weights, Weights]:
+        """The base, and this run's model under the base's names."""
+        base = open_weights(self.base, "base")
+        return base, match_names(base, run)
+
+    def _output(self, trainer: Trainer, fitted: Weights) -> Path:
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        if fitted.path is not None:
+            return task_vector_file(fitted.path)
+        return task_vector_file(Path(trainer.checkpoint_callback.dirpath or trainer.default_root_dir) / "last.ckpt")

@@ -1,0 +1,134 @@
+"""Hand jobs out to workers, each once all that it waits for is done."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
+from lightning_merge.evaluation.jobs import Job
+
+
+class Workers(ABC):
+    """Processes that do jobs."""
+
+    @abstractmethod
+    def hand_out(self, parcels: Sequence[Parcel]) -> list[Hashable]:
+        """Give jobs to workers, which begin when there is room; return what each is known by from here on."""
+
+    @abstractmethod
+    def wait(self, handles: Sequence[Hashable]) -> list[tuple[Hashable, Outcome]]:
+        """Wait until some of these jobs have ended, and say what came of them."""
+
+    @abstractmethod
+    def take_back(self, handles: Sequence[Hashable]) -> list[Hashable]:
+        """Take back those of these jobs that have not begun, as far as that can be known, and say which."""
+
+    @abstractmethod
+    def stop(self, handles: Sequence[Hashable]) -> None:
+        """End these jobs, wherever they are."""
+
+
+class Dispatch:
+    """Hands out jobs in the order that what they wait for allows.
+
+    Args:
+        jobs: All of them; a job stands behind those that it waits for.
+        workers: Who does them.
+        parcel: A job of that name, as it is handed out.
+        retries: How often a job is handed out again when its worker was lost.
+        withdraw: Called when a job has failed, so that those that have not begun do not begin.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        workers: Workers,
+        parcel: Callable[[str], Parcel],
+        retries: int,
+        withdraw: Callable[[], None],
+    ) -> None:
+        self._workers, self._parcel, self._retries, self._withdraw = workers, parcel, retries, withdraw
+        self._waiting = list(jobs)
+        self._running: dict[Hashable, Job] = {}
+        self._finished: set[str] = set()
+        self._lost: Counter[str] = Counter()
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """Do all jobs.
+
+        Raises:
+            MergeError: If one of them has failed, or its worker was lost too often, once all that run have ended.
+            RuntimeError: If one of them has failed with another error than a :class:`MergeError`.
+        """
+        with tqdm(total=len(self._waiting), desc="benchmark", unit="job", disable=None) as bar:
+            try:
+                self._hand_out(self._take())
+                while self._running:
+                    bar.update(len(self._finished) - bar.n)
+                    for handle, outcome in self._workers.wait(list(self._running)):
+                        self._note(self._running.pop(handle), outcome)
+                    if self._failure is None:
+                        self._hand_out(self._take())
+                bar.update(len(self._finished) - bar.n)
+            except BaseException as error:
+                self._workers.stop(list(self._running))
+                if isinstance(error, KeyboardInterrupt):
+                    rank_zero_info("benchmark: interrupted; the same command goes on with the jobs that are not done")
+                raise
+        if self._failure is not None:
+            raise self._failure
+
+    def _take(self) -> list[Job]:
+        """Take the jobs that wait for nothing any more; those that are done already are finished with that."""
+        ready, waiting = [], []
+        for job in self._waiting:
+            if not self._finished.issuperset(job.after):
+                waiting.append(job)
+            elif job.done():
+                self._finished.add(job.name)
+            else:
+                ready.append(job)
+        self._waiting = waiting
+        return ready
+
+    def _hand_out(self, jobs: Sequence[Job]) -> None:
+        if jobs:
+            handles = self._workers.hand_out([self._parcel(job.name) for job in jobs])
+            self._running |= dict(zip(handles, jobs, strict=True))
+
+    def _note(self, job: Job, outcome: Outcome) -> None:
+        """Note what came of a job."""
+        if outcome.error is None:
+            self._finished.add(job.name)
+            rank_zero_info(f"benchmark: {job.name}, {outcome.seconds:.1f} s on {outcome.host}")
+        elif outcome.lost and self._failure is None and self._lost[job.name] < self._retries:
+            self._lost[job.name] += 1
+            again = f"{self._lost[job.name]} of {self._retries}"
+            rank_zero_info(f"benchmark: {job.name} has lost its worker and is handed out again ({again})")
+            self._hand_out([job])
+        elif self._failure is None:
+            self._failure = _error(job, outcome, self._lost[job.name] + 1)
+            self._withdraw()
+            for handle in self._workers.take_back(list(self._running)):
+                del self._running[handle]
+            running = ", ".join(other.name for other in self._running.values())
+            rank_zero_info(f"benchmark: {job.name} has failed" + (f"; waiting for {running}" if running else ""))
+
+
+def _error(job: Job, outcome: Outcome, attempts: int) -> Exception:
+    """What to raise when a job has failed."""
+    if outcome.lost:
+        return MergeError(
+            f"The job {job.name!r} has lost its worker {attempts} times, and is not handed out again: {outcome.error}; "
+            "give it more memory or time, then the same command goes on with the jobs that are not done."
+        )
+    if outcome.known:
+        return MergeError(f"The job {job.name!r} has failed: {outcome.error}")
+    return RuntimeError(f"The job {job.name!r} has failed on {outcome.host}:\n{outcome.error}")

@@ -1,0 +1,26 @@
+"""What an engine is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_merge.evaluation.jobs import JobList
+    from lightning_merge.trainer import MergeTrainer
+
+
+class Engine(ABC):
+    """Does the jobs of a benchmark; the numbers do not depend on which engine does them."""
+
+    @abstractmethod
+    def check(self, trainer: MergeTrainer) -> None:
+        """Raise a :class:`MergeError` before any work if jobs with this trainer cannot be done here."""
+
+    @abstractmethod
+    def run(self, benchmark: JobList, seed: int) -> None:
+        """Do every job that is not done, each from the same seed and after those that it waits for.
+
+        Raises:
+            MergeError: If a job fails; what is finished stays, and the same benchmark goes on from there.
+        """

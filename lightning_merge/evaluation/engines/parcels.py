@@ -1,0 +1,122 @@
+"""A job on its way to another process, and what comes back."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lightning_merge.checkpoints.atomic import replacing
+from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.jobs import Job, JobList, do
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a job.
+
+    Args:
+        seconds: How long it took.
+        host: The machine that did it.
+        error: What it failed with: the sentence of a :class:`MergeError`, or else a traceback.
+        known: Whether that is a sentence.
+        lost: Whether its worker has ended before it; the job itself did not fail, and ``error`` says what is known.
+    """
+
+    seconds: float = 0.0
+    host: str = ""
+    error: str | None = None
+    known: bool = False
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A job on its way to another process, which does it by calling this.
+
+    Args:
+        name: The job's name.
+        seed: It starts from it.
+        threads: Threads of its arithmetic; the last digits depend on them.
+        folder: Holds the benchmark, see :func:`send`; every machine can read it.
+        withdrawals: Exceptions that say that the worker is taken away, and that nothing is wrong with the job.
+        cwd: The current folder, which relative paths refer to.
+        path: Where modules are imported from.
+        precision: Of products of float32 matrices.
+    """
+
+    name: str
+    seed: int
+    threads: int
+    folder: Path
+    withdrawals: tuple[type[Exception], ...] = ()
+    cwd: Path = field(default_factory=Path.cwd)
+    path: Sequence[str] = field(default_factory=lambda: tuple(os.path.abspath(folder) for folder in sys.path))
+    precision: str = field(default_factory=torch.get_float32_matmul_precision)
+
+    def __call__(self) -> Outcome:
+        """Do the job, unless another one has failed meanwhile."""
+        try:
+            if (self.folder / "stopped").exists():
+                return Outcome(error="another job has failed before it began", known=True)
+            seconds = do(self._job(), self.seed)
+        except self.withdrawals:
+            raise
+        except MergeError as error:
+            return Outcome(host=platform.node(), error=str(error), known=True)
+        except Exception:  # the traceback goes to where it can be read
+            return Outcome(host=platform.node(), error=traceback.format_exc())
+        return Outcome(seconds, platform.node())
+
+    def _job(self) -> Job:
+        import cloudpickle
+
+        if not self.cwd.is_dir():
+            raise MergeError(
+                f"There is no folder {self.cwd} on {platform.node()}; workers must see the folders of the benchmark "
+                "under the same names, so start it from a folder that all machines share."
+            )
+        os.chdir(self.cwd)
+        sys.path.extend(folder for folder in self.path if folder not in sys.path)
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.precision)
+        benchmark: JobList = cloudpickle.loads((self.folder / "benchmark.pickle").read_bytes())
+        return next(job for job in benchmark.jobs() if job.name == self.name)
+
+
+def send(benchmark: JobList, folder: Path) -> None:
+    """Put a benchmark where the workers find it.
+
+    Raises:
+        MergeError: If something in it cannot be sent.
+    """
+    import cloudpickle
+
+    try:
+        content = cloudpickle.dumps(benchmark)
+    except Exception as error:
+        raise MergeError(
+            f"The benchmark cannot be sent to another process: {error}; leave the part that cannot be pickled out of "
+            "model, data, trainer or callbacks, or leave the engine out."
+        ) from error
+    with replacing(folder / "benchmark.pickle") as file:
+        file.write_bytes(content)
+
+
+def withdraw(folder: Path) -> None:
+    """Tell jobs that have not begun not to begin."""
+    (folder / "stopped").touch()
+
+
+def clear(folder: Path) -> None:
+    """Take away what was sent."""
+    for name in ("benchmark.pickle", "stopped"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

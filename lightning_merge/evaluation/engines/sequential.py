@@ -1,0 +1,34 @@
+"""Jobs one after another, in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from lightning_merge.evaluation.engines.engine import Engine
+from lightning_merge.evaluation.jobs import JobList, do
+
+if TYPE_CHECKING:
+    from lightning_merge.trainer import MergeTrainer
+
+
+@dataclass(frozen=True)
+class Sequential(Engine):
+    """Does one job after another in this process, or in the several processes of the trainer together."""
+
+    def check(self, trainer: MergeTrainer) -> None:
+        """Every trainer will do."""
+
+    def run(self, benchmark: JobList, seed: int) -> None:
+        """Do the jobs; an error in one of them is raised as it is."""
+        hidden = None if benchmark.trainer.is_global_zero else True  # None: hidden where there is no terminal
+        for job in tqdm(benchmark.jobs(), desc="benchmark", unit="job", disable=hidden):
+            try:
+                seconds = do(job, seed)
+            except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
+                rank_zero_info(f"benchmark: interrupted in {job.name}; the same command goes on there")
+                raise
+            rank_zero_info(f"benchmark: {job.name}, {seconds:.1f} s")

@@ -1,0 +1,67 @@
+"""A tiny benchmark, and callbacks that travel with it to the workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+from lightning.pytorch import Callback, seed_everything
+
+import lightning_merge as lm
+from lightning_merge.collect_statistics import Recipe
+from lightning_merge.errors import MergeError
+from lightning_merge.methods import SCORE, RegMean
+from tests.toys import quiet_trainer, tiny_expert
+
+
+class Note(Callback):
+    """Adds a line to a file for every fit."""
+
+    def on_train_start(self, trainer, pl_module):
+        with Path("fits.txt").open("a") as file:
+            file.write(Path(trainer.default_root_dir).name + "\n")
+
+
+class Die(Note):
+    """Kills the process in the first fit of a domain."""
+
+    def on_train_end(self, trainer, pl_module):
+        if Path(trainer.default_root_dir).name == "noisy" and not Path("died").exists():
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Fail(Note):
+    """Fails in the fit of a domain while there is no file ``mended``."""
+
+    def on_train_end(self, trainer, pl_module):
+        if Path(trainer.default_root_dir).name == "noisy" and not Path("mended").exists():
+            raise MergeError("the noise is too loud")
+
+
+def run(engine=None, callback: Callback | None = None, output: str = "out"):
+    """Run the benchmark with relative paths."""
+    seed_everything(3, verbose=False)
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=3, callbacks=[callback or Note()])
+    return trainer.benchmark(
+        tiny_expert(learning_rate=3e-3),
+        lm.Digits(batch_size=64),
+        methods={"SCORE": SCORE(), "RegMean": RegMean()},
+        domains=["rotated", "noisy"],
+        statistics=Recipe(batches=2),
+        output=output,
+        engine=engine,
+    )
+
+
+def results(output: str) -> list[dict]:
+    """What was measured, without the times."""
+    lines = Path(output, "results.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "merge_seconds"} for line in lines]
+
+
+def fits() -> list[str]:
+    """The names of the experts that were fitted, sorted."""
+    return sorted(Path("fits.txt").read_text().split())
