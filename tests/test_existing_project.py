@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning_merge.callbacks
 import pytest
 import torch
 
@@ -35,15 +34,8 @@ def commands() -> list[str]:
     """The commands of the README, with fewer epochs and in silence."""
     blocks = re.findall(r"```bash\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
     found = "".join(blocks).replace("\\\n", "").splitlines()
-    found = [line for line in found if named(line) is None or named(line) in lightning_merge.callbacks.__all__]
     more = {True: "--trainer.max_epochs=1", False: ""}
     return [" ".join([line, *QUIET, more[" fit " in line]]) if "train.py" in line else line for line in found]
-
-
-def named(command: str) -> str | None:
-    """The callback that a command names."""
-    found = re.search(r"callbacks\+=(\w+)", command)
-    return found and found[1]
 
 
 def installed(folder: Path) -> Path:
@@ -97,14 +89,13 @@ def test_every_command_of_the_readme_works(run):
         merged, by_hand = lm.open_weights(runs / output), lm.merge(base, experts, method).weights
         assert all(torch.equal(merged[name], by_hand[name]) for name in by_hand)
     assert (runs / "python.ckpt").is_file()
-    if "CompareMerged" in lightning_merge.callbacks.__all__:
-        assert re.findall(r"^\| (\w+) +\|", shown, re.MULTILINE) == [
-            "candidate",
-            "current",
-            "average",
-            "grey",
-            "shifted",
-        ]
+    assert re.findall(r"^\| (\w+) +\|", shown, re.MULTILINE) == [
+        "candidate",
+        "current",
+        "average",
+        "grey",
+        "shifted",
+    ]
 
 
 def test_the_readme_shows_what_differs():
