@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_merge.checkpoints import open_weights
@@ -13,16 +14,47 @@ from lightning_merge.errors import MergeError
 from lightning_merge.trainer import MergeTrainer
 
 
+class SaveFitConfig(SaveConfigCallback):
+    """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config at the start of a fit."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
 class MergeCLI(LightningCLI):
     """``LightningCLI`` with more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
 
-    What cannot work ends in one sentence and exit status 1.
+    This package's callbacks and merging methods are known by their short names, its models and data where the project
+    names none of its own. What cannot work ends in one sentence and exit status 1.
+
+    Args:
+        model_class: As for ``LightningCLI``.
+        datamodule_class: As for ``LightningCLI``.
+        save_config_callback: As for ``LightningCLI``; by default one that saves the config of a ``fit`` only.
+        save_config_kwargs: As for ``LightningCLI``.
+        trainer_class: A :class:`lightning_merge.MergeTrainer`. A project with a Trainer of its own writes
+            ``class Ours(MergeTrainer, Theirs): pass`` and gives ``Ours``.
+        args: What else ``LightningCLI`` takes.
+        kwargs: What else ``LightningCLI`` takes.
     """
 
-    def __init__(self, *args: Any, trainer_class: type[Trainer] = MergeTrainer, **kwargs: Any) -> None:
-        kwargs.setdefault("save_config_callback", SaveFitConfig)
+    def __init__(
+        self,
+        model_class: type[LightningModule] | Callable[..., LightningModule] | None = None,
+        datamodule_class: type[LightningDataModule] | Callable[..., LightningDataModule] | None = None,
+        save_config_callback: type[SaveConfigCallback] | None = SaveFitConfig,
+        save_config_kwargs: dict[str, Any] | None = None,
+        trainer_class: type[Trainer] | Callable[..., Trainer] = MergeTrainer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        given = (model_class, datamodule_class, save_config_callback, save_config_kwargs, trainer_class)
         try:
-            super().__init__(*args, trainer_class=trainer_class, **kwargs)
+            _check_trainer_class(trainer_class)
+            _make_known(model_class is None, datamodule_class is None)
+            super().__init__(*given, *args, **kwargs)
         except ValueError as error:
             sentence = _merge_error(error)
             if sentence is None:
@@ -63,7 +95,8 @@ class MergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Make sure that there is a model where the verb needs one."""
-        if self.subcommand != "merge" and self._get(self.config, "model") is None:
+        given = self.model_class is not None or self._get(self.config, "model") is not None
+        if not given and self.subcommand not in (None, "merge"):
             raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
 
     def after_merge(self) -> None:
@@ -113,21 +146,34 @@ def _merge_error(error: BaseException | None) -> MergeError | None:
     return error
 
 
-class SaveFitConfig(SaveConfigCallback):
-    """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
+def _check_trainer_class(trainer_class: type[Trainer] | Callable[..., Trainer]) -> None:
+    """Raise a :class:`MergeError` if what makes the trainer does not make one that can merge."""
+    if isinstance(trainer_class, type):
+        made, wanted = (
+            trainer_class,
+            f"class Ours(MergeTrainer, {trainer_class.__name__}): pass` and give trainer_class=Ours",
+        )
+    else:
+        made = get_type_hints(trainer_class).get("return")
+        wanted = f"def {trainer_class.__name__}(…) -> MergeTrainer:` and return one"
+    if not (isinstance(made, type) and issubclass(made, MergeTrainer)):
+        raise MergeError(
+            f"trainer_class={trainer_class.__name__} makes no MergeTrainer, which has the verbs; write `{wanted}."
+        )
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the config at the start of a fit."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+
+def _make_known(models: bool, data: bool) -> None:
+    """Import the classes that can be chosen by their short names."""
+    import lightning_merge.callbacks
+
+    if models:
+        import lightning_merge.models
+    if data:
+        import lightning_merge.data  # noqa: F401
 
 
 def main(args: list[str] | None = None) -> None:
     """Run ``lightning-merge``."""
-    import lightning_merge.callbacks
-    import lightning_merge.data
-    import lightning_merge.models  # noqa: F401, so that short class names are known
-
     MergeCLI(
         args=args,
         seed_everything_default=0,

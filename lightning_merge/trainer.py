@@ -44,15 +44,26 @@ from lightning_merge.streaming import SHARD_SIZE
 GridValue = int | float | bool | str
 
 
-class MergeTrainer(Trainer):
-    """A ``Trainer`` that can also merge experts, search coefficients, evaluate merged models, and benchmark methods."""
+class _KnowsItsArguments:
+    """Keeps what it was called with: all of it, whatever constructors stand between this class and ``Trainer``'s.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        arguments = dict(kwargs)
-        if isinstance(arguments.get("callbacks"), list):
-            arguments["callbacks"] = list(arguments["callbacks"])  # Lightning adds its own to the list it is given
-        super().__init__(*args, **kwargs)
-        self.arguments = arguments
+    It is a base class of its own because jsonargparse takes a class that defines ``__new__`` for one whose arguments
+    are those of ``__new__``.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        self.positional, self.arguments = args, dict(kwargs)
+        if isinstance(kwargs.get("callbacks"), list):
+            self.arguments["callbacks"] = list(kwargs["callbacks"])  # Lightning adds its own to the list it is given
+        return self
+
+
+class MergeTrainer(_KnowsItsArguments, Trainer):
+    """A ``Trainer`` that can also merge experts, search coefficients, evaluate merged models, and benchmark methods.
+
+    A project with a Trainer of its own writes ``class Ours(MergeTrainer, Theirs): pass``.
+    """
 
     @property
     def given_callbacks(self) -> list[Callback]:
@@ -77,7 +88,7 @@ class MergeTrainer(Trainer):
             "enable_model_summary": False,
             "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         }
-        return type(self)(**{**self.arguments, **quiet, "callbacks": callbacks, **changes})
+        return type(self)(*self.positional, **{**self.arguments, **quiet, "callbacks": callbacks, **changes})
 
     def merge(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -9,11 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning_merge.callbacks import FreezeBatchNorm
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +25,7 @@ import lightning_merge as lm
 from lightning_merge.checkpoints import save_weights
 from lightning_merge.cli import MergeCLI, main
 from tests.conftest import ROOT
-from tests.toys import base_weights, digit_tasks, expert_weights, image_folders, register_tiny_clip
+from tests.toys import base_weights, digit_tasks, expert_weights, image_folders, quiet_trainer, register_tiny_clip
 
 CONFIGS = ROOT / "configs"
 TINY_DIGITS = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
@@ -355,6 +359,155 @@ class TestDropIn:
         with pytest.raises(SystemExit):
             self.cli(*arguments)
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+class TheirTrainer(Trainer):
+    """A trainer of an existing project.
+
+    Args:
+        patience: How long they wait.
+        kwargs: Lightning's.
+    """
+
+    def __init__(self, patience: int = 3, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.patience = patience
+        self.fits = 0
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        self.fits += 1
+        super().fit(*args, **kwargs)
+
+
+class Ours(lm.MergeTrainer, TheirTrainer):
+    """Theirs, with merging."""
+
+
+class OursReversed(TheirTrainer, lm.MergeTrainer):
+    """The other way round, with an argument that no other class knows."""
+
+    def __init__(self, gain: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gain = gain
+
+
+class Saving(Theirs):
+    """A module that notes what it was made of."""
+
+    def __init__(self, hidden: int = 2):
+        super().__init__(hidden)
+        self.save_hyperparameters()
+
+
+class Plain(Theirs):
+    """A module without arguments."""
+
+    def __init__(self):
+        super().__init__(2)
+
+
+class TheirCLI(MergeCLI):
+    """A command line with arguments of its own."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--width", type=int, default=5, help="Theirs.")
+        parser.link_arguments("width", "model.hidden")
+
+
+class TheirSaver(SaveConfigCallback):
+    """Saves the config under another name."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Path("saved").touch()
+
+
+QUIET = ["--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
+QUIET += ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+FIT = ["fit", *QUIET]
+
+
+class TestTheirTrainer:
+    """``class Ours(MergeTrainer, Theirs)``: what theirs takes and does stays."""
+
+    def test_its_arguments_are_in_help_and_survive_yaml(self, capsys):
+        with pytest.raises(SystemExit):
+            MergeCLI(Theirs, TheirData, trainer_class=Ours, args=["fit", "--help"])
+        assert "How long they wait." in " ".join(capsys.readouterr().out.split())
+        callback = ["--trainer.callbacks+=FreezeBatchNorm", "--trainer.patience=7", "--model.hidden=3"]
+        with pytest.raises(SystemExit):
+            MergeCLI(Theirs, TheirData, trainer_class=Ours, args=["fit", *QUIET, *callback, "--print_config"])
+        Path("c.yaml").write_text(capsys.readouterr().out)
+        cli = MergeCLI(Theirs, TheirData, trainer_class=Ours, args=["fit", "--config=c.yaml"])
+        assert (cli.trainer.patience, cli.trainer.fits) == (7, 1)
+        assert any(isinstance(callback, FreezeBatchNorm) for callback in cli.trainer.callbacks)
+
+    @pytest.mark.parametrize(
+        ("trainer_class", "own"), [(Ours, {"patience": 7}), (OursReversed, {"patience": 7, "gain": 2.0})]
+    )
+    def test_a_new_trainer_has_all_arguments(self, trainer_class, own):
+        callback = FreezeBatchNorm()
+        trainer = trainer_class(callbacks=[callback], max_steps=5, accelerator="cpu", logger=False, **own)
+        assert trainer.given_callbacks == [callback]
+        again = copy.deepcopy(trainer).again(max_epochs=2)
+        assert {name: getattr(again, name) for name in own} == own
+        assert (type(again), again.max_steps, again.max_epochs) == (trainer_class, 5, 2)
+
+    def test_a_trainer_that_cannot_merge_is_refused_with_what_to_write(self, capsys):
+        def build(**kwargs: Any) -> Trainer:
+            return Trainer(**kwargs)
+
+        for given in (TheirTrainer, build):
+            with pytest.raises(SystemExit) as ended:
+                MergeCLI(Theirs, TheirData, trainer_class=given, args=["fit", "--model.hidden=3"])
+            assert ended.value.code == 1
+            assert "makes no MergeTrainer" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            MergeCLI(Theirs, TheirData, trainer_class=TheirTrainer, args=["fit"])
+        assert "`class Ours(MergeTrainer, TheirTrainer): pass`" in capsys.readouterr().err
+
+    def test_a_function_that_makes_the_trainer(self):
+        def build(max_epochs: int = 1) -> lm.MergeTrainer:
+            return quiet_trainer(max_epochs=max_epochs)
+
+        cli = MergeCLI(Theirs, TheirData, trainer_class=build, args=["fit", "--model.hidden=3"])
+        assert cli.trainer.current_epoch == 1
+
+
+class TestTheirCommandLine:
+    """What ``LightningCLI`` takes, ``MergeCLI`` takes."""
+
+    def test_arguments_by_position(self):
+        cli = MergeCLI(Theirs, TheirData, TheirSaver, {"save_to_log_dir": False}, Ours, args=[*FIT, "--model.hidden=3"])
+        assert isinstance(cli.trainer, Ours)
+        assert Path("saved").is_file()
+
+    @pytest.mark.parametrize(("model", "given"), [(Theirs, ["--model.hidden=3"]), (Saving, []), (Plain, [])])
+    def test_fit_merge_and_test_whatever_the_module_notes(self, model, given):
+        for run in ("a", "b"):
+            MergeCLI(model, TheirData, args=[*FIT, *given, f"--trainer.default_root_dir={run}"])
+        merge = ["merge", *QUIET, *given, "--experts={a: a, b: b}", "--method=WeightAverage"]
+        MergeCLI(model, TheirData, args=merge)
+        cli = MergeCLI(model, TheirData, args=["test", *QUIET, *given, "--ckpt_path=merged.ckpt"])
+        assert torch.equal(cli.model.net.weight, lm.open_weights("merged.ckpt")["net.weight"])
+
+    def test_without_a_run_nothing_runs(self):
+        cli = MergeCLI(Plain, TheirData, run=False, args=QUIET)
+        assert isinstance(cli.trainer, lm.MergeTrainer)
+        assert cli.trainer.current_epoch == 0
+        cli.trainer.fit(cli.model, cli.datamodule)
+
+    def test_callbacks_by_default_and_no_config_saved(self):
+        frozen = FreezeBatchNorm()
+        defaults = {"callbacks": [frozen], "max_epochs": 1, "logger": False}
+        cli = MergeCLI(Plain, TheirData, save_config_callback=None, trainer_defaults=defaults, args=["fit"])
+        assert cli.trainer.given_callbacks == [frozen]
+        assert not Path("config.yaml").exists()
+
+    def test_arguments_of_their_own_that_are_linked(self):
+        cli = TheirCLI(Theirs, TheirData, args=[*FIT, "--width=4"])
+        assert cli.model.net.out_features == 4
+        TheirCLI(Theirs, TheirData, args=["merge", "--config=config.yaml", "--experts=[checkpoints]"])
+        assert Path("merged.ckpt").is_file()
 
 
 @pytest.mark.parametrize(

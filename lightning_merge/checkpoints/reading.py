@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.hub import HUB, download
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, load_json, open_safetensors
+from lightning_merge.checkpoints.sharded import check_consolidated
 from lightning_merge.checkpoints.torch_format import open_torch
 from lightning_merge.checkpoints.weights import Weights, from_memory, plain_names
 from lightning_merge.errors import MergeError
@@ -82,11 +83,12 @@ def _find_file(path: Path) -> Path:
         return path
     if not os.path.isdir(path):
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
+    check_consolidated(path)
     for patterns in _FOLDER_PATTERNS:
         found = sorted(file for pattern in patterns for file in path.glob(pattern))
         found = [file for file in found if not file.name.endswith((STATISTICS, f".{TASK_VECTOR}.safetensors"))]
         if len(found) == 1:
-            return found[0]
+            return _find_file(found[0])
         if found:
             names = ", ".join(str(file.relative_to(path)) for file in found)
             raise MergeError(f"The folder {path} holds several weight files ({names}); name the one that you mean.")

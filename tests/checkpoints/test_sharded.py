@@ -1,0 +1,67 @@
+"""Checkpoints in parts: refused with the command that puts them together, and merged once that was done."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import lightning_merge as lm
+from lightning_merge.methods import WeightAverage
+from tests.toys import base_weights, expert_weights
+
+
+def sharded(folder: Path) -> dict[str, torch.Tensor]:
+    """Write an expert as Lightning's FSDP and ModelParallel strategies do, and return its weights."""
+    weights = expert_weights(base_weights(), 0)
+    dcp.save({"model": weights, "optimizer_0": {"state": {}}}, checkpoint_id=folder, no_dist=True)
+    torch.save({"epoch": 0, "pytorch-lightning_version": "2.6.0"}, folder / "meta.pt")
+    return weights
+
+
+def command(error: pytest.ExceptionInfo[lm.MergeError]) -> list[str]:
+    """The command that the sentence says."""
+    return shlex.split(str(error.value).split("`")[1])
+
+
+def test_what_fsdp_wrote_is_merged_after_the_command_that_the_sentence_says():
+    expert = sharded(Path("run/checkpoints/last.ckpt"))
+    for given in ("run", "run/checkpoints/last.ckpt"):
+        with pytest.raises(lm.MergeError, match="as FSDP and ModelParallel write it") as refused:
+            lm.open_weights(given)
+    python, *arguments = command(refused)
+    assert python == "python"
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=120)
+    whole = arguments[-1]
+    base = base_weights()
+    merged = lm.merge(base, {"a": whole, "base": base}, WeightAverage(scale=1.0)).weights
+    torch.testing.assert_close(merged["mlp.weight"], (base["mlp.weight"] + expert["mlp.weight"]) / 2)
+    opened = lm.open_weights(whole)
+    assert {name: tensor.tolist() for name, tensor in opened.items()} == {n: t.tolist() for n, t in expert.items()}
+
+
+@pytest.mark.parametrize("given", ["last.ckpt", "last.ckpt/checkpoint", "run"])
+def test_what_deepspeed_wrote_is_refused_with_its_own_command(given):
+    folder = Path("run/checkpoints/last.ckpt") if given == "run" else Path("last.ckpt")
+    (folder / "checkpoint").mkdir(parents=True)
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"module": base_weights()}, folder / "checkpoint" / name)
+    (folder / "latest").write_text("checkpoint")
+    (folder / "zero_to_fp32.py").write_text("# DeepSpeed's own\n")
+    with pytest.raises(lm.MergeError, match="as DeepSpeed writes it") as refused:
+        lm.open_weights(given)
+    whole = folder.with_name("last.bin")
+    assert command(refused) == ["python", str(folder / "zero_to_fp32.py"), str(folder), str(whole)]
+    torch.save(expert_weights(base_weights(), 0), whole)  # what the script writes, a state dict
+    assert torch.equal(lm.open_weights(whole)["mlp.weight"], expert_weights(base_weights(), 0)["mlp.weight"])
+
+
+def test_a_consolidated_file_in_the_folder_of_the_parts_is_opened_by_its_name():
+    expert = sharded(Path("last.ckpt"))
+    torch.save({"state_dict": expert}, "last.ckpt/whole.ckpt")
+    assert torch.equal(lm.open_weights("last.ckpt/whole.ckpt")["mlp.weight"], expert["mlp.weight"])
