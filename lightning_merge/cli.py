@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.multiprocessing import ProcessRaisedException
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
@@ -55,7 +56,7 @@ class MergeCLI(LightningCLI):
             _check_trainer_class(trainer_class)
             _make_known(model_class is None, datamodule_class is None)
             super().__init__(*given, *args, **kwargs)
-        except ValueError as error:
+        except (ValueError, ProcessRaisedException) as error:
             sentence = _merge_error(error)
             if sentence is None:
                 raise
@@ -140,8 +141,11 @@ class MergeCLI(LightningCLI):
 
 
 def _merge_error(error: BaseException | None) -> MergeError | None:
-    """The MergeError that an error is, or that the parser wrapped when a class could not be instantiated."""
+    """The MergeError that an error is, that the parser wrapped, or that a forked process wrote down as it ended."""
     while error is not None and not isinstance(error, MergeError):
+        if isinstance(error, ProcessRaisedException):
+            _, known, sentence = str(error).rpartition(f"{MergeError.__module__}.{MergeError.__name__}: ")
+            return MergeError(sentence.strip()) if known else None
         error = error.__cause__ or error.__context__
     return error
 

@@ -103,7 +103,12 @@ class TestFitMergeEvaluate:
 
         config = f"--config={CONFIGS / 'fit/digits.yaml'}"
         start = ["--model.weights=experts/upright", "--trainer.default_root_dir=experts/ddp"]
-        launch("fit", config, *TINY_DIGITS, *ddp, *start, "--data.train_domains=[rotated]")
+        merging = ["--trainer.callbacks+=MergeAfterFit", "--trainer.callbacks.base=experts/upright"]
+        merging += ["--trainer.callbacks.experts=[experts/noisy]", "--trainer.callbacks.output=after.ckpt"]
+        launch("fit", config, *TINY_DIGITS, *ddp, *start, "--data.train_domains=[rotated]", *merging)
+        pair = ["experts/noisy", "experts/ddp"]
+        after, by_hand = lm.open_weights("after.ckpt"), lm.merge("experts/upright", pair, lm.methods.SCORE()).weights
+        assert all(torch.equal(after[name], tensor) for name, tensor in by_hand.items())
         one, two = lm.open_weights(experts["rotated"]), lm.open_weights("experts/ddp")
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)

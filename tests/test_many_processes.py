@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 import lightning_merge as lm
+from lightning_merge.cli import main
 from lightning_merge.methods import TIES
 from tests.conftest import ROOT
-from tests.toys import quiet_trainer, tiny_expert
+from tests.toys import image_folders, quiet_trainer, tiny_expert
 
 SCRIPT = str(ROOT / "tests" / "run_on_processes.py")
 TWO = json.dumps({"devices": 2, "strategy": "ddp"})
@@ -82,16 +83,14 @@ def files() -> None:
     lm.save_weights("old.pt", {name: 1.1 * weight for name, weight in start.items()})
 
 
-@pytest.mark.parametrize("how", ["torchrun", "slurm", "ddp"])
+@pytest.mark.parametrize("how", ["torchrun", "slurm"])  # Lightning's own launcher: test_cli.py
 def test_a_fit_that_merges_and_an_evaluation(how):
     """Whoever starts the processes, the merge is that of the files, and the table that of one process."""
-    port = free_port()
     if how == "slurm":
+        port = free_port()
         ended = launch([[sys.executable, SCRIPT, TWO]] * 2, [slurm(rank, port) for rank in range(2)])
-    elif how == "torchrun":
-        ended = launch([[*TORCHRUN, "--standalone", "--nproc-per-node=2", SCRIPT, TWO]])
     else:
-        ended = launch([[sys.executable, SCRIPT, TWO]])
+        ended = launch([[*TORCHRUN, "--standalone", "--nproc-per-node=2", SCRIPT, TWO]])
     assert [status for status, _, _ in ended] == [0] * len(ended), ended[-1][2]
     merged = lm.open_weights("merged.ckpt")
     by_hand = lm.merge("base.pt", ["old.pt", "run/last.ckpt"], TIES()).weights
@@ -112,6 +111,27 @@ def test_a_process_that_cannot_read_an_expert_ends_all():
         assert status == 1
         assert "lightning-merge: There is no file or folder old.pt" in errors.splitlines()[-1]
     assert not Path("merged.ckpt").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no fork")
+def test_more_processes_than_samples_are_a_sentence(capsys):
+    root = image_folders(Path("data"))
+    model = ["--model=Expert", "--model.backbone=timm/vit_tiny_patch16_224", "--model.num_classes=2"]
+    model += ["--model.pretrained=false", "--model.backbone_args={img_size: 32, embed_dim: 16, depth: 1, num_heads: 2}"]
+    three = [
+        "--trainer.devices=3",
+        "--trainer.strategy=ddp_fork",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+    ]
+    data = ["--data=DomainFolders", f"--data.root={root}", "--data.test_domains=[photo]", "--data.test_fraction=0.1"]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *model, *data, *three])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "lightning-merge: 2 samples in batches of 128 cannot be shared out over 3 processes; use fewer"
+    )
 
 
 def ip(*arguments: str) -> None:
@@ -143,8 +163,6 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 def test_two_hosts_merge_and_evaluate_as_one_process(hosts, capsys):
-    from lightning_merge.cli import main
-
     data = ["--model=Expert", "--model.backbone=timm/convnext_tiny", "--model.num_classes=10"]
     data += ["--model.pretrained=false", f"--model.backbone_args={json.dumps(tiny_expert().hparams.backbone_args)}"]
     data += ["--data=Digits", "--data.test_domains=[thick]", "--trainer.enable_progress_bar=false"]
