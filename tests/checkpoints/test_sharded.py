@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,15 @@ def command(error: pytest.ExceptionInfo[lm.MergeError]) -> list[str]:
     return shlex.split(str(error.value).split("`")[1])
 
 
-def test_what_fsdp_wrote_is_merged_after_the_command_that_the_sentence_says():
+def test_what_fsdp_wrote_is_merged_after_the_command_that_the_sentence_says(monkeypatch):
     expert = sharded(Path("run/checkpoints/last.ckpt"))
     for given in ("run", "run/checkpoints/last.ckpt"):
         with pytest.raises(lm.MergeError, match="as FSDP and ModelParallel write it") as refused:
             lm.open_weights(given)
-    python, *arguments = command(refused)
-    assert python == "python"
-    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, timeout=120)
+    python, dash_m, module, *arguments = command(refused)
+    assert [python, dash_m] == ["python", "-m"]
+    monkeypatch.setattr("sys.argv", [module, *arguments])
+    runpy.run_module(module, run_name="__main__")
     whole = arguments[-1]
     base = base_weights()
     merged = lm.merge(base, {"a": whole, "base": base}, WeightAverage(scale=1.0)).weights
