@@ -22,7 +22,7 @@ class SaveTaskVector(Callback):
     The file is an expert wherever experts are given, over this very base: ``lightning-merge merge --base BASE --experts
     '[NAME.task_vector.safetensors]'`` (with ``--method TaskArithmetic --method.scale 1`` it gives the model back). Its
     header holds the base's sha256, so that it is refused over another one. Without ``rank`` and ``dtype`` it is as
-    large as the parameters that were trained, and merges to the same bits as the checkpoint.
+    large as the parameters that were trained, and the merged parameters are to the same bits those of the checkpoint.
 
     The first process writes, and the others wait. In a ``fast_dev_run`` the difference is taken and nothing is written;
     nor is anything after a fit that was interrupted.

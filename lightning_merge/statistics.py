@@ -169,6 +169,8 @@ def _absent(statistics: Mapping[str, Source], needs: Sequence[str], experts: Map
 def command(expert: Weights, kinds: Sequence[str]) -> str:
     """The command that makes the statistics of an expert."""
     path = expert.path or Path("EXPERT.ckpt")
+    if TASK_VECTOR in expert.header:  # they are collected of the checkpoint that it was taken from
+        path = Path(expert.header[TASK_VECTOR]["expert"]["path"] or "EXPERT.ckpt")
     homes = [folder / "config.yaml" for folder in (path.parent, path.parent.parent)]
     config = next((file for file in homes if file.is_file()), "CONFIG.yaml")
     arguments = {"--config": config, "--expert": path, "--kinds": f"[{', '.join(kinds)}]"}

@@ -29,13 +29,14 @@ from lightning_merge.checkpoints import (
     TASK_VECTOR,
     Source,
     Weights,
+    check_dtypes,
     check_output,
     open_safetensors,
     open_weights,
     save_tensors,
 )
 from lightning_merge.differences import Change, Dense, Difference, Product
-from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.inventory import is_of_one_kind, is_running_statistic, unused_patterns
 from lightning_merge.linalg import is_finite, svd
 from lightning_merge.matrices import Matrices, matches
@@ -64,7 +65,9 @@ def save_task_vector(
 ) -> Path:
     """Write what an expert differs by from its base to a file, completely or not at all.
 
-    Without ``rank`` and ``dtype`` every method merges the file to the same bits as the expert itself.
+    Without ``rank`` and ``dtype`` the merged parameters are, to the same bits, those that the expert itself gives. What
+    is excluded from a merge and kept for a task is the base's with the difference added (a head that the base has,
+    too): its last digits may be others, and it is at least float32.
 
     Args:
         path: The file; ends in ``.safetensors``, best in ``.task_vector.safetensors``.
@@ -99,8 +102,8 @@ def check_task_vector(
 ) -> None:
     """Raise a :class:`MergeError` if a task vector cannot be saved (:func:`save_task_vector`), from headers alone."""
     problems = []
-    if rank is not None and rank < 1:
-        problems.append(f"The rank of a task vector must be at least 1, got {rank}.")
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
+        problems.append(f"The rank of a task vector must be a whole number of at least 1, got {rank}.")
     if dtype not in (None, *_DTYPES):
         problems.append(f"A task vector is stored in float32, bfloat16 or float16, not in {dtype}.")
     if path is not None:
@@ -108,6 +111,10 @@ def check_task_vector(
         if path.suffix != ".safetensors":
             problems.append(f"A task vector is a safetensors file; end {path} in {_SUFFIX}.")
     shared = [name for name in base if _is_difference(name, base, expert)]
+    like = {name: meta.dtype for name, meta in base.meta.items()}
+    own = {name: meta for name, meta in expert.meta.items() if name not in shared and like.get(name) != meta.dtype}
+    own = {name: meta for name, meta in own.items() if not matches(name, exclude)}
+    problems += problems_of(check_dtypes, path or _SUFFIX, own)
     if not shared or not is_of_one_kind(list(base), expert):
         problems.append(
             f"{expert.name} is no fine-tuned form of the base: of the base's {len(base)} parameters it has "
@@ -131,7 +138,11 @@ def take_task_vector(
     Raises:
         MergeError: If a difference is not finite, or is not in ``dtype``.
     """
-    tied = _tied(base, expert)
+    tied = {
+        alias: owner
+        for alias, owner in _tied(base, expert).items()
+        if matches(alias, exclude) == matches(owner, exclude)
+    }
     tensors: dict[str, Tensor] = {}
     lost = whole = 0.0
     for name in expert:
@@ -140,7 +151,7 @@ def take_task_vector(
         weight = expert[name].detach().cpu()
         if not _is_difference(name, base, expert):
             if not (name in base and _is_same(weight, base[name].cpu())):
-                tensors[f"own.{name}"] = weight
+                tensors[f"own.{name}"] = weight.clone()  # it may share memory with another one
             continue
         delta = wide(weight) - wide(base[name].detach().cpu())
         if not delta.any():

@@ -40,6 +40,7 @@ from lightning_merge.repairing import Repair
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
+from lightning_merge.task_vector_files import is_task_vector
 
 GridValue = int | float | bool | str
 
@@ -250,6 +251,11 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if model is None or datamodule is None or expert is None:
             raise MergeError(
                 "Statistics need an expert, its model and its data; give --expert, and the config.yaml of its fit."
+            )
+        if is_task_vector(expert):
+            raise MergeError(
+                f"{expert} is a task vector; collect the statistics of the checkpoint that it was taken from: beside "
+                "that they are found for both."
             )
         weights = open_weights(expert)
         check_fit(model, {expert: weights})

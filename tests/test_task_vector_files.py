@@ -184,6 +184,18 @@ def test_tied_parameters(files):
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in base)
 
 
+@pytest.mark.parametrize(("exclude", "kept"), [("embedding.*", "head.weight"), ("head.*", "embedding.weight")])
+def test_one_name_of_a_tied_parameter_is_left_out(exclude, kept):
+    shared, moved = torch.randn(5, 3), torch.randn(5, 3)
+    rest = {f"layer{i}.weight": torch.randn(3, 3) for i in range(3)}
+    base = {"embedding.weight": shared, "head.weight": shared, **rest}
+    expert = {"embedding.weight": moved, "head.weight": moved, **rest}
+    lm.save_task_vector("one.task_vector.safetensors", base, expert, exclude=[exclude])
+    found = lm.open_task_vector("one.task_vector.safetensors", base)
+    for name in ("embedding.weight", "head.weight"):
+        torch.testing.assert_close(found[name], moved if name == kept else shared)
+
+
 def test_the_statistics_of_the_expert_are_those_of_its_task_vector(files):
     for name in ("a", "b"):
         expert = lm.open_weights(f"{name}.safetensors")
@@ -235,7 +247,7 @@ def test_is_no_model_by_itself(files):
 @pytest.mark.parametrize(
     ("arguments", "changes", "message"),
     [
-        ({"rank": 0}, {}, "rank of a task vector must be at least 1, got 0"),
+        ({"rank": 0}, {}, "must be a whole number of at least 1, got 0"),
         ({"dtype": torch.int8}, {}, "not in torch.int8"),
         ({"exclude": ["heads.*"]}, {}, "pattern 'heads.*' matches no parameter"),
         (

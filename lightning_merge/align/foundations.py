@@ -21,7 +21,7 @@ from lightning_merge.checkpoints import Source, Weights, open_weights
 from lightning_merge.computation import mean_of
 from lightning_merge.errors import raise_all
 from lightning_merge.lora import open_expert
-from lightning_merge.prefixes import as_named, match_names, own_names
+from lightning_merge.prefixes import Renamed, match_names, own_names
 
 Match = Callable[[Mapping[str, Weights]], Mapping[str, Permutation]]
 """Finds the permutation of every foundation, by its name."""
@@ -147,4 +147,8 @@ def align_experts(
 def _open_expert(name: str, source: Source, foundation: Weights) -> Weights:
     """Open an expert under the names under which its foundation is seen; its head may have another shape."""
     original = own_names(foundation)
-    return as_named(match_names(original, open_expert(source, original, f"expert {name}")), foundation)
+    expert = match_names(original, open_expert(source, original, f"expert {name}"))
+    if not isinstance(foundation, Renamed):
+        return expert
+    prefix = foundation.prefix  # of the head, too, which the foundation may lack
+    return Renamed(expert, {prefix.applied(key): key for key in expert}, prefix)

@@ -84,11 +84,11 @@ class JobList(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         arguments = self.trainer.arguments | {"callbacks": self.trainer.given_callbacks, "logger": False}
-        return self.__dict__ | {"trainer": (type(self.trainer), arguments)}
+        return self.__dict__ | {"trainer": (type(self.trainer), self.trainer.positional, arguments)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        trainer, arguments = state["trainer"]
-        self.__dict__.update(state | {"trainer": trainer(**arguments)})
+        trainer, positional, arguments = state["trainer"]
+        self.__dict__.update(state | {"trainer": trainer(*positional, **arguments)})
 
 
 def do(job: Job, seed: int) -> float:
@@ -166,10 +166,11 @@ def read_done(folder: Path) -> dict[str, Any]:
 
 def settings_of(trainer: MergeTrainer, model: LightningModule, datamodule: DomainDataModule) -> dict[str, Any]:
     """What results depend on: the model and its weights, the data, the trainer and its callbacks."""
+    positional = {"positional": list(trainer.positional)} if trainer.positional else {}
     return {
         "model": {"class": type(model).__name__, **dict(model.hparams)},
         "data": datamodule.description() | {"test_on": datamodule.test_on},
-        "trainer": {k: v for k, v in trainer.arguments.items() if v is not None and k not in _ELSEWHERE},
+        "trainer": {k: v for k, v in trainer.arguments.items() if v is not None and k not in _ELSEWHERE} | positional,
         "callbacks": [_describe_callback(callback) for callback in trainer.given_callbacks],
         "weights": _fingerprint(model),
     }

@@ -16,11 +16,13 @@ from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import problems_of, raise_all
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
 from lightning_merge.folders import is_folder
+from lightning_merge.lora import is_adapter
 from lightning_merge.merged import Merged
 from lightning_merge.methods import MergeMethod
 from lightning_merge.recorded_moments import moments_file, read_moments
 from lightning_merge.repair import save_corrections
 from lightning_merge.repairing import Repair, repair
+from lightning_merge.task_vector_files import is_task_vector
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -70,7 +72,8 @@ class SeveralFoundations:
         if self.correction is not None and resume:
             problems.append("A merge that is repaired is written when it is complete, so that there is no resume.")
         if self.correction is not None and self.correction.recorded and isinstance(experts, Mapping):
-            for name, path in experts.items():
+            whole = {name: path for name, path in experts.items() if not (is_adapter(path) or is_task_vector(path))}
+            for name, path in whole.items():
                 problems += problems_of(lambda name=name, path=path: read_moments(open_weights(path), name))
         raise_all(problems)
         if self._needs_images:

@@ -113,6 +113,18 @@ def test_an_expert_without_a_foundation_is_refused(origin, message):
         align_experts(FOUNDATIONS, EXPERTS, origin, None)
 
 
+def test_a_head_that_the_foundation_lacks_is_named_as_in_the_module():
+    def blocks(prefix: str = "") -> dict[str, torch.Tensor]:
+        return {f"{prefix}blocks.{i}.weight": torch.randn(4, 4) for i in range(24)}
+
+    foundations = {"a": blocks(), "b": blocks()}
+    experts = {name: {**weights, "head.weight": torch.ones(3, 4)} for name, weights in foundations.items()}
+    module = {**blocks("model."), "model.head.weight": torch.zeros(3, 4)}
+    aligned = align_experts(foundations, experts, {"a": "a", "b": "b"}, None, module)
+    merged = lm.merge(aligned.base, aligned.experts, lm.methods.TaskArithmetic(), exclude=["model.head.*"])
+    assert merged.for_task("a")["model.head.weight"].sum() == 12
+
+
 def test_a_model_of_another_architecture_is_named():
     other = EXPERTS | {"letters": EXPERTS["letters"] | {"out.weight": torch.randn(6, 5)}}
     with pytest.raises(MergeError, match=r"'out.weight' has shape \(6, 5\) in expert letters"):

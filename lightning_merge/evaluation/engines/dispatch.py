@@ -72,8 +72,9 @@ class Dispatch:
                 self._hand_out(self._take())
                 while self._running:
                     bar.update(len(self._finished) - bar.n)
-                    for handle, outcome in self._workers.wait(list(self._running)):
-                        self._note(self._running.pop(handle), outcome)
+                    ended = self._workers.wait(list(self._running))
+                    for job, outcome in [(self._running.pop(handle), outcome) for handle, outcome in ended]:
+                        self._note(job, outcome)
                     if self._failure is None:
                         self._hand_out(self._take())
                 bar.update(len(self._finished) - bar.n)

@@ -83,7 +83,7 @@ class Parcel:
                 "under the same names, so start it from a folder that all machines share."
             )
         os.chdir(self.cwd)
-        sys.path.extend(folder for folder in self.path if folder not in sys.path)
+        sys.path[:] = [*self.path, *(folder for folder in sys.path if folder not in self.path)]
         torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision(self.precision)
         benchmark: JobList = cloudpickle.loads((self.folder / "benchmark.pickle").read_bytes())

@@ -86,6 +86,16 @@ def test_a_failure_lets_finish_what_runs_and_begins_nothing(outcome, kind, messa
     assert waited.handed == [["base"], ["a", "b"]]
 
 
+def test_two_that_end_at_once_of_which_one_has_failed():
+    class AtOnce(Scripted):
+        def wait(self, handles):
+            failed = Outcome(error="too loud", known=True)
+            return [(handle, failed if handle[0] == "a" else Outcome()) for handle in handles]
+
+    with pytest.raises(MergeError, match="The job 'a' has failed: too loud"):
+        dispatch(AtOnce())
+
+
 def test_an_interrupt_ends_what_runs(caplog):
     workers = Scripted({"a": [KeyboardInterrupt()]})
     with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 import lightning_merge as lm
 from lightning_merge.cli import main
@@ -16,6 +18,7 @@ from lightning_merge.evaluation.engines import Ray, Sequential, Slurm, make_engi
 from lightning_merge.evaluation.engines.elsewhere import Elsewhere
 from lightning_merge.evaluation.engines.parcels import Parcel, clear, send, withdraw
 from lightning_merge.evaluation.foundations import Arm, Foundations, FoundationsBenchmark
+from lightning_merge.evaluation.jobs import settings_of
 from lightning_merge.methods import SCORE
 from lightning_merge.repairing import Repair
 from tests.conftest import ROOT
@@ -99,6 +102,28 @@ class TestParcels:
         assert (outcome.known, "Traceback" in outcome.error) == (False, True)
         elsewhere = parcel(cwd=Path("/nowhere"))()
         assert "There is no folder /nowhere on" in elsewhere.error
+
+    def test_the_trainer_keeps_what_it_was_given_by_position(self):
+        class Theirs(Trainer):
+            def __init__(self, epochs, **rest):
+                super().__init__(max_epochs=epochs, **rest)
+
+        class Ours(lm.MergeTrainer, Theirs):
+            pass
+
+        trainers = [Ours(epochs, accelerator="cpu", devices=1, logger=False) for epochs in (3, 5)]
+        cloudpickle = pytest.importorskip("cloudpickle")
+        sent = pickle.loads(cloudpickle.dumps(benchmark(trainer=trainers[0])))
+        assert sent.trainer.max_epochs == 3
+        settings = [settings_of(trainer, tiny_expert(), lm.Digits())["trainer"] for trainer in trainers]
+        assert settings[0] != settings[1]
+
+    def test_modules_are_the_driver_s(self, monkeypatch):
+        send(benchmark(), Path("sent"))
+        first = [str(Path("project").absolute()), *sys.path]
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        parcel(path=first)()
+        assert sys.path == first
 
     def test_after_a_failure_nothing_begins(self):
         send(benchmark(), Path("sent"))
