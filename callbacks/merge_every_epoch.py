@@ -29,7 +29,7 @@ class MergeEveryEpoch(BesideCallback):
             name.
         method: The merging method whose results are logged as ``merged/NAME``; SCORE by default.
         methods: Several merging methods instead, by the name under which their results are logged.
-        every_n: Merge at each validation, or at every second, third, …
+        every_n: Merge at each validation, or at every second, third, … (then nothing can monitor the results).
         **options: What :class:`lightning_merge.callbacks.merging_callback.MergingCallback` takes.
     """
 
@@ -56,8 +56,19 @@ class MergeEveryEpoch(BesideCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out before the fit whether the merges can work."""
         if stage == "fit":
+            self._check_monitors(trainer)
             self.check_step(trainer, pl_module)
             self.check(trainer, pl_module, self.methods, with_run=True)
+
+    def _check_monitors(self, trainer: Trainer) -> None:
+        """Raise a :class:`MergeError` if a callback looks for a result before there is one."""
+        for callback in trainer.callbacks:
+            monitor = getattr(callback, "monitor", None) or ""
+            if self.every_n > 1 and any(monitor.startswith(f"{row}/") for row in self.methods):
+                raise MergeError(
+                    f"{type(callback).__name__} monitors {monitor!r} at every validation, and MergeEveryEpoch measures "
+                    f"it in one of {self.every_n} only; leave every_n at 1."
+                )
 
     def evaluates(self, trainer: Trainer) -> bool:
         """In every n-th validation of a fit."""

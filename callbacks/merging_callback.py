@@ -124,7 +124,7 @@ class MergingCallback(Callback):
         opened, failure = None, None
         try:
             opened = self._open(own, method, run() if callable(run) else run)
-        except MergeError as error:
+        except Exception as error:  # raised below, together with the other processes
             failure = error
         with processes.together():
             if processes.is_first and failure is not None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.checkpoints import check_output, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
+from lightning_merge.completion import Completed
 from lightning_merge.data.each_once import each_once
 from lightning_merge.errors import MergeError
 from lightning_merge.recording import record, statistics_batches
@@ -27,7 +28,8 @@ class RecordStatistics(Callback):
     Weights, modes and random numbers stay as they are.
 
     The data are read once more, in order, every sample once, and every process takes its part, so that the numbers do
-    not depend on the number of processes. This package's data modules have a ``statistics_dataloader()``: the training
+    not depend on the number of processes (but with ``batches``, or ``fisher="batch"``, where a batch has less than two
+    samples for each of them). This package's data modules have a ``statistics_dataloader()``: the training
     samples without augmentation. Of any other project's loaders the samples are taken with the augmentation that they
     have; streams and batches of the project's own making are read as each process gets them.
 
@@ -118,7 +120,10 @@ class RecordStatistics(Callback):
         processes, expert, path = processes_of_run(), None, None
         with processes.together():
             if processes.is_first:  # a checkpoint may be on its disk alone
-                expert = open_weights(pl_module.state_dict() if checkpoint is None else checkpoint)
+                own = open_weights(pl_module.state_dict())
+                expert = own if checkpoint is None else open_weights(checkpoint)
+                if any(name not in expert for name in own):
+                    expert = Completed(expert, own)  # a checkpoint may leave out what is frozen
                 path = Path(self.output) if self.output is not None else statistics_file(expert)
                 if path is None and not trainer.fast_dev_run:
                     raise MergeError(

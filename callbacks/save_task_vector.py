@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_merge.callbacks.merging_callback import makes_layers_late
 
 from lightning_merge.checkpoints import TASK_VECTOR, Weights, open_weights, save_tensors
 from lightning_merge.errors import MergeError
@@ -64,10 +65,20 @@ class SaveTaskVector(Callback):
             return
         check_whole(trainer, "SaveTaskVector")
         check_which(trainer, self.checkpoint, "SaveTaskVector")
-        processes = processes_of_run()
-        with processes.together():
+        with processes_of_run().together():
             if self.output is None and trainer.checkpoint_callback is None and not trainer.fast_dev_run:
                 raise MergeError("SaveTaskVector: no checkpoint is written, beside which to write; give output=….")
+        if not makes_layers_late(pl_module):
+            self._check(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a module that may have made its layers only now."""
+        if makes_layers_late(pl_module):
+            self._check(pl_module)
+
+    def _check(self, pl_module: LightningModule) -> None:
+        processes = processes_of_run()
+        with processes.together():
             if processes.is_first:
                 output = None if self.output is None else Path(self.output).expanduser()
                 check_task_vector(output, *self._models(open_weights(pl_module.state_dict(), "this run")), *self._how)

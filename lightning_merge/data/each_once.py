@@ -79,6 +79,13 @@ def _own_order(sampler: Sampler | Iterable[int]) -> list[int] | None:
         return None
     if type(own) is RandomSampler and not own.replacement and len(own) == len(own.data_source):
         return None
+    generators = [value for value in vars(own).values() if isinstance(value, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)  # so that all processes draw the same
-        return sorted(islice(own, len(own)))
+        for generator in (torch.default_generator, *generators):
+            generator.manual_seed(0)  # so that all processes draw the same
+        try:
+            return sorted(islice(own, len(own)))
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from types import CellType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -33,8 +34,9 @@ def copy_with_weights(module: LightningModule, weights: Mapping[str, Tensor]) ->
             the module's device and dtype.
 
     Raises:
-        MergeError: If an attribute of the module cannot be copied.
+        MergeError: If an attribute of the module cannot be copied, or is a function that holds on to its layers.
     """
+    _check_functions(module)
     twin = object.__new__(type(module))
     memo: dict[int, Any] = {id(module): twin}
     for part in module.modules():
@@ -59,6 +61,25 @@ def copy_with_weights(module: LightningModule, weights: Mapping[str, Tensor]) ->
     for metric in (part for part in twin.modules() if isinstance(part, Metric)):
         metric.reset()
     return twin
+
+
+def _check_functions(module: LightningModule) -> None:
+    """Raise a :class:`MergeError` if a function in an attribute would run the original's layers in a copy."""
+    for part in (part for part in module.modules() if not isinstance(part, Metric)):  # a metric makes them anew
+        for name, value in vars(part).items():
+            if name in _COMPILED or not any(map(_holds_weights, getattr(value, "__closure__", None) or ())):
+                continue
+            raise MergeError(
+                f"Other weights are evaluated in copies of {type(module).__name__}, and the function in the attribute "
+                f"{name!r} of {type(part).__name__} would still use the original's; make it a method."
+            )
+
+
+def _holds_weights(cell: CellType) -> bool:
+    try:
+        return isinstance(cell.cell_contents, (nn.Module, Tensor))
+    except ValueError:  # it is empty
+        return False
 
 
 def _like(own: Tensor, other: Tensor) -> Tensor:

@@ -174,6 +174,12 @@ def test_every_second_validation():
     assert ["merged/val/loss" in metrics for metrics in record.metrics] == [False, True]
 
 
+def test_what_is_there_at_every_second_validation_cannot_be_monitored():
+    callbacks = [MergeEveryEpoch("base.ckpt", ["a.ckpt"], every_n=2), ModelCheckpoint(monitor="merged/val_loss")]
+    with pytest.raises(lm.MergeError, match="measures it in one of 2 only; leave every_n at 1"):
+        fit(*callbacks, enable_checkpointing=True)
+
+
 def test_fast_dev_run_and_twice_in_one_trainer():
     record = Record()
     fit(MergeEveryEpoch(**EXPERTS), record, fast_dev_run=True)

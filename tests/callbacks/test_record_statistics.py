@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_merge.callbacks import RecordStatistics
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import lightning_merge as lm
 from lightning_merge.collect_statistics import Recipe, StatisticsCollector, collect_statistics
@@ -171,7 +171,7 @@ def run(callback, *more, data=None, processes=1, model=None, **arguments):
     settings = {"max_epochs": 1, "num_sanity_val_steps": 0, "enable_checkpointing": saving, **parallel, **arguments}
     trainer = quiet_trainer(callbacks=[callback, *more], **settings)
     model, data = model or Stranger(), data or Samples()
-    if callback.when == "fit":
+    if getattr(callback, "when", "fit") == "fit":
         trainer.fit(model, datamodule=data)
     else:
         trainer.validate(model, datamodule=data, verbose=False)
@@ -239,6 +239,26 @@ class TestAnyProject:
         assert found["fisher.hidden.weight"].abs().max() > 0
         with pytest.raises(lm.MergeError, match="of no checkpoint, beside which to write"):
             trainer.validate(model, Samples(), verbose=False)
+
+    def test_a_sampler_with_random_numbers_of_its_own_draws_as_without(self):
+        class Drawn(Samples):
+            def train_dataloader(self):
+                draw = torch.Generator().manual_seed(5)
+                sampler = WeightedRandomSampler([1.0] * 13, 13, generator=draw)
+                return DataLoader(TensorDataset(self.inputs, self.targets), 4, sampler=sampler)
+
+        with_, without = Stranger(), Stranger()
+        run(RecordStatistics(["moments"], output="a.safetensors"), data=Drawn(), model=with_)
+        run(Callback(), data=Drawn(), model=without)
+        assert torch.equal(with_.head.weight, without.head.weight)
+
+    def test_a_checkpoint_that_leaves_out_what_is_frozen(self):
+        class Partly(Stranger):
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "head" in k}
+
+        run(RecordStatistics(["fisher"]), ModelCheckpoint(dirpath="run", filename="part"), model=Partly())
+        assert "fisher.hidden.weight" in lm.open_weights("run/part.statistics.safetensors")
 
     def test_a_validation_within_a_fit_records_nothing(self):
         trainer = quiet_trainer(callbacks=[RecordStatistics(output="a.safetensors", when="validate")], max_epochs=1)

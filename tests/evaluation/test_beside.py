@@ -131,6 +131,13 @@ def test_precision_is_the_trainers():
 
 
 class TestCopy:
+    def test_a_function_that_holds_on_to_a_layer_is_refused(self):
+        module = Classifier()
+        layer = next(part for part in module.modules() if isinstance(part, nn.Linear))
+        module.shortcut = lambda x: layer(x)
+        with pytest.raises(lm.MergeError, match="'shortcut' of Classifier would still use the original's"):
+            copy_with_weights(module, module.state_dict())
+
     def test_it_shares_no_tensor_with_the_original_and_takes_the_weights_as_they_are(self):
         module, state = Classifier(), weights(1)
         twin = copy_with_weights(module, state)
