@@ -98,7 +98,7 @@ def test_two_that_end_at_once_of_which_one_has_failed():
 
 def test_an_interrupt_ends_what_runs(caplog):
     workers = Scripted({"a": [KeyboardInterrupt()]})
-    with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):
+    with caplog.at_level("INFO", logger="lightning.pytorch"), pytest.raises(KeyboardInterrupt):
         dispatch(workers)
     assert workers.stopped == ["a", "b"]
     assert "interrupted; the same command goes on" in caplog.text

@@ -30,7 +30,7 @@ def _cluster():
 def test_a_killed_worker_costs_its_job_and_no_digit(monkeypatch, caplog):
     table = run(output="alone")
     Path("fits.txt").unlink()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         on_ray = run("ray", Die())
     assert on_ray.markdown() == table.markdown()
     assert results("out") == results("alone")

@@ -71,7 +71,7 @@ def test_an_array_whose_machine_fails_gives_the_table_of_one_process(slurm, capl
     table = run(output="alone")
     shutil.copytree("alone", "out", ignore=shutil.ignore_patterns("held_out", "results.jsonl", "table.*"))
     engine = Slurm(partition="cpu", account="me", time=7, memory=2, more={"qos": "high"})
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         on_slurm = run(engine)
     assert on_slurm.markdown() == table.markdown()
     assert results("out") == results("alone")
