@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_merge.evaluation.repeats import check_enough, loaders_of
 from lightning_merge.trainers import processes_of_run
 
 
-class BesideCallback(MergingCallback):
+class BesideCallback(MergingCallback, ABC):
     """Evaluates other weights of the module on the batches of its own evaluation, and logs ``ROW/NAME`` for each.
 
     ``NAME`` is whatever the module logs by epoch, in its ``validation_step`` or ``test_step`` and the hooks around it.
@@ -28,13 +29,13 @@ class BesideCallback(MergingCallback):
 
     _beside: Beside | None = None
 
+    @abstractmethod
     def evaluates(self, trainer: Trainer) -> bool:
         """Whether to evaluate anything in the evaluation that a trainer is in."""
-        raise NotImplementedError
 
+    @abstractmethod
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
         """By row, all weights of the module, under their plain names; all processes call it."""
-        raise NotImplementedError
 
     def after(self, rows: dict[str, dict[str, float]]) -> None:
         """Take what was measured, by row and name."""

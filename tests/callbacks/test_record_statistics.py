@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import lightning_merge as lm
 from lightning_merge.collect_statistics import Recipe, StatisticsCollector, collect_statistics
 from lightning_merge.sharing import Processes
+from tests.test_recording import assert_equal, by_hand
 from tests.test_sharing import on_processes
 from tests.toys import quiet_trainer, tiny_expert
 
@@ -31,21 +32,6 @@ def fit(*callbacks, data=None, **arguments):
     model = tiny_expert(learning_rate=1e-2)
     trainer.fit(model, datamodule=data or lm.Digits(train_domains=["noisy"], batch_size=64))
     return trainer, model
-
-
-def assert_equal(found, expected, tolerance=1e-6):
-    """To a share of the largest entry of each tensor."""
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
-
-
-def by_hand(model, recipe, domain="noisy", batch_size=64):
-    """Over the plain training split, without Lightning."""
-    data = lm.Digits()
-    images, labels = data.dataset(domain, data.split(domain, "train"), augment=False)[:]
-    batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    return collect_statistics(model, batches, recipe)
 
 
 class TestRecordStatistics:
