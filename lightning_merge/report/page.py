@@ -1,0 +1,74 @@
+"""What stands on a page, before it is HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lightning_merge.report.grid import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure and what it shows.
+
+    Args:
+        figure: Drawn by :mod:`lightning_merge.report.plots`.
+        title: What it is, in a few words.
+        caption: What is to be seen, in sentences; a screen reader reads this in its place.
+    """
+
+    figure: Figure
+    title: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text as a program reads it: YAML, a command.
+
+    Args:
+        text: The text.
+        title: What it is.
+        folded: Whether it is shown only when it is asked for.
+    """
+
+    text: str
+    title: str
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Args:
+        title: Its heading, which stands in the table of contents, too.
+        parts: What it consists of, in this order; a string is a paragraph.
+    """
+
+    title: str
+    parts: Sequence[str | Grid | Picture | Listing]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report.
+
+    Args:
+        title: The heading.
+        summary: The answers, in sentences, before anything else.
+        sections: The parts.
+        warnings: What a reader must know before believing it, in sentences.
+        facts: Short pairs that stand below the heading: the date, the version, the number of experts.
+    """
+
+    title: str
+    summary: Sequence[str]
+    sections: Sequence[Section]
+    warnings: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
