@@ -32,6 +32,11 @@ class Table:
     metric: str = "accuracy"
 
     @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric is an error."""
+        return self.metric in _LOWER_IS_BETTER
+
+    @property
     def domains(self) -> list[str]:
         """The domains, in the order of the records."""
         return list(dict.fromkeys(record["domain"] for record in self.records))
@@ -64,7 +69,7 @@ class Table:
         values = self.values(row)
         if len(values) < len(self.domains):
             return None
-        return max(values) if self.metric in _LOWER_IS_BETTER else min(values)
+        return max(values) if self.lower_is_better else min(values)
 
     def normalized(self, row: str) -> float | None:
         """The mean over the domains of the value divided by that of the domain's own expert."""
@@ -82,7 +87,7 @@ class Table:
     @property
     def _is_normalized(self) -> bool:
         """Whether there is a sensible ratio to the own expert, and an own expert to divide by."""
-        return self.metric not in _LOWER_IS_BETTER and self.mean(OWN_EXPERT) is not None
+        return not self.lower_is_better and self.mean(OWN_EXPERT) is not None
 
     def line(self, row: str) -> list[float | None]:
         """The numbers of a row, in the order of the header, in [0, 1]."""
@@ -93,7 +98,7 @@ class Table:
         """The table in Markdown, in percent; the best method of every column is bold."""
         lines = {row: self.line(row) for row in self.row_names}
         methods = [row for row in lines if is_method(row)]
-        choose = min if self.metric in _LOWER_IS_BETTER else max
+        choose = min if self.lower_is_better else max
         best = [
             choose((lines[row][i] for row in methods if lines[row][i] is not None), default=None)
             for i in range(len(self.header) - 1)
