@@ -1,0 +1,142 @@
+"""A page as one HTML file that needs nothing else: no network, no other file."""
+
+from __future__ import annotations
+
+import io
+import math
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_merge.checkpoints import write_text
+from lightning_merge.report.grid import Cell, Grid
+from lightning_merge.report.page import Listing, Page, Picture
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+_SCRIPTS = ("sortable.min.js", "page.js")
+
+
+def write_page(page: Page, path: str | Path, *, data: Mapping[str, Any] | None = None) -> Path:
+    """Write a page into one HTML file, completely or not at all.
+
+    Args:
+        page: What stands on it.
+        path: The file, whose folder is made.
+        data: Numbers behind the page, which a reader can save as JSON; what is not finite becomes null.
+
+    Returns:
+        The file.
+    """
+    path = Path(path)
+    text = render(page, data=data)
+    write_text(path, text)
+    return path
+
+
+def render(page: Page, *, data: Mapping[str, Any] | None = None) -> str:
+    """A page as HTML, with its styles, its script, its figures and its data inside; the same page is the same text.
+
+    Every name and every sentence is escaped. The page's own policy forbids the browser to load anything and to run any
+    script but the page's own.
+
+    Args:
+        page: What stands on it.
+        data: Numbers behind the page, which a reader can save as JSON; what is not finite becomes null.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("lightning_merge.report", "assets"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.tests |= {
+        name: _is(kind) for name, kind in (("grid", Grid), ("picture", Picture), ("listing", Listing))
+    }
+    environment.filters |= {"svg": _svg, "copies": _copies, "columns": _columns, "sort_key": _sort_key}
+    script = "\n".join(_asset(name) for name in _SCRIPTS)
+    return environment.get_template("page.html.jinja").render(
+        page=page,
+        style=Markup(_asset("page.css")),
+        script=Markup(script),
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        data=None if data is None else _finite(data),
+    )
+
+
+def _asset(name: str) -> str:
+    """A file that is part of every page."""
+    return files("lightning_merge.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _is(kind: type) -> Any:
+    """A test for the template."""
+    return lambda part: isinstance(part, kind)
+
+
+def _columns(grid: Grid) -> list[str]:
+    """For every column ``number``, where there are numbers and no other values, or ``text``."""
+    columns = [[row[i].value for row in grid.rows if row[i].value is not None] for i in range(len(grid.header))]
+    return ["text" if not values or any(isinstance(value, str) for value in values) else "number" for values in columns]
+
+
+def _sort_key(cell: Cell, column: str) -> str:
+    """What the browser sorts a cell by: "" stands last in both directions, what is a number is compared as one."""
+    if column == "text":
+        text = cell.text if cell.value is None else str(cell.value)
+        return text and f"x{text}"  # so that a name which is a number, too, is compared as text
+    if cell.value is None or math.isnan(cell.value):
+        return ""
+    return repr(float(cell.value)).replace("inf", "Infinity")
+
+
+def _copies(grid: Grid) -> dict[str, dict[str, list[str]]]:
+    """The lines of the table in each format: those before the rows, one for each row, and those after them."""
+    markdown, latex = grid.markdown().split("\n"), grid.latex().split("\n")
+    header = replace(grid, rows=[]).csv()
+    return {
+        "Markdown": _lines(markdown, before=2, rows=len(grid.rows)),
+        "CSV": {
+            "before": [header.removesuffix("\n")],
+            "rows": [replace(grid, rows=[row]).csv().removeprefix(header).removesuffix("\n") for row in grid.rows],
+            "after": [""],
+        },
+        "LaTeX": _lines(latex, before=latex.index(r"    \midrule") + 1, rows=len(grid.rows)),
+    }
+
+
+def _lines(lines: list[str], *, before: int, rows: int) -> dict[str, list[str]]:
+    return {"before": lines[:before], "rows": lines[before : before + rows], "after": lines[before + rows :]}
+
+
+def _svg(picture: Picture) -> Markup:
+    """A figure as an SVG element, whose text can be selected."""
+    import matplotlib
+    from markupsafe import Markup
+
+    out = io.StringIO()
+    settings = {"svg.fonttype": "none", "svg.hashsalt": picture.title}
+    with matplotlib.rc_context(settings):
+        picture.figure.savefig(
+            out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+    text = out.getvalue()
+    return Markup(text[text.index("<svg") :])
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
