@@ -41,12 +41,12 @@ from lightning_merge.analysis import (
     project,
     task_plane,
 )
-from lightning_merge.evaluation.markdown import markdown_table
 from lightning_merge.evaluation.merge_data import calibration_images
 from lightning_merge.evaluation.task_models import model_of_task
 from lightning_merge.methods import TaskArithmetic
 from lightning_merge.repair import corrected_weights, find_head, find_sites, probe_head, tact
 from lightning_merge.repairing import Repair, repair
+from lightning_merge.report import Cell, Grid
 from lightning_merge.sites import Site
 
 SCALE = 0.4
@@ -280,7 +280,7 @@ def probes(study: Study, counts: Sequence[int] = (1, 2, 4, 16)) -> str:
                 found[task] = accuracy(task, weights)
             rows.setdefault(name, []).append(f"{100 * normalized_accuracy(found, own).average:.1f}")
     header = [f"{len(tasks)} tasks", *(f"{64 * count} images" for count in counts)]
-    return markdown_table(header, [[name, *cells] for name, cells in rows.items()])
+    return Grid(header, [[Cell(name), *map(Cell, cells)] for name, cells in rows.items()]).markdown()
 
 
 def main(args: list[str] | None = None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +15,9 @@ from torch import Tensor
 from lightning_merge.checkpoints import Weights, open_weights, write_text
 from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.evaluation.candidates import check_fit
-from lightning_merge.evaluation.markdown import markdown_table
 from lightning_merge.methods import MergeMethod
 from lightning_merge.prefixes import match_names
+from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.sharing import Processes
 from lightning_merge.trainers import check_whole, processes_of_run
 
@@ -44,7 +42,7 @@ class CompareMerged(BesideCallback):
         experts: The checkpoints (run folders, adapters, task vectors) of the experts: a list, or a mapping from a name.
         methods: Merging methods, by row; the experts are merged in memory when the evaluation starts.
         stages: Where to compare; ``fit`` stands for the validations of a fit.
-        output: Where to write the table as well: a ``.csv`` file, with all digits, or a ``.md`` file.
+        output: Where to write the table as well: a ``.csv`` file, with all digits, a ``.md`` or a ``.tex`` file.
         **options: What :class:`lightning_merge.callbacks.merging_callback.MergingCallback` takes.
     """
 
@@ -92,8 +90,10 @@ class CompareMerged(BesideCallback):
             raise MergeError(f"CompareMerged cannot call a row {taken[0]!r}, which is taken; give it another name.")
         if self.methods and not (self.base and self.experts):
             raise MergeError("CompareMerged has methods and lacks what to merge; give it a base and experts.")
-        if self.output is not None and Path(self.output).suffix not in (".csv", ".md"):
-            raise MergeError(f"CompareMerged writes its table as .csv or .md, and not as {self.output}; rename it.")
+        if self.output is not None and Path(self.output).suffix not in (".csv", ".md", ".tex"):
+            raise MergeError(
+                f"CompareMerged writes its table as .csv, .md or .tex, and not as {self.output}; rename it."
+            )
 
     def _check(self, row: str, pl_module: LightningModule, own: Weights) -> None:
         check_fit(pl_module, {row: self._candidate(row, own).meta})
@@ -142,8 +142,8 @@ class CompareMerged(BesideCallback):
             if processes.is_first:
                 sys.stdout.write(f"\n{self.markdown()}\n")
                 if self.output is not None:
-                    is_csv = Path(self.output).suffix == ".csv"
-                    write_text(Path(self.output), self.csv() if is_csv else self.markdown() + "\n")
+                    texts = {".csv": self.csv(), ".md": f"{self.markdown()}\n", ".tex": f"{self.grid().latex()}\n"}
+                    write_text(Path(self.output), texts[Path(self.output).suffix])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in a validation."""
@@ -153,18 +153,19 @@ class CompareMerged(BesideCallback):
     def _names(self) -> list[str]:
         return list(dict.fromkeys(name for record in self.table for name in record if name != "row"))
 
+    def grid(self) -> Grid:
+        """The table as it is shown, with four digits."""
+
+        def cell(value: float | None) -> Cell:
+            return Cell("") if value is None else Cell(f"{value:.4g}", value)
+
+        rows = [[Cell(record["row"]), *(cell(record.get(name)) for name in self._names)] for record in self.table]
+        return Grid(["candidate", *self._names], rows)
+
     def markdown(self) -> str:
         """The table in Markdown, with four digits."""
-        body = [
-            [record["row"], *(f"{record[name]:.4g}" if name in record else "" for name in self._names)]
-            for record in self.table
-        ]
-        return markdown_table(["candidate", *self._names], body)
+        return self.grid().markdown()
 
     def csv(self) -> str:
         """The table as CSV, with all digits."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["candidate", *self._names])
-        writer.writerows([record["row"], *(record.get(name, "") for name in self._names)] for record in self.table)
-        return out.getvalue()
+        return self.grid().csv()

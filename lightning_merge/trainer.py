@@ -299,7 +299,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 A field of the method inside another one is written as ``method.density``.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             output: The file to write: .ckpt, .safetensors or .pt.
-            results: The folder for the table of all settings: results.jsonl, table.md and table.csv.
+            results: The folder for the table of all settings: results.jsonl, table.md, table.tex and table.csv.
             patience: Go on to the next setting of the other fields once this many coefficients in a row have not
                 raised the mean accuracy; null tries all of them.
             at_once: Merged models that are in memory and evaluated at the same time.
@@ -361,7 +361,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             candidates: Checkpoints to compare, by the name of their row.
             experts: Experts' checkpoints by domain, for the rows "own expert" and "logit ensemble" (of the others).
             base: Weights of the row "base", if they are not those of the model as configured.
-            output: A folder for table.md and table.csv.
+            output: A folder for table.md, table.tex and table.csv.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -416,7 +416,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             model: The module of every expert, as it is before any fit.
             datamodule: The data of all domains. With ``test_on: all`` a held-out domain is evaluated as a whole.
             methods: The methods to compare, by the name of their row.
-            output: The folder for experts, results.jsonl, table.md and table.csv.
+            output: The folder for experts, results.jsonl, table.md, table.tex and table.csv.
             domains: The domains to leave out in turn; by default all but those of the base.
             pretrain: Fit the base first, on domains of its own; by default the model as it is configured is the base.
             statistics: How the experts' statistics are collected, for methods that need them; the kinds are theirs.

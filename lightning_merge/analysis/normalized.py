@@ -26,8 +26,8 @@ class NormalizedAccuracy:
 
     @property
     def worst(self) -> float:
-        """The value of the worst task."""
-        return min(self.by_task.values())
+        """The value of the worst task; NaN if one is."""
+        return max(self.by_task.values(), key=lambda value: (math.isnan(value), -value))
 
 
 def normalized_accuracy(accuracies: Mapping[str, float], experts: Mapping[str, float]) -> NormalizedAccuracy:

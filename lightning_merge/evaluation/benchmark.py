@@ -7,7 +7,7 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
     output/experts/DOMAIN/          one expert each: expert.ckpt, logs
     output/experts/DOMAIN/expert.statistics.safetensors   of their data, where a method needs them
     output/held_out/DOMAIN/done     what was measured on that domain
-    output/results.jsonl, table.md, table.csv
+    output/results.jsonl, table.md, table.tex, table.csv
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Benchmark(JobList):
         return read_done(self.output / "held_out" / domain).get("records", [])
 
     def write_results(self) -> Table:
-        """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
+        """Write ``results.jsonl`` and the table from what was measured, and return the table."""
         records = [record for domain in self.domains for record in self._records(domain)]
         position = {name: i for i, name in enumerate(self.methods)}
         kept = [record for record in records if record["method"] is None or record["row"] in position]

@@ -6,7 +6,7 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
     output/seed 0/foundations/a/expert.ckpt      the foundations a, b, …, from different seeds
     output/seed 0/experts/TASK/expert.ckpt       an expert for each task, from the foundations in turn
     output/seed 0/merged/2/done                  what was measured when the first two tasks' experts are merged
-    output/results.jsonl, table.md, table.csv
+    output/results.jsonl, table.md, table.tex, table.csv
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ class FoundationsBenchmark(JobList):
         return open_weights(self._folder(study) / "foundations" / name / "expert.ckpt")
 
     def write_results(self) -> FoundationsTable:
-        """Write ``results.jsonl``, ``table.md`` and ``table.csv`` from what was measured, and return the table."""
+        """Write ``results.jsonl`` and the table from what was measured, and return the table."""
         records: list[Record] = []
         for study in self.options.seeds:
             for count in self.options.merged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import Any
 
 from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
-from lightning_merge.evaluation.markdown import markdown_table
+from lightning_merge.report.grid import Cell, Grid, places
 
 
 @dataclass(frozen=True)
-class Cell:
+class Reached:
     """What one way to merge and one method reach, over the seeds.
 
     Args:
@@ -28,9 +29,16 @@ class Cell:
     average: Sequence[float]
     worst: Sequence[float]
 
+    @property
+    def mean(self) -> float:
+        """The mean of the average over the seeds."""
+        return statistics.mean(self.average)
+
     def __str__(self) -> str:
-        spread = f" ± {100 * statistics.stdev(self.average):.1f}" if len(self.average) > 1 else ""
-        return f"{100 * statistics.mean(self.average):.1f}{spread} ({100 * statistics.mean(self.worst):.1f})"
+        spread = ""
+        if len(self.average) > 1 and math.isfinite(self.mean):
+            spread = f" ± {100 * statistics.stdev(self.average):.1f}"
+        return f"{100 * self.mean:.1f}{spread} ({100 * statistics.mean(self.worst):.1f})"
 
 
 @dataclass(frozen=True)
@@ -48,34 +56,40 @@ class FoundationsTable:
         """The values of a key, in the order of the records."""
         return list(dict.fromkeys(record[key] for record in self.records))
 
-    def cell(self, merged: int, arm: str, method: str) -> Cell:
+    def cell(self, merged: int, arm: str, method: str) -> Reached:
         """The numbers of one way and method when so many tasks are merged."""
         wanted = [r for r in self.records if (r["merged"], r["arm"], r["method"]) == (merged, arm, method)]
         average, worst = [], []
         for seed in dict.fromkeys(record["seed"] for record in wanted):
             own = {r["task"]: r for r in wanted if r["seed"] == seed}
+            if any(math.isnan(r["expert"]) for r in own.values()):  # nothing to divide by
+                average.append(math.nan)
+                worst.append(math.nan)
+                continue
             found = normalized_accuracy(
                 {task: r["accuracy"] for task, r in own.items()}, {task: r["expert"] for task, r in own.items()}
             )
             average.append(found.average)
             worst.append(found.worst)
-        return Cell(average, worst)
+        return Reached(average, worst)
+
+    def grids(self) -> list[Grid]:
+        """A table for each number of tasks; the best and the second best way of every method have a place."""
+        methods, arms = self.names("method"), self.names("arm")
+        grids = []
+        for merged in self.names("merged"):
+            columns = []
+            for method in methods:
+                reached = [self.cell(merged, arm, method) for arm in arms]
+                means = [each.mean for each in reached]
+                columns.append([Cell(str(r), m, p) for r, m, p in zip(reached, means, places(means), strict=True)])
+            rows = [[Cell(arm), *cells] for arm, *cells in zip(arms, *columns, strict=True)]
+            grids.append(Grid([f"{merged} tasks", *methods], rows, self.caption))
+        return grids
 
     def markdown(self) -> str:
-        """A table for each number of tasks; the best way of every method is bold."""
-        parts = []
-        for merged in self.names("merged"):
-            methods, arms = self.names("method"), self.names("arm")
-            cells = {(arm, method): self.cell(merged, arm, method) for arm in arms for method in methods}
-            best = {method: max(statistics.mean(cells[arm, method].average) for arm in arms) for method in methods}
-
-            def text(arm: str, method: str, cells: dict = cells, best: dict = best) -> str:
-                cell = cells[arm, method]
-                return f"**{cell}**" if statistics.mean(cell.average) == best[method] else str(cell)
-
-            header = [f"{merged} tasks", *methods]
-            parts.append(markdown_table(header, [[arm, *(text(arm, method) for method in methods)] for arm in arms]))
-        return "\n\n".join([*parts, self.caption])
+        """A table for each number of tasks, and one caption; the best way of every method is bold."""
+        return "\n\n".join([*("\n".join(grid.markdown_lines()) for grid in self.grids()), self.caption])
 
     @property
     def caption(self) -> str:
@@ -96,10 +110,11 @@ class FoundationsTable:
         return out.getvalue()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``results.jsonl``, ``table.md`` and ``table.csv`` into a folder."""
+        """Write ``results.jsonl``, ``table.md``, ``table.tex`` and ``table.csv`` (every measurement) to a folder."""
         folder = Path(folder)
         write_text(folder / "results.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         write_text(folder / "table.md", self.markdown() + "\n")
+        write_text(folder / "table.tex", "\n\n".join(grid.latex() for grid in self.grids()) + "\n")
         write_text(folder / "table.csv", self.csv())
 
     def __str__(self) -> str:

@@ -86,7 +86,7 @@ def search_coefficients(
             have not raised the mean accuracy, as TSV-M and Iso do; each setting of the other fields starts anew.
             None tries all of them.
         at_once: Merged models that are in memory and evaluated at the same time, in one pass over the data.
-        output: A folder for results.jsonl, table.md and table.csv.
+        output: A folder for results.jsonl, table.md, table.tex and table.csv.
         options: What else :func:`lightning_merge.merge` takes, such as ``exclude``.
 
     Returns:

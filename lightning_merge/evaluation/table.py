@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
 from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT, is_method
-from lightning_merge.evaluation.markdown import markdown_table
 from lightning_merge.models.metrics import METRICS
+from lightning_merge.report.grid import Cell, Grid, Place, places
 
 _LOWER_IS_BETTER = ("calibration_error",)
 
@@ -55,23 +54,26 @@ class Table:
         return [value for domain in self.domains if (value := self.value(row, domain)) is not None]
 
     def mean(self, row: str) -> float | None:
-        """The mean over the domains; None unless the row was measured on all of them."""
+        """The mean over the domains; None unless the row was measured on all of them, NaN if one of them is."""
         values = self.values(row)
         return sum(values) / len(values) if len(values) == len(self.domains) else None
 
     def worst(self, row: str) -> float | None:
-        """The value on the worst domain; None unless the row was measured on all of them."""
+        """The value on the worst domain; None unless the row was measured on all of them, NaN if one of them is."""
         values = self.values(row)
         if len(values) < len(self.domains):
             return None
-        return max(values) if self.metric in _LOWER_IS_BETTER else min(values)
+        sign = 1 if self.metric in _LOWER_IS_BETTER else -1
+        return max(values, key=lambda value: (math.isnan(value), sign * value))
 
     def normalized(self, row: str) -> float | None:
-        """The mean over the domains of the value divided by that of the domain's own expert."""
+        """The mean over the domains of the value divided by that of the domain's own expert; NaN if one of them is."""
         accuracies = {domain: self.value(row, domain) for domain in self.domains}
         experts = {domain: self.value(OWN_EXPERT, domain) for domain in self.domains}
         if None in accuracies.values() or not all(experts.values()):
             return None
+        if any(map(math.isnan, experts.values())):
+            return math.nan
         return normalized_accuracy(accuracies, experts).average
 
     @property
@@ -89,25 +91,23 @@ class Table:
         values = [*(self.value(row, domain) for domain in self.domains), self.mean(row), self.worst(row)]
         return [*values, self.normalized(row)] if self._is_normalized else values
 
-    def markdown(self) -> str:
-        """The table in Markdown, in percent; the best method of every column is bold."""
+    def grid(self) -> Grid:
+        """The table as it is shown, in percent; the best and the second best method of every column have a place."""
         lines = {row: self.line(row) for row in self.row_names}
         methods = [row for row in lines if is_method(row)]
-        choose = min if self.metric in _LOWER_IS_BETTER else max
-        best = [
-            choose((lines[row][i] for row in methods if lines[row][i] is not None), default=None)
-            for i in range(len(self.header) - 1)
+        marked: dict[tuple[str, int], Place | None] = {}
+        for i in range(len(self.header) - 1) if len(methods) > 1 else ():
+            found = places([lines[row][i] for row in methods], lower_is_better=self.metric in _LOWER_IS_BETTER)
+            marked |= {(row, i): place for row, place in zip(methods, found, strict=True)}
+        rows = [
+            [Cell(row), *(Cell(_percent(value), value, marked.get((row, i))) for i, value in enumerate(values))]
+            for row, values in lines.items()
         ]
+        return Grid(self.header, rows, self.caption)
 
-        def cell(row: str, i: int) -> str:
-            value = lines[row][i]
-            if value is None:
-                return ""
-            text = f"{100 * value:.1f}"
-            return f"**{text}**" if row in methods and len(methods) > 1 and value == best[i] else text
-
-        body = [[row, *(cell(row, i) for i in range(len(best)))] for row in lines]
-        return f"{markdown_table(self.header, body)}\n\n{self.caption}"
+    def markdown(self) -> str:
+        """The table in Markdown, in percent; the best method of every column is bold."""
+        return self.grid().markdown()
 
     @property
     def caption(self) -> str:
@@ -124,19 +124,21 @@ class Table:
 
     def csv(self) -> str:
         """The table as CSV, with unrounded numbers."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows([row, *("" if v is None else v for v in self.line(row))] for row in self.row_names)
-        return out.getvalue()
+        return self.grid().csv()
 
     def save(self, folder: str | Path) -> None:
-        """Write ``results.jsonl``, ``table.md`` (every metric) and ``table.csv`` (this one) into a folder."""
+        """Write ``results.jsonl``, ``table.md``, ``table.tex`` (every metric) and ``table.csv`` (this one) there."""
         folder = Path(folder)
-        every = [replace(self, metric=metric) for metric in METRICS]
+        every = [replace(self, metric=metric).grid() for metric in METRICS]
         write_text(folder / "results.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
-        write_text(folder / "table.md", "\n\n".join(table.markdown() for table in every) + "\n")
+        write_text(folder / "table.md", "\n\n".join(grid.markdown() for grid in every) + "\n")
+        write_text(folder / "table.tex", "\n\n".join(grid.latex() for grid in every) + "\n")
         write_text(folder / "table.csv", self.csv())
 
     def __str__(self) -> str:
         return self.markdown()
+
+
+def _percent(value: float | None) -> str:
+    """A share in percent; nothing where it was not measured, and ``nan`` where no number came out."""
+    return "" if value is None else f"{100 * value:.1f}"

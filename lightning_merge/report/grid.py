@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+Place = Literal[1, 2]
+"""The best of a column, and the second."""
+
+_MARKDOWN = re.compile(r"[\\|`*<$~\[\]]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+"""What Markdown (GitHub's, too) would take for more than a character; not the ``_`` within a word."""
+_LATEX = {
+    **{character: f"\\{character}" for character in "{}$&#_%"},
+    **{character: f"{{{character}}}" for character in "[]*"},  # at the begin of a row LaTeX reads `\\[` and `\\*`
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+}
+_PREAMBLE = r"% needs \usepackage{booktabs}; for letters other than Latin XeLaTeX or LuaLaTeX, and a font with them"
 
 
 @dataclass(frozen=True)
@@ -14,14 +34,14 @@ class Cell:
     """What stands in a table.
 
     Args:
-        text: As it is shown, rounded.
-        value: The number behind it, unrounded, which a table is sorted by and CSV holds; None where there is none.
+        text: As it is shown, rounded; plain text.
+        value: The number behind it, unrounded, which a table is sorted by and CSV holds; None where the text is all.
         place: 1 for the best of its column, 2 for the second.
     """
 
     text: str
     value: float | str | None = None
-    place: Literal[1, 2] | None = None
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -31,25 +51,95 @@ class Grid:
     Args:
         header: The names of the columns.
         rows: The rows, each as long as the header.
-        caption: What the cells are, in a sentence.
+        caption: What the cells are, in a sentence; plain text.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
 
+    def markdown_lines(self) -> list[str]:
+        """The table in Markdown, the best of a column in bold: the header, a rule, and a line for each row.
+
+        They are readable as they are: the first column to the left, the others to the right, all padded to one width.
+        """
+        lines = [[as_markdown(name) for name in self.header], *([_markdown(cell) for cell in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+        def join(cells: Sequence[str]) -> str:
+            padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+            return f"| {' | '.join([cells[0].ljust(widths[0]), *padded[1:]])} |"
+
+        rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+        return [join(lines[0]), rule, *map(join, lines[1:])]
+
     def markdown(self) -> str:
         """The table in Markdown, the best of a column in bold, and the caption below it."""
-        raise NotImplementedError
+        caption = ["", as_markdown(self.caption)] if self.caption else []
+        return "\n".join([*self.markdown_lines(), *caption])
 
     def latex(self) -> str:
         """The table in LaTeX with ``booktabs``, the best of a column in bold and the second underlined."""
-        raise NotImplementedError
+
+        def join(cells: Sequence[str]) -> str:
+            return f"    {' & '.join(cells)} \\\\"
+
+        caption = [f"  \\caption{{{as_latex(self.caption)}}}"] if self.caption else []
+        return "\n".join(
+            [
+                _PREAMBLE,
+                r"\begin{table}",
+                r"  \centering",
+                *caption,
+                f"  \\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+                r"    \toprule",
+                join([as_latex(name) for name in self.header]),
+                r"    \midrule",
+                *(join([_latex(cell) for cell in row]) for row in self.rows),
+                r"    \bottomrule",
+                r"  \end{tabular}",
+                r"\end{table}",
+            ]
+        )
 
     def csv(self) -> str:
         """The table as CSV, with unrounded numbers."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.header)
-        writer.writerows(["" if cell.value is None else cell.value for cell in row] for row in self.rows)
+        writer.writerows([cell.text if cell.value is None else cell.value for cell in row] for row in self.rows)
         return out.getvalue()
+
+
+def places(values: Sequence[float | None], *, lower_is_better: bool = False) -> list[Place | None]:
+    """Who is first and who is second among values; equal ones share a place, and what is no finite number has none."""
+    finite = {value for value in values if value is not None and math.isfinite(value)}
+    ranked: list[float | None] = [*sorted(finite, reverse=not lower_is_better), None, None]
+    first, second = ranked[:2]
+    return [None if value is None else 1 if value == first else 2 if value == second else None for value in values]
+
+
+def as_markdown(text: str) -> str:
+    """Plain text in one line of Markdown, or in a cell of its tables, where none of it means more than it says."""
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
+
+
+def as_latex(text: str) -> str:
+    """Plain text in one line of LaTeX, where none of it means more than it says."""
+    escaped = "".join(_LATEX.get(character, character) for character in one_line(text))
+    return re.sub("-(?=-)", "-{}", escaped)  # two in a row are a dash
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks and what cannot be printed."""
+    return "".join(character for character in " ".join(text.split()) if character.isprintable())
+
+
+def _markdown(cell: Cell) -> str:
+    text = as_markdown(cell.text)
+    return f"**{text}**" if cell.place == 1 else text
+
+
+def _latex(cell: Cell) -> str:
+    text = as_latex(cell.text)
+    return {1: f"\\textbf{{{text}}}", 2: f"\\underline{{{text}}}"}.get(cell.place, text)

@@ -227,7 +227,7 @@ def test_the_data_are_read_once():
         ({"methods": {"a": SCORE()}}, "give it a base and experts"),
         ({"candidates": {"a": "gone.ckpt"}}, r"no file or folder gone\.ckpt"),
         ({"candidates": {"a": "wide.ckpt", "b": "gone.ckpt"}}, r"(?s)'head.weight' has shape \(3, 16\).*gone\.ckpt"),
-        ({"candidates": {"a": "1.ckpt"}, "output": "table.txt"}, r"as \.csv or \.md, and not as table\.txt"),
+        ({"candidates": {"a": "1.ckpt"}, "output": "table.txt"}, r"as \.csv, \.md or \.tex, and not as table\.txt"),
         ({**BASE, "methods": {"a": RegMean()}}, "(?i)statistics"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,39 @@ def test_files(table):
     assert rows[0] == table.header
     assert float(rows[3][1]) == 0.6
     assert Path("out/table.md").read_text().count("| SCORE ") == 4
+    latex = Path("out/table.tex").read_text()
+    assert latex.count(r"\end{tabular}") == 4
+    assert r"SCORE & \textbf{60.0} & \underline{63.0} & \textbf{61.5} & \textbf{60.0} & \textbf{72.5} \\" in latex
+
+
+def test_places(table):
+    rows = {row[0].text: row for row in table.grid().rows}
+    assert [cell.place for cell in rows["SCORE"]] == [None, 1, 2, 1, 1, 1]
+    assert [cell.place for cell in rows["A|B"]] == [None, 2, 1, 2, 2, 2]
+    assert {cell.place for row in ("base", "own expert") for cell in rows[row]} == {None}
+    assert rows["SCORE"][5].value == table.normalized("SCORE")
+    errors = {row[0].text: row for row in replace(table, metric="calibration_error").grid().rows}
+    assert [cell.place for cell in errors["A|B"]] == [None, 1, 2, 1, 2]
+
+
+def test_a_lone_method_and_a_lone_domain():
+    records = [record(row, "art", value) for row, value in (("base", 0.9), ("A", 0.4), ("own expert", 0.8))]
+    grid = Table(records).grid()
+    assert grid.header == ["method", "art", "mean", "worst", "normalized"]
+    assert {cell.place for row in grid.rows for cell in row} == {None}
+
+
+def test_what_is_no_number_is_shown_and_never_best():
+    values = {"A": (math.nan, 0.5), "B": (0.4, math.nan), "C": (0.2, 0.3), "own expert": (0.8, 0.9)}
+    table = Table([record(row, d, v) for row, both in values.items() for d, v in zip("xy", both, strict=True)])
+    for row in "AB":
+        assert all(math.isnan(found(row)) for found in (table.mean, table.worst, table.normalized))
+    assert table.markdown().splitlines()[2:5] == [
+        "| A          |      nan | **50.0** |      nan |      nan |        nan |",
+        "| B          | **40.0** |      nan |      nan |      nan |        nan |",
+        "| C          |     20.0 |     30.0 | **25.0** | **20.0** |   **29.2** |",
+    ]
+    assert table.csv().splitlines()[1] == "A,nan,0.5,nan,nan,nan"
+    assert math.isnan(replace(table, metric="calibration_error").worst("A"))
+    lost = Table([*table.records[:-1], record("own expert", "y", math.nan)])
+    assert math.isnan(lost.normalized("C"))
