@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import matplotlib.style
 from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+
+P = ParamSpec("P")
 
 INK = "#757779"
 """Text, axes and ticks: readable on white and on black; :func:`svg` makes it the colour of the page's text."""
@@ -77,7 +80,7 @@ _ALONE = threading.RLock()  # matplotlib's settings are one dictionary for all t
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw in the house's style whatever the caller's settings are; a decorator, too. Glyphs may be missing silently."""
+    """Draw in the house's style, whatever the caller's settings are, and say nothing of glyphs that a font lacks."""
     with _ALONE, mpl.style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
@@ -86,7 +89,8 @@ def house_style() -> Iterator[None]:
 class Figure(figure.Figure):
     """A figure that is drawn in the house's style, whoever saves it and when.
 
-    It belongs to no window and to no backend, so that it can be made in any thread.
+    It belongs to no window and to no backend, so that it can be made in any thread. It is laid out once, by
+    :meth:`settle`; who changes it afterwards may call ``set_layout_engine("constrained")``.
 
     Args:
         width: In inches.
@@ -100,6 +104,25 @@ class Figure(figure.Figure):
         """Draw it; ticks, which matplotlib makes only now, get the style, too."""
         with house_style():
             super().draw(renderer)
+
+    def settle(self) -> None:
+        """Lay it out once and for all, so that it looks the same however often it is saved."""
+        for _ in range(2):  # the second time the room that tilted names take is known
+            self.draw_without_rendering()
+        self.set_layout_engine("none")
+
+
+def drawn(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a function draw in the house's style, and lay its figure out."""
+
+    @functools.wraps(plot)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with house_style():
+            figure = plot(*args, **kwargs)
+            figure.settle()
+        return figure
+
+    return draw
 
 
 def shown(name: object, length: int = 40) -> str:

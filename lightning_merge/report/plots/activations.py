@@ -9,10 +9,9 @@ from torch import Tensor
 
 from lightning_merge.analysis.activations import SiteDifference
 from lightning_merge.analysis.landscape import Landscape, Plane
-from lightning_merge.report.style import INK, SEQUENTIAL, WIDTH, Figure, colors, house_style, legend_below, looks, shown
+from lightning_merge.report.style import INK, SEQUENTIAL, WIDTH, Figure, colors, drawn, legend_below, looks, shown
 
 
-@house_style()
 def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = None) -> Figure:
     """The normalized accuracy in the plane of two task vectors: its average and its worst task.
 
@@ -24,7 +23,7 @@ def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = Non
     return plot_landscapes({"": (landscape, plane)}, scale)
 
 
-@house_style()
+@drawn
 def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float | None = None) -> Figure:
     """Several landscapes side by side, the average above and the worst task below (Figure 1 of arXiv 2410.12766).
 
@@ -58,7 +57,7 @@ def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float |
     return figure
 
 
-@house_style()
+@drawn
 def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]]) -> Figure:
     """How far models are from an expert at every site, and how much variance is left (Figure 3 of arXiv 2410.12766).
 
@@ -82,7 +81,7 @@ def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]]) -> Figure
     return figure
 
 
-@house_style()
+@drawn
 def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None) -> Figure:
     """The features of several models in one plane, a panel each, in the colours of the classes.
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lightning_merge.analysis.comparison import Comparison
-from lightning_merge.report.style import INK, WIDTH, Figure, house_style, legend_below, looks, shown
+from lightning_merge.report.style import INK, WIDTH, Figure, drawn, legend_below, looks, shown
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|[^.]+")
 
@@ -53,7 +53,7 @@ def _ratio(value: Any, reference: Any) -> np.ndarray:
         return np.where(np.asarray(reference) > 0, np.divide(value, reference), np.nan)
 
 
-@house_style()
+@drawn
 def plot_layers(comparison: Comparison, layer: str | None = None) -> Figure:
     """How far the experts went in each layer, where they fight, and what the merged models made of it.
 

@@ -19,7 +19,7 @@ from lightning_merge.report.style import (
     WIDTH,
     Figure,
     bare,
-    house_style,
+    drawn,
     legend_below,
     looks,
     shown,
@@ -29,7 +29,7 @@ _PIXELS = 192  # a side of a map; of what falls into one pixel the largest is sh
 _DECADES = 4  # what is smaller than the largest value by more is not told apart
 
 
-@house_style()
+@drawn
 def plot_alignment(
     matrix: Tensor,
     names: Sequence[str],
@@ -61,7 +61,7 @@ def plot_alignment(
     return figure
 
 
-@house_style()
+@drawn
 def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -> Figure:
     """The singular values of the experts' task matrices, and those of the merged updates, in order of size.
 
@@ -138,7 +138,7 @@ def _mean_of_pairs(matrix: Tensor) -> float:
     return float(off_diagonal.nanmean().nan_to_num())
 
 
-@house_style()
+@drawn
 def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
     """What SCORE keeps of the experts in their common basis, ``|Σ_score|`` (Figure 3 of arXiv 2603.05768).
 

@@ -20,14 +20,14 @@ from lightning_merge.report.style import (
     WIDTH,
     Figure,
     colors,
-    house_style,
+    drawn,
     legend_below,
     looks,
     shown,
 )
 
 
-@house_style()
+@drawn
 def plot_heat_map(table: Table) -> Figure:
     """The metric of every row on every domain in percent, and its mean; the best method of a column is framed.
 
@@ -75,7 +75,7 @@ def best_rows(table: Table, count: int = 4) -> list[str]:
     return [row for row in table.row_names if row in chosen]
 
 
-@house_style()
+@drawn
 def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
     """Bars for a few rows on every domain: the metric in percent of that of the domain's own expert.
 
@@ -112,7 +112,7 @@ def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
     return figure
 
 
-@house_style()
+@drawn
 def plot_sweep(table: Table) -> Figure:
     """Normalized accuracy by the coefficient, a line for each setting of the other fields; the best is marked.
 
@@ -168,7 +168,7 @@ def _mark_best(axes: Axes, lines: Mapping[str, Mapping[str, float]], places: Map
     axes.margins(y=0.12)
 
 
-@house_style()
+@drawn
 def plot_tasks(table: FoundationsTable, method: str) -> Figure:
     """Normalized accuracy by the number of merged tasks, a line for each way to merge (Figure 5 of arXiv 2410.12766).
 
