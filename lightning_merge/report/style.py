@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, ParamSpec
@@ -14,7 +14,9 @@ import matplotlib as mpl
 import matplotlib.style
 from matplotlib import figure
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 P = ParamSpec("P")
 
@@ -161,8 +163,40 @@ def bare(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def legend_below(figure: figure.Figure, axes: Axes, columns: int = 4) -> None:
-    """One legend below all panels, if there is more than nothing to say."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
+def legend_below(figure: figure.Figure, panels: Iterable[Axes], columns: int = 4, **options: Any) -> None:
+    """One legend for all panels below them; what several panels name stands there once."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        place = {"loc": "outside lower center", "ncols": min(columns, len(found))}
+        figure.legend(list(found.values()), list(found), **place, **options)
+
+
+def name_ticks(axes: Axes, names: Sequence[str], most: int = 16) -> None:
+    """Name the whole numbers 0, 1, … on the x axis, tilted, without what all the names begin with.
+
+    Args:
+        axes: Where.
+        names: The names, such as those of layers.
+        most: If there are more, only every second, third, … is named.
+    """
+    step = -(-len(names) // most)
+    start = len(_common_path(names))
+    labels = [shown(name[start:], 24) for name in names]
+    axes.set_xticks(range(0, len(names), step), labels[::step], rotation=45, ha="right", rotation_mode="anchor")
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """What all names begin with, up to a dot."""
+    first = names[0] if len(names) > 1 else ""
+    length = next((i for i, c in enumerate(first) if any(name[i : i + 1] != c for name in names)), len(first))
+    return first[: first.rfind(".", 0, length) + 1]
+
+
+def plain_log(axis: Axis, between: Sequence[float] = (1.0,)) -> None:
+    """Write 0.01 below the ticks of a logarithmic axis; these are the powers of ten, times each of a few numbers."""
+    axis.set_major_locator(LogLocator(subs=between, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

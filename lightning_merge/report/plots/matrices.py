@@ -22,6 +22,7 @@ from lightning_merge.report.style import (
     drawn,
     legend_below,
     looks,
+    plain_log,
     shown,
 )
 
@@ -53,7 +54,8 @@ def plot_alignment(
     axes = figure.subplots()
     cmap = DIVERGING if limits[0] < 0 else SEQUENTIAL
     mesh = draw_cells(axes, values, scale_of(values, limits), cmap, 2 if count <= 12 else None)
-    name_cells(axes, [shown(name, 28) for name in names], [shown(name, 28) for name in names])
+    labels = [shown(name, 28) for name in names]
+    name_cells(axes, labels, labels, min(0.55, 5.6 / count))
     axes.set_aspect("equal")
     if directed:
         axes.set(xlabel="in the subspace of …", ylabel="how much of …")
@@ -86,6 +88,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         )
         if largest > 0:
             axes.set_yscale("log")
+            plain_log(axes.yaxis)
             axes.set_ylim(largest * 10.0**-_DECADES, 1.5 * largest)
         axes.set_title(_title(matrix))
         axes.set_xlabel("index")
@@ -93,7 +96,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel("singular value")
-    legend_below(figure, panels[0], 3)
+    legend_below(figure, panels, 3)
     return figure
 
 
@@ -164,7 +167,8 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         )
         axes.set_title(_title(matrix) + _shares(matrix))
         bare(axes)
-        figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
+        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
+        plain_log(bar.ax.xaxis)
     for axes in panels[len(known) :]:
         axes.set_axis_off()
     return figure
