@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +12,9 @@ from lightning_merge.callbacks.merging_callback import MergingCallback
 from torch import Tensor
 
 from lightning_merge.analysis.alignment import leading_subspace, projected_ratio
+from lightning_merge.analysis.groups import GROUPS, check_pattern, group_of
 from lightning_merge.checkpoints import Weights, open_weights
-from lightning_merge.errors import raise_all
+from lightning_merge.errors import problems_of, raise_all
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.matrices import Matrices
 from lightning_merge.merging import merge
@@ -59,7 +59,7 @@ class LogAlignment(MergingCallback):
         each: bool = False,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
-        groups: str = r".*?\.\d+(?=\.)|[^.]+",
+        groups: str = GROUPS,
         error: float = 0.05,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -128,7 +128,7 @@ class LogAlignment(MergingCallback):
         for name, base in self._base.items():
             weight = wide(own[name])
             delta = weight - wide(base.to(weight.device))
-            for group in (self._group(name), "total"):
+            for group in (group_of(name, self.groups), "total"):
                 squares[group] += float(delta.double().square().sum())
             if (blocks := rule.blocks(name, delta[None])) is None or not delta.any():
                 continue
@@ -136,7 +136,7 @@ class LogAlignment(MergingCallback):
                 for block, U in zip(blocks, subspaces[name], strict=True):
                     if block.any():
                         ratio = float(projected_ratio(block[0], U.to(block)))
-                        for group in (self._group(name), "total"):
+                        for group in (group_of(name, self.groups), "total"):
                             ratios[f"{reference}{group}"].append(ratio)
         values = {f"alignment/{group}": sum(found) / len(found) for group, found in ratios.items()}
         return values | {f"task_vector_norm/{group}": square**0.5 for group, square in squares.items()}
@@ -149,15 +149,8 @@ class LogAlignment(MergingCallback):
                 problems.append(f"LogAlignment: {name} must be at least 1, got {value}.")
         if not 0 <= self.error < 1:
             problems.append(f"LogAlignment: error must lie in [0, 1), got {self.error}.")
-        try:
-            re.compile(self.groups)
-        except re.error as error:
-            problems.append(f"LogAlignment: groups {self.groups!r} is no regular expression: {error}.")
+        problems += [f"LogAlignment: {problem}" for problem in problems_of(check_pattern, self.groups)]
         raise_all(problems)
-
-    def _group(self, name: str) -> str:
-        match = re.match(self.groups, name)
-        return match[0] if match and match[0] else "other"
 
     def _find(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """The base's parameters ``(…)`` as ``/NAME/`` and the subspaces ``(m, k)`` as ``REFERENCE/NAME/BLOCK``."""

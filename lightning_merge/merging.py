@@ -134,7 +134,7 @@ def merge(
         tasks = None
         if method.needs_data:
             kept = keep(origin, sources, inventory)
-            tasks = TaskData(module, data, kept, sources, inventory, _widest(origin), seed)
+            tasks = TaskData(module, data, kept, sources, inventory, widest(origin), seed)
         task_vectors = TaskVectors(
             origin,
             list(sources.values()),
@@ -280,10 +280,10 @@ def check_resumable(inputs: Iterable[Weights]) -> None:
 def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
     """The precision of the task vectors: the method's own, but float64 where weights or differences have as much."""
     exact = method.factorizes and any(expert.low_rank for expert in experts)  # they keep their low rank
-    return torch.promote_types(method.dtype, torch.float64 if exact else _widest(base))
+    return torch.promote_types(method.dtype, torch.float64 if exact else widest(base))
 
 
-def _widest(base: Weights) -> torch.dtype:
+def widest(base: Weights) -> torch.dtype:
     """Float64 where some of the weights are, else float32."""
     dtypes = {tensor.dtype for tensor in base.meta.values()}
     return torch.float64 if torch.float64 in dtypes else torch.float32

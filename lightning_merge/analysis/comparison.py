@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from lightning_merge.analysis import agreement
+from lightning_merge.analysis.groups import GROUPS, grouped
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,21 @@ class MatrixComparison:
     Args:
         name: The parameter, and ``[i]`` behind it where it is seen as several matrices.
         shape: ``(m, n)``; ``r`` is the smaller one.
-        spectra: The singular values of every expert's task matrix ``(T, r)``.
+        spectra: The singular values of every expert's task matrix ``(T, r)``; what was stored are the leading ones.
         alignment: ``[i, j]``: the subspace alignment ratio of expert i in the leading subspace of expert j, ``(T, T)``.
-        angles: ``[i, j]``: the mean principal angle between the leading subspaces of two experts, in radians ``(T, T)``.
+        angles: ``[i, j]``: the mean principal angle between the experts' leading subspaces, in radians ``(T, T)``.
         merged_spectra: For each merged model the singular values of its update ``(r,)``.
         merged_alignment: For each merged model the subspace alignment ratio of every expert in its update ``(T,)``.
-        resolved: The sum over the experts of what SCORE keeps of their projections, ``Σ_score (r, r)``, if there are two
-            experts or more.
+        resolved: The sum over the experts of what SCORE keeps of their projections, ``Σ_score (qT, qT)`` with ``q = r
+            // T``, if there are two experts or more; a large one is reduced, see
+            :func:`~lightning_merge.analysis.score_map.pool`.
         kept: The share of the experts' off-diagonal energy that SCORE keeps.
         off_diagonal: The share of the experts' projected energy that lies off the diagonal.
+        ranks: The dimensions of every expert's leading subspace, T of them.
+        effective_ranks: The effective rank of every expert's task matrix ``(T,)``.
+        merged_effective_ranks: For each merged model that of its update.
+        agreement: The energy on the diagonal of ``Σ_score``, as a share of that of the task matrices.
+        conflict: The energy off the diagonal of ``Σ_score``, as a share of that of the task matrices.
     """
 
     name: str
@@ -59,11 +72,40 @@ class MatrixComparison:
     resolved: Tensor | None = None
     kept: float | None = None
     off_diagonal: float | None = None
+    ranks: Sequence[int] = ()
+    effective_ranks: Tensor | None = None
+    merged_effective_ranks: Mapping[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+    conflict: float | None = None
+
+    @property
+    def pruned(self) -> float | None:
+        """The share of the experts' off-diagonal energy that SCORE drops."""
+        return None if self.kept is None else 1 - self.kept
+
+
+@dataclass(frozen=True)
+class GroupProfile:
+    """What was found for a group of parameters.
+
+    Args:
+        norms: The norm of every expert's task vector there ``(T,)``.
+        cosine: The mean cosine between the task vectors of two experts; NaN for a single expert.
+        sign_conflict: The share of the entries moved by two experts or more where two go different ways.
+        update_ratios: For each merged model the norm of its update, divided by the mean of the experts'.
+    """
+
+    norms: Tensor
+    cosine: float
+    sign_conflict: float
+    update_ratios: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What :func:`compare_experts` found.
+
+    The functions take the names of the parameters to sum over; by default all.
 
     Args:
         experts: Their names, T of them.
@@ -71,6 +113,7 @@ class Comparison:
         parameters: Every parameter that the experts share.
         matrices: The matrices whose subspaces were compared.
         left_out: The names of matrices whose subspaces were not compared, to save time.
+        rank_rule: How many singular vectors span a leading subspace, in words.
     """
 
     experts: Sequence[str]
@@ -78,3 +121,113 @@ class Comparison:
     parameters: Sequence[ParameterComparison]
     matrices: Sequence[MatrixComparison]
     left_out: Sequence[str] = ()
+    rank_rule: str = ""
+
+    @cached_property
+    def by_name(self) -> Mapping[str, ParameterComparison]:
+        """What was found for each parameter."""
+        return {parameter.name: parameter for parameter in self.parameters}
+
+    def products(self, names: Collection[str] | None = None) -> Tensor:
+        """The inner products of the experts' task vectors ``(T, T)``."""
+        zero = torch.zeros(len(self.experts), len(self.experts), dtype=torch.float64)
+        return sum((parameter.products for parameter in self._of(names)), zero)
+
+    def norms(self, names: Collection[str] | None = None) -> Tensor:
+        """The norms of the experts' task vectors ``(T,)``."""
+        return agreement.norms(self.products(names))
+
+    def cosines(self, names: Collection[str] | None = None) -> Tensor:
+        """The cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
+        return agreement.cosines(self.products(names))
+
+    def mean_cosine(self, names: Collection[str] | None = None) -> float:
+        """The mean cosine over the pairs of experts; NaN for a single one. Task vectors of zeros are left out."""
+        return mean_of_pairs(self.cosines(names))
+
+    def sign_conflict(self, names: Collection[str] | None = None) -> float:
+        """The share of the entries changed by two experts or more that two change in different directions; or NaN."""
+        found = list(self._of(names))
+        moved = sum(parameter.moved for parameter in found)
+        return sum(parameter.conflicts for parameter in found) / moved if moved else math.nan
+
+    def distances(self, merged: str, names: Collection[str] | None = None) -> Tensor:
+        """The distances of a merged model to the experts ``(T,)``."""
+        return agreement.distances(
+            self.products(names), self._square(merged, names), self._merged_products(merged, names)
+        )
+
+    def update_norm(self, merged: str, names: Collection[str] | None = None) -> float:
+        """The norm of a merged model's update."""
+        return math.sqrt(self._square(merged, names))
+
+    def update_ratio(self, merged: str, names: Collection[str] | None = None) -> float:
+        """The norm of a merged model's update, divided by the mean of the experts' norms; NaN if they are zero."""
+        mean = float(self.norms(names).mean())
+        return self.update_norm(merged, names) / mean if mean else math.nan
+
+    def merged_cosines(self, merged: str, names: Collection[str] | None = None) -> Tensor:
+        """The cosines between a merged model's update and every task vector ``(T,)``."""
+        return self._merged_products(merged, names) / self.norms(names) / self.update_norm(merged, names)
+
+    def mean_alignment(self) -> Tensor:
+        """The mean over the matrices of ``alignment`` ``(T, T)``; where an expert's matrix is zero it is left out."""
+        return self._mean([matrix.alignment for matrix in self.matrices])
+
+    def mean_angles(self) -> Tensor:
+        """The mean over the matrices of ``angles``, in radians ``(T, T)``; zero matrices are left out."""
+        return self._mean([matrix.angles for matrix in self.matrices])
+
+    def mean_merged_alignment(self, merged: str) -> Tensor:
+        """The mean over the matrices of every expert's alignment with a merged model ``(T,)``."""
+        return self._mean([matrix.merged_alignment[merged] for matrix in self.matrices], 1)
+
+    def profile(self, pattern: str = GROUPS) -> dict[str, GroupProfile]:
+        """What was found for every group of parameters, in the order of the model.
+
+        Args:
+            pattern: What this regular expression matches at the beginning of a parameter's name is its group; by
+                default everything up to the first number, else the first part of the name.
+        """
+        return {
+            group: GroupProfile(
+                self.norms(names),
+                self.mean_cosine(names),
+                self.sign_conflict(names),
+                {merged: self.update_ratio(merged, names) for merged in self.merged},
+            )
+            for group, names in grouped(self.by_name, pattern).items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, see :mod:`lightning_merge.analysis.stored`."""
+        from lightning_merge.analysis.stored import to_plain
+
+        return to_plain(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Comparison:
+        """Read what :meth:`to_dict` gave."""
+        from lightning_merge.analysis.stored import from_plain
+
+        return from_plain(plain)
+
+    def _of(self, names: Collection[str] | None) -> Iterable[ParameterComparison]:
+        return self.parameters if names is None else (self.by_name[name] for name in names)
+
+    def _square(self, merged: str, names: Collection[str] | None) -> float:
+        return math.fsum(parameter.merged_squares[merged] for parameter in self._of(names))
+
+    def _merged_products(self, merged: str, names: Collection[str] | None) -> Tensor:
+        zero = torch.zeros(len(self.experts), dtype=torch.float64)
+        return sum((parameter.merged_products[merged] for parameter in self._of(names)), zero)
+
+    def _mean(self, found: Sequence[Tensor], dimensions: int = 2) -> Tensor:
+        nothing = torch.full((len(self.experts),) * dimensions, math.nan, dtype=torch.float64)
+        return torch.stack([nothing, *found]).nanmean(dim=0)
+
+
+def mean_of_pairs(values: Tensor) -> float:
+    """The mean of what stands off the diagonal of ``(T, T)``, without NaN; NaN if nothing is left."""
+    off_diagonal = ~torch.eye(len(values), dtype=torch.bool)
+    return float(values[off_diagonal].nanmean())

@@ -31,6 +31,11 @@ class Table:
     metric: str = "accuracy"
 
     @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric is an error."""
+        return self.metric in _LOWER_IS_BETTER
+
+    @property
     def domains(self) -> list[str]:
         """The domains, in the order of the records."""
         return list(dict.fromkeys(record["domain"] for record in self.records))
@@ -63,7 +68,7 @@ class Table:
         values = self.values(row)
         if len(values) < len(self.domains):
             return None
-        sign = 1 if self.metric in _LOWER_IS_BETTER else -1
+        sign = 1 if self.lower_is_better else -1
         return max(values, key=lambda value: (math.isnan(value), sign * value))
 
     def normalized(self, row: str) -> float | None:
@@ -84,7 +89,7 @@ class Table:
     @property
     def _is_normalized(self) -> bool:
         """Whether there is a sensible ratio to the own expert, and an own expert to divide by."""
-        return self.metric not in _LOWER_IS_BETTER and self.mean(OWN_EXPERT) is not None
+        return not self.lower_is_better and self.mean(OWN_EXPERT) is not None
 
     def line(self, row: str) -> list[float | None]:
         """The numbers of a row, in the order of the header, in [0, 1]."""
@@ -97,7 +102,7 @@ class Table:
         methods = [row for row in lines if is_method(row)]
         marked: dict[tuple[str, int], Place | None] = {}
         for i in range(len(self.header) - 1) if len(methods) > 1 else ():
-            found = places([lines[row][i] for row in methods], lower_is_better=self.metric in _LOWER_IS_BETTER)
+            found = places([lines[row][i] for row in methods], lower_is_better=self.lower_is_better)
             marked |= {(row, i): place for row, place in zip(methods, found, strict=True)}
         rows = [
             [Cell(row), *(Cell(_percent(value), value, marked.get((row, i))) for i, value in enumerate(values))]

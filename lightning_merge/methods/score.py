@@ -29,22 +29,30 @@ def score(
     if len(deltas) > min(deltas.shape[1:]):
         return deltas.mean(dim=0)
     U, _, Vt = task_singular_basis(deltas)  # (m, r), (r, n)
-    projections = U.mT @ deltas @ Vt.mT  # (T, r, r)
-    return U @ resolve(projections, mode, z, divide_by_num_tasks, threshold) @ Vt
+    return U @ resolve(project(deltas, U, Vt), mode, z, divide_by_num_tasks, threshold) @ Vt
+
+
+def project(deltas: Tensor, U: Tensor, Vt: Tensor) -> Tensor:
+    """See every expert's task matrix in one basis: ``(T, m, n) -> (T, r, r)``."""
+    return U.mT @ deltas @ Vt.mT
 
 
 def resolve(projections: Tensor, mode: Mode, z: float, divide_by_num_tasks: bool, threshold: Threshold) -> Tensor:
     """Sum what ``mode`` keeps of every expert's projection: ``(T, r, r) -> (r, r)``."""
-    diagonal = torch.diag_embed(projections.diagonal(dim1=-2, dim2=-1))
-    off_diagonal = projections - diagonal
-    if mode == "diagonal":
-        return diagonal.sum(dim=0)
+    return prune(projections, mode, z, divide_by_num_tasks, threshold).sum(dim=0)
+
+
+def prune(projections: Tensor, mode: Mode, z: float, divide_by_num_tasks: bool, threshold: Threshold) -> Tensor:
+    """What ``mode`` keeps of every expert's projection: ``(T, r, r) -> (T, r, r)``."""
     if mode == "full":
-        return projections.sum(dim=0)
+        return projections
+    diagonal = torch.diag_embed(projections.diagonal(dim1=-2, dim2=-1))
+    if mode == "diagonal":
+        return diagonal
     if divide_by_num_tasks:
         z = z / len(projections)
-    trimmed = trim(off_diagonal, z, threshold).sum(dim=0)
-    return trimmed if mode == "off_diagonal" else trimmed + diagonal.sum(dim=0)
+    trimmed = trim(projections - diagonal, z, threshold)
+    return trimmed if mode == "off_diagonal" else trimmed + diagonal
 
 
 def trim(off_diagonal: Tensor, z: float, threshold: Threshold = "code") -> Tensor:

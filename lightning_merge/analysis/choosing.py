@@ -1,0 +1,65 @@
+"""Which matrices are compared by their subspaces, where all of them would take too long."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+BUDGET = 2.0e12
+"""The floating-point operations that comparing subspaces may take; a core of a processor does some 5e10 a second."""
+
+
+def operations(blocks: int, m: int, n: int, experts: int, merged: int) -> float:
+    """The floating-point operations that a parameter takes which is seen as ``blocks`` matrices ``(m, n)``.
+
+    Args:
+        blocks: Matrices.
+        m: Rows.
+        n: Columns.
+        experts: T.
+        merged: Merged models.
+    """
+    r, large = min(m, n), max(m, n)
+    pairs = experts * (experts - 1) / 2
+    factorize = 4 * large * r * r + 20 * r**3  # Gram matrix and singular vectors, eigenvectors (slower than products)
+    overlap = 2 * m * r * r
+    angles = 6 * r**3
+    score = (2 * factorize + experts * 2 * (m * n * r + n * r * r)) * (experts > 1)
+    return blocks * ((experts + merged) * factorize + pairs * (overlap + angles) + merged * experts * overlap + score)
+
+
+def choose(costs: Mapping[str, float], budget: float = BUDGET) -> list[str]:
+    """Choose as many parameters as a budget allows, evenly over kinds and over depth.
+
+    Parameters are of one kind if their names differ by the first number, that of the block. Kinds take turns; the first
+    of a kind is taken, then the last, then what lies farthest from those taken. What does not fit is passed over.
+
+    Args:
+        costs: What each parameter costs, by name, in the order of the model.
+        budget: What they may cost together.
+
+    Returns:
+        The names of those chosen, in the order of the model.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in costs:
+        kinds.setdefault(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name, count=1), []).append(name)
+    turns = [[names[i] for i in _spread(len(names))] for names in kinds.values()]
+    chosen, spent = set(), 0.0
+    for turn in range(max(map(len, turns), default=0)):
+        for names in turns:
+            if turn < len(names) and spent + costs[names[turn]] <= budget:
+                chosen.add(names[turn])
+                spent += costs[names[turn]]
+    return [name for name in costs if name in chosen]
+
+
+def _spread(count: int) -> Sequence[int]:
+    """The numbers below ``count``: first, last, and then always what lies farthest from those before."""
+    order = [0, count - 1][:count]
+    left = list(range(1, count - 1))
+    while left:
+        farthest = max(left, key=lambda i: min(abs(i - j) for j in order))
+        order.append(farthest)
+        left.remove(farthest)
+    return order

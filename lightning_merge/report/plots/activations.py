@@ -1,0 +1,110 @@
+"""What models do with data: accuracies in a plane, activations site by site, features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from lightning_merge.analysis.activations import SiteDifference
+from lightning_merge.analysis.landscape import Landscape, Plane
+from lightning_merge.report.style import INK, SEQUENTIAL, WIDTH, Figure, colors, house_style, legend_below, looks, shown
+
+
+@house_style()
+def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = None) -> Figure:
+    """The normalized accuracy in the plane of two task vectors: its average and its worst task.
+
+    Args:
+        landscape: What was measured.
+        plane: Where; the base (θ) and both experts (1 and 2) are marked.
+        scale: The coefficient of Task Arithmetic whose model is marked, too (TA).
+    """
+    return plot_landscapes({"": (landscape, plane)}, scale)
+
+
+@house_style()
+def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float | None = None) -> Figure:
+    """Several landscapes side by side, the average above and the worst task below (Figure 1 of arXiv 2410.12766).
+
+    Args:
+        found: For each title what was measured, and where. A single one is laid out in one row.
+        scale: The coefficient of Task Arithmetic whose model is marked, too (TA).
+    """
+    rows, columns = (1, 2) if len(found) == 1 else (2, len(found))
+    figure = Figure(max(WIDTH, 2.4 * columns), 2.9 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    order = panels.T.reshape(-1) if rows == 2 else panels[0]
+    parts = [(title, name, *pair) for title, pair in found.items() for name in ("average", "worst")]
+    for axes, (title, name, measured, plane) in zip(order, parts, strict=True):
+        values = getattr(measured, name)
+        extent = [float(end) for axis in (measured.xs, measured.ys) for end in (axis[0], axis[-1])]
+        image = axes.imshow(
+            values.numpy(), origin="lower", extent=extent, vmin=0, vmax=1, interpolation="bilinear", cmap=SEQUENTIAL
+        )
+        places = {"θ": (0.0, 0.0), "1": plane.expert_1, "2": plane.expert_2}
+        places |= {} if scale is None else {"TA": plane.task_arithmetic(scale)}
+        for label, place in places.items():
+            axes.plot(*place, "o", color="white", markersize=4, markeredgecolor="#111111", markeredgewidth=0.8)
+            box = {"facecolor": "#111111", "alpha": 0.55, "edgecolor": "none", "boxstyle": "round,pad=0.15"}
+            axes.annotate(label, place, (4, 4), textcoords="offset points", color="white", fontsize=7.5, bbox=box)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        part = "average" if name == "average" else "worst task"
+        axes.set_title(f"{shown(title)}: {part}" if title else part, fontsize=9)
+        axes.set_xlabel(f"highest: {np.nanmax(values.numpy(), initial=0):.2f}", fontsize=8)
+    figure.colorbar(image, ax=panels, label="accuracy / the expert's", shrink=0.85, aspect=25)
+    return figure
+
+
+@house_style()
+def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]]) -> Figure:
+    """How far models are from an expert at every site, and how much variance is left (Figure 3 of arXiv 2410.12766).
+
+    Args:
+        found: For each model what :func:`lightning_merge.analysis.compare_activations` gave.
+    """
+    sites = list(dict.fromkeys(shown(record.site.name, 28) for records in found.values() for record in records))
+    figure = Figure(WIDTH, 3.6)
+    distance, ratio = figure.subplots(1, 2)
+    for (name, records), look in zip(found.items(), looks(len(found)), strict=True):
+        xs = [sites.index(shown(record.site.name, 28)) for record in records]
+        distance.plot(xs, [record.relative_distance for record in records], marker="o", label=shown(name), **look)
+        ratio.plot(xs, [record.variance_ratio for record in records], marker="o", label=shown(name), **look)
+    distance.set(ylabel="distance to the expert / its norm", ylim=(0, None))
+    ratio.set(ylabel="variance / that of the expert", yscale="log")
+    ratio.axhline(1, color=INK, linewidth=1, linestyle="--")
+    for axes in (distance, ratio):
+        step = -(-len(sites) // 16)
+        axes.set_xticks(range(0, len(sites), step), sites[::step], rotation=45, ha="right", rotation_mode="anchor")
+    legend_below(figure, distance)
+    return figure
+
+
+@house_style()
+def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None) -> Figure:
+    """The features of several models in one plane, a panel each, in the colours of the classes.
+
+    Args:
+        places: For each model ``(N, 2)``, see :func:`lightning_merge.analysis.project`.
+        labels: The classes ``(N,)``.
+    """
+    columns = min(len(places), 4)
+    rows = -(-len(places) // columns)
+    figure = Figure(WIDTH, 0.4 + 1.9 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).reshape(-1)
+    classes = [None] if labels is None else labels.unique().tolist()
+    for axes, (name, points) in zip(panels, places.items(), strict=False):
+        for label, color in zip(classes, colors(len(classes)), strict=True):
+            own = points if label is None else points[labels == label]
+            axes.scatter(*own.T.numpy(), color=color, s=5, linewidths=0, rasterized=len(points) > 2000, label=label)
+        axes.set(title=shown(name, 28), xticks=[], yticks=[])
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_alpha(0.4)
+    for axes in panels[len(places) :]:
+        axes.set_axis_off()
+    if 1 < len(classes) <= 20:
+        handles, names = panels[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(10, len(classes)), markerscale=2)
+    return figure

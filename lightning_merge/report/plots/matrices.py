@@ -1,0 +1,182 @@
+"""Where the experts' task matrices agree and fight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from lightning_merge.analysis.comparison import MatrixComparison
+from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
+from lightning_merge.report.style import (
+    DIVERGING,
+    INK,
+    SEQUENTIAL,
+    WIDTH,
+    Figure,
+    bare,
+    house_style,
+    legend_below,
+    looks,
+    shown,
+)
+
+_PIXELS = 192  # a side of a map; of what falls into one pixel the largest is shown
+_DECADES = 4  # what is smaller than the largest value by more is not told apart
+
+
+@house_style()
+def plot_alignment(
+    matrix: Tensor,
+    names: Sequence[str],
+    label: str = "subspace alignment ratio",
+    limits: tuple[float, float] = (0.0, 1.0),
+    directed: bool = True,
+) -> Figure:
+    """A number for every pair of experts: alignment ratios, cosines, angles.
+
+    Args:
+        matrix: ``(T, T)``; NaN where there is none.
+        names: The experts.
+        label: What the numbers are.
+        limits: The ends of the colours; from below zero on, two colours part at zero: give ``(-1, 1)`` for cosines.
+        directed: Whether ``[i, j]`` says how much of expert i lies in the subspace of expert j, and not what both have.
+    """
+    values = np.asarray(matrix.detach().double().cpu())
+    count = len(names)
+    side = min(7.0, 1.4 + 0.55 * max(count, 2))
+    figure = Figure(min(WIDTH + 1, side + 2.6), side)
+    axes = figure.subplots()
+    cmap = DIVERGING if limits[0] < 0 else SEQUENTIAL
+    mesh = draw_cells(axes, values, scale_of(values, limits), cmap, 2 if count <= 12 else None)
+    name_cells(axes, [shown(name, 28) for name in names], [shown(name, 28) for name in names])
+    axes.set_aspect("equal")
+    if directed:
+        axes.set(xlabel="in the subspace of …", ylabel="how much of …")
+    figure.colorbar(mesh, ax=axes, label=label, shrink=0.8, aspect=18)
+    return figure
+
+
+@house_style()
+def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -> Figure:
+    """The singular values of the experts' task matrices, and those of the merged updates, in order of size.
+
+    Args:
+        matrices: A panel each; :func:`choose_matrices` finds telling ones.
+        experts: Their names; thin lines.
+    """
+    columns = min(len(matrices), 3)
+    rows = -(-len(matrices) // columns)
+    figure = Figure(WIDTH, 0.6 + 2.7 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axes, matrix in zip(panels, matrices, strict=False):
+        for i, spectrum in enumerate(matrix.spectra):
+            label = f"the {len(experts)} experts" if len(experts) > 1 else shown(experts[0])
+            axes.plot(*_ranked(spectrum), color=INK, linewidth=0.8, alpha=0.8, label=label if i == 0 else None)
+        for (name, spectrum), look in zip(
+            matrix.merged_spectra.items(), looks(len(matrix.merged_spectra)), strict=True
+        ):
+            axes.plot(*_ranked(spectrum), label=shown(name, 28), **look)
+        largest = max(
+            (float(s.max()) for s in (matrix.spectra, *matrix.merged_spectra.values()) if s.numel()), default=0
+        )
+        if largest > 0:
+            axes.set_yscale("log")
+            axes.set_ylim(largest * 10.0**-_DECADES, 1.5 * largest)
+        axes.set_title(_title(matrix))
+        axes.set_xlabel("index")
+    for axes in panels[len(matrices) :]:
+        axes.set_axis_off()
+    for axes in panels[::columns]:
+        axes.set_ylabel("singular value")
+    legend_below(figure, panels[0], 3)
+    return figure
+
+
+def _ranked(spectrum: Tensor) -> tuple[range, list[float]]:
+    values = spectrum.double().tolist()
+    return range(1, len(values) + 1), values
+
+
+def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> list[MatrixComparison]:
+    """The matrices that lie farthest out, as in Figure 3 of SCORE (arXiv 2603.05768).
+
+    Agreement is the mean subspace alignment of two experts, conflict the share of the energy off the diagonal; both are
+    taken as ranks. The first one has much agreement and little conflict, the second one much of both, the third one
+    little agreement and much conflict; further ones fill up in the order of the model.
+
+    Args:
+        matrices: What was found for each.
+        count: How many; fewer if there are no more with a map.
+    """
+    known = [matrix for matrix in matrices if matrix.resolved is not None]
+    agreement, conflict = (
+        _ranks([_mean_of_pairs(m.alignment) for m in known]),
+        _ranks([m.off_diagonal or 0 for m in known]),
+    )
+    chosen: list[int] = []
+    for signs in ((1, -1), (1, 1), (-1, 1)):
+        left = [i for i in range(len(known)) if i not in chosen]
+        if left:
+            chosen.append(max(left, key=lambda i: signs[0] * agreement[i] + signs[1] * conflict[i]))
+    chosen += [i for i in range(len(known)) if i not in chosen]
+    return [known[i] for i in chosen[:count]]
+
+
+def _ranks(values: Sequence[float]) -> list[int]:
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    return [order.index(i) for i in range(len(values))]
+
+
+def _mean_of_pairs(matrix: Tensor) -> float:
+    """The mean of the entries off the diagonal that are numbers; 0 if there are none."""
+    off_diagonal = matrix[~torch.eye(len(matrix), dtype=torch.bool)]
+    return float(off_diagonal.nanmean().nan_to_num())
+
+
+@house_style()
+def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
+    """What SCORE keeps of the experts in their common basis, ``|Σ_score|`` (Figure 3 of arXiv 2603.05768).
+
+    The diagonal is what the experts have for themselves, a block each; what lies off it couples their subspaces, and
+    empty places there are what was taken out as a conflict.
+
+    Args:
+        matrices: A panel each; :func:`choose_matrices` finds telling ones. Those without a map are left out.
+    """
+    known = [matrix for matrix in matrices if matrix.resolved is not None]
+    columns = max(1, min(len(known), 3))
+    rows = -(-max(len(known), 1) // columns)
+    figure = Figure(WIDTH if columns > 1 else 4.2, 0.3 + (8.2 / max(columns, 2)) * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axes, matrix in zip(panels, known, strict=False):
+        values = matrix.resolved.detach().double().abs().cpu()
+        pixels = values if len(values) <= _PIXELS else adaptive_max_pool2d(values[None], _PIXELS)[0]
+        largest = float(values.max()) or 1.0
+        scale = LogNorm(largest * 10.0**-_DECADES, largest, clip=True)
+        size = len(values)
+        image = axes.imshow(
+            pixels.numpy(), norm=scale, cmap="magma", interpolation="none", extent=(0.5, size + 0.5, size + 0.5, 0.5)
+        )
+        axes.set_title(_title(matrix) + _shares(matrix))
+        bare(axes)
+        figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
+    for axes in panels[len(known) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _title(matrix: MatrixComparison) -> str:
+    """The name in lines that fit above a panel."""
+    name = shown(matrix.name, 52)
+    half = name.find(".", len(name) // 2 - 4)
+    return name if len(name) <= 28 or half < 0 else f"{name[:half]}\n{name[half:]}"
+
+
+def _shares(matrix: MatrixComparison) -> str:
+    parts = {"agreement": _mean_of_pairs(matrix.alignment), "conflict": matrix.off_diagonal}
+    return "\n" + ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
