@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import matplotlib.style
 from matplotlib import figure
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+P = ParamSpec("P")
 
 INK = "#757779"
 """Text, axes and ticks: readable on white and on black; :func:`svg` makes it the colour of the page's text."""
@@ -77,7 +82,7 @@ _ALONE = threading.RLock()  # matplotlib's settings are one dictionary for all t
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Draw in the house's style whatever the caller's settings are; a decorator, too. Glyphs may be missing silently."""
+    """Draw in the house's style, whatever the caller's settings are, and say nothing of glyphs that a font lacks."""
     with _ALONE, mpl.style.context(["default", _STYLE]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
@@ -86,7 +91,8 @@ def house_style() -> Iterator[None]:
 class Figure(figure.Figure):
     """A figure that is drawn in the house's style, whoever saves it and when.
 
-    It belongs to no window and to no backend, so that it can be made in any thread.
+    It belongs to no window and to no backend, so that it can be made in any thread. It is laid out once, by
+    :meth:`settle`; who changes it afterwards may call ``set_layout_engine("constrained")``.
 
     Args:
         width: In inches.
@@ -100,6 +106,25 @@ class Figure(figure.Figure):
         """Draw it; ticks, which matplotlib makes only now, get the style, too."""
         with house_style():
             super().draw(renderer)
+
+    def settle(self) -> None:
+        """Lay it out once and for all, so that it looks the same however often it is saved."""
+        for _ in range(2):  # the second time the room that tilted names take is known
+            self.draw_without_rendering()
+        self.set_layout_engine("none")
+
+
+def drawn(plot: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Let a function draw in the house's style, and lay its figure out."""
+
+    @functools.wraps(plot)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with house_style():
+            figure = plot(*args, **kwargs)
+            figure.settle()
+        return figure
+
+    return draw
 
 
 def shown(name: object, length: int = 40) -> str:
@@ -138,8 +163,40 @@ def bare(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
-def legend_below(figure: figure.Figure, axes: Axes, columns: int = 4) -> None:
-    """One legend below all panels, if there is more than nothing to say."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
+def legend_below(figure: figure.Figure, panels: Iterable[Axes], columns: int = 4, **options: Any) -> None:
+    """One legend for all panels below them; what several panels name stands there once."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        place = {"loc": "outside lower center", "ncols": min(columns, len(found))}
+        figure.legend(list(found.values()), list(found), **place, **options)
+
+
+def name_ticks(axes: Axes, names: Sequence[str], most: int = 16) -> None:
+    """Name the whole numbers 0, 1, … on the x axis, tilted, without what all the names begin with.
+
+    Args:
+        axes: Where.
+        names: The names, such as those of layers.
+        most: If there are more, only every second, third, … is named.
+    """
+    step = -(-len(names) // most)
+    start = len(_common_path(names))
+    labels = [shown(name[start:], 24) for name in names]
+    axes.set_xticks(range(0, len(names), step), labels[::step], rotation=45, ha="right", rotation_mode="anchor")
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """What all names begin with, up to a dot."""
+    first = names[0] if len(names) > 1 else ""
+    length = next((i for i, c in enumerate(first) if any(name[i : i + 1] != c for name in names)), len(first))
+    return first[: first.rfind(".", 0, length) + 1]
+
+
+def plain_log(axis: Axis, between: Sequence[float] = (1.0,)) -> None:
+    """Write 0.01 below the ticks of a logarithmic axis; these are the powers of ten, times each of a few numbers."""
+    axis.set_major_locator(LogLocator(subs=between, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -9,10 +9,21 @@ from torch import Tensor
 
 from lightning_merge.analysis.activations import SiteDifference
 from lightning_merge.analysis.landscape import Landscape, Plane
-from lightning_merge.report.style import INK, SEQUENTIAL, WIDTH, Figure, colors, house_style, legend_below, looks, shown
+from lightning_merge.report.style import (
+    INK,
+    SEQUENTIAL,
+    WIDTH,
+    Figure,
+    colors,
+    drawn,
+    legend_below,
+    looks,
+    name_ticks,
+    plain_log,
+    shown,
+)
 
 
-@house_style()
 def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = None) -> Figure:
     """The normalized accuracy in the plane of two task vectors: its average and its worst task.
 
@@ -24,7 +35,7 @@ def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = Non
     return plot_landscapes({"": (landscape, plane)}, scale)
 
 
-@house_style()
+@drawn
 def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float | None = None) -> Figure:
     """Several landscapes side by side, the average above and the worst task below (Figure 1 of arXiv 2410.12766).
 
@@ -52,37 +63,37 @@ def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float |
         axes.grid(False)
         axes.spines[:].set_visible(False)
         part = "average" if name == "average" else "worst task"
-        axes.set_title(f"{shown(title)}: {part}" if title else part, fontsize=9)
-        axes.set_xlabel(f"highest: {np.nanmax(values.numpy(), initial=0):.2f}", fontsize=8)
+        highest = f"{part}, at most {np.nanmax(values.numpy(), initial=0):.2f}"
+        axes.set_title(f"{shown(title, 30)}\n{highest}" if title else highest, fontsize=9)
     figure.colorbar(image, ax=panels, label="accuracy / the expert's", shrink=0.85, aspect=25)
     return figure
 
 
-@house_style()
+@drawn
 def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]]) -> Figure:
     """How far models are from an expert at every site, and how much variance is left (Figure 3 of arXiv 2410.12766).
 
     Args:
         found: For each model what :func:`lightning_merge.analysis.compare_activations` gave.
     """
-    sites = list(dict.fromkeys(shown(record.site.name, 28) for records in found.values() for record in records))
+    sites = list(dict.fromkeys(record.site.name for records in found.values() for record in records))
     figure = Figure(WIDTH, 3.6)
     distance, ratio = figure.subplots(1, 2)
     for (name, records), look in zip(found.items(), looks(len(found)), strict=True):
-        xs = [sites.index(shown(record.site.name, 28)) for record in records]
+        xs = [sites.index(record.site.name) for record in records]
         distance.plot(xs, [record.relative_distance for record in records], marker="o", label=shown(name), **look)
         ratio.plot(xs, [record.variance_ratio for record in records], marker="o", label=shown(name), **look)
     distance.set(ylabel="distance to the expert / its norm", ylim=(0, None))
     ratio.set(ylabel="variance / that of the expert", yscale="log")
+    plain_log(ratio.yaxis, (1, 2, 5))
     ratio.axhline(1, color=INK, linewidth=1, linestyle="--")
     for axes in (distance, ratio):
-        step = -(-len(sites) // 16)
-        axes.set_xticks(range(0, len(sites), step), sites[::step], rotation=45, ha="right", rotation_mode="anchor")
-    legend_below(figure, distance)
+        name_ticks(axes, sites)
+    legend_below(figure, [distance])
     return figure
 
 
-@house_style()
+@drawn
 def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None) -> Figure:
     """The features of several models in one plane, a panel each, in the colours of the classes.
 
@@ -105,6 +116,5 @@ def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None) 
     for axes in panels[len(places) :]:
         axes.set_axis_off()
     if 1 < len(classes) <= 20:
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=min(10, len(classes)), markerscale=2)
+        legend_below(figure, panels[:1], 10, markerscale=2)
     return figure

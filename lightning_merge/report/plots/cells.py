@@ -38,7 +38,7 @@ def draw_cells(
             best = marked is not None and bool(marked[row, column])
             color = text_color(mesh.cmap(scale(value)))
             place = (column + 0.5, row + 0.5)
-            axes.text(*place, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=8,
+            axes.text(*place, f"{round(float(value), digits) + 0.0:.{digits}f}", ha="center", va="center", color=color, fontsize=8,
                       fontweight="bold" if best else "normal")  # fmt: skip
             if best:
                 frame = Rectangle((column + 0.04, row + 0.08), 0.92, 0.84, fill=False, edgecolor=color, linewidth=1.1)
@@ -48,9 +48,9 @@ def draw_cells(
     return mesh
 
 
-def name_cells(axes: Axes, rows: list[str], columns: list[str]) -> None:
-    """Name the rows on the left and the columns above, tilted where they are long."""
-    tilted = max(map(len, columns), default=0) > 9
+def name_cells(axes: Axes, rows: list[str], columns: list[str], room: float) -> None:
+    """Name the rows on the left and the columns above; tilted where they are longer than the room, in inches."""
+    tilted = max(map(len, columns), default=0) > room / 0.07
     axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns)
     axes.tick_params(axis="x", top=True, bottom=False, labeltop=True, labelbottom=False)
@@ -62,5 +62,5 @@ def name_cells(axes: Axes, rows: list[str], columns: list[str]) -> None:
 def scale_of(values: np.ndarray, limits: tuple[float, float] | None = None) -> Normalize:
     """From the smallest to the largest finite value, or between limits."""
     finite = values[np.isfinite(values)]
-    low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 1.0))
-    return Normalize(low, high if high > low else low + 1e-9)
+    low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 100.0))
+    return Normalize(low, high) if high > low else Normalize(low - 1, low + 1)

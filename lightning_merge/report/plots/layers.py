@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lightning_merge.analysis.comparison import Comparison
-from lightning_merge.report.style import INK, WIDTH, Figure, house_style, legend_below, looks, shown
+from lightning_merge.report.style import INK, WIDTH, Figure, drawn, legend_below, looks, name_ticks, shown
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|[^.]+")
 
@@ -53,7 +53,7 @@ def _ratio(value: Any, reference: Any) -> np.ndarray:
         return np.where(np.asarray(reference) > 0, np.divide(value, reference), np.nan)
 
 
-@house_style()
+@drawn
 def plot_layers(comparison: Comparison, layer: str | None = None) -> Figure:
     """How far the experts went in each layer, where they fight, and what the merged models made of it.
 
@@ -83,9 +83,10 @@ def plot_layers(comparison: Comparison, layer: str | None = None) -> Figure:
         axes.margins(y=0.08)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    _name_layers(grid[: len(panels)], list(layers), columns)
-    shown_in = grid[len(panels) - 1] if comparison.merged else grid[0]
-    legend_below(figure, shown_in, 4)
+    for i, axes in enumerate(grid[: len(panels)]):
+        name_ticks(axes, list(layers), 14)
+        axes.tick_params(labelbottom=i >= len(panels) - columns)
+    legend_below(figure, grid)
     return figure
 
 
@@ -107,51 +108,30 @@ def _sum_by_layer(comparison: Comparison, layer: re.Pattern[str]) -> dict[str, _
 
 def _draw_norms(axes: Axes, layers: Sequence[_Layer], experts: Sequence[str]) -> None:
     norms = np.stack([layer.norms for layer in layers], axis=1)  # (T, layers)
+    name = "the experts" if len(experts) > 1 else shown(experts[0])
     for i, own in enumerate(norms):
-        axes.plot(
-            own, color=INK, linewidth=0.8, alpha=0.8, marker=".", markersize=3, label=_EXPERTS if i == 0 else None
-        )
+        axes.plot(own, color=INK, linewidth=0.8, alpha=0.8, marker=".", markersize=3, label=name if i == 0 else None)
     axes.set_title("norm of the task vectors")
     axes.set_ylim(bottom=0)
-
-
-_EXPERTS = "experts"
 
 
 def _draw_merged(axes: Axes, layers: Sequence[_Layer], merged: Sequence[str]) -> None:
     for name, look in zip(merged, looks(len(merged)), strict=True):
         axes.plot([layer.merged_norm(name) for layer in layers], marker="o", label=shown(name, 28), **look)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
-    axes.set_title("norm of the merged update / mean of the experts'")
+    axes.set_title("norm of merged update / experts' mean")
     axes.set_ylim(bottom=0)
 
 
 def _draw_conflicts(axes: Axes, layers: Sequence[_Layer]) -> None:
-    axes.bar(range(len(layers)), [100 * float(_ratio(n.conflicts, n.moved)) for n in layers], color=INK, alpha=0.75)
+    axes.bar(range(len(layers)), [100 * float(_ratio(n.conflicts, n.moved)) for n in layers], color=INK, alpha=0.55)
     axes.set_title("sign conflicts, % of what two experts moved")
 
 
 def _draw_cosines(axes: Axes, layers: Sequence[_Layer], comparison: Comparison) -> None:
     if len(comparison.experts) > 1:
-        axes.plot([layer.cosine for layer in layers], color=INK, linewidth=1.2, marker="o", label="two experts")
+        axes.plot([layer.cosine for layer in layers], color=INK, linewidth=1.2, marker="o", label="between experts")
     for name, look in zip(comparison.merged, looks(len(comparison.merged)), strict=True):
         axes.plot([layer.merged_cosine(name) for layer in layers], marker="o", label=shown(name, 28), **look)
     axes.axhline(0, color=INK, linewidth=1, linestyle="--")
-    axes.set_title("mean cosine with an expert")
-
-
-def _name_layers(grid: Sequence[Axes], names: Sequence[str], columns: int) -> None:
-    """Name the layers below the lowest panels, without what all their names begin with."""
-    step = -(-len(names) // 14)
-    start = len(_common_path(names))
-    labels = [shown(name[start:] or name, 24) for name in names]
-    for axes in grid:
-        axes.set_xticks(range(0, len(names), step), labels[::step], rotation=45, ha="right", rotation_mode="anchor")
-        axes.tick_params(labelbottom=axes in list(grid)[-columns:])
-
-
-def _common_path(names: Sequence[str]) -> str:
-    """What all names begin with, up to a dot."""
-    first = names[0] if len(names) > 1 else ""
-    length = next((i for i, c in enumerate(first) if any(name[i : i + 1] != c for name in names)), len(first))
-    return first[: first.rfind(".", 0, length) + 1]
+    axes.set_title("mean cosine with the experts")

@@ -19,9 +19,10 @@ from lightning_merge.report.style import (
     WIDTH,
     Figure,
     bare,
-    house_style,
+    drawn,
     legend_below,
     looks,
+    plain_log,
     shown,
 )
 
@@ -29,7 +30,7 @@ _PIXELS = 192  # a side of a map; of what falls into one pixel the largest is sh
 _DECADES = 4  # what is smaller than the largest value by more is not told apart
 
 
-@house_style()
+@drawn
 def plot_alignment(
     matrix: Tensor,
     names: Sequence[str],
@@ -53,7 +54,8 @@ def plot_alignment(
     axes = figure.subplots()
     cmap = DIVERGING if limits[0] < 0 else SEQUENTIAL
     mesh = draw_cells(axes, values, scale_of(values, limits), cmap, 2 if count <= 12 else None)
-    name_cells(axes, [shown(name, 28) for name in names], [shown(name, 28) for name in names])
+    labels = [shown(name, 28) for name in names]
+    name_cells(axes, labels, labels, min(0.55, 5.6 / count))
     axes.set_aspect("equal")
     if directed:
         axes.set(xlabel="in the subspace of …", ylabel="how much of …")
@@ -61,7 +63,7 @@ def plot_alignment(
     return figure
 
 
-@house_style()
+@drawn
 def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -> Figure:
     """The singular values of the experts' task matrices, and those of the merged updates, in order of size.
 
@@ -86,6 +88,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         )
         if largest > 0:
             axes.set_yscale("log")
+            plain_log(axes.yaxis)
             axes.set_ylim(largest * 10.0**-_DECADES, 1.5 * largest)
         axes.set_title(_title(matrix))
         axes.set_xlabel("index")
@@ -93,7 +96,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         axes.set_axis_off()
     for axes in panels[::columns]:
         axes.set_ylabel("singular value")
-    legend_below(figure, panels[0], 3)
+    legend_below(figure, panels, 3)
     return figure
 
 
@@ -138,7 +141,7 @@ def _mean_of_pairs(matrix: Tensor) -> float:
     return float(off_diagonal.nanmean().nan_to_num())
 
 
-@house_style()
+@drawn
 def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
     """What SCORE keeps of the experts in their common basis, ``|Σ_score|`` (Figure 3 of arXiv 2603.05768).
 
@@ -164,7 +167,8 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         )
         axes.set_title(_title(matrix) + _shares(matrix))
         bare(axes)
-        figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
+        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
+        plain_log(bar.ax.xaxis)
     for axes in panels[len(known) :]:
         axes.set_axis_off()
     return figure

@@ -20,14 +20,14 @@ from lightning_merge.report.style import (
     WIDTH,
     Figure,
     colors,
-    house_style,
+    drawn,
     legend_below,
     looks,
     shown,
 )
 
 
-@house_style()
+@drawn
 def plot_heat_map(table: Table) -> Figure:
     """The metric of every row on every domain in percent, and its mean; the best method of a column is framed.
 
@@ -36,15 +36,19 @@ def plot_heat_map(table: Table) -> Figure:
     """
     rows, domains = table.row_names, table.domains
     values = 100 * np.array([[_number(table.value(row, domain)) for domain in domains] for row in rows])
-    parts = [(values, domains)] if len(domains) == 1 else [(values, domains), (values.mean(1, keepdims=True), ["mean"])]
-    figure = Figure(max(WIDTH, 3.0 + 0.65 * len(domains)), 1.2 + 0.26 * len(rows))
-    panels = figure.subplots(
-        1, len(parts), squeeze=False, sharey=True, width_ratios=[len(columns) for _, columns in parts]
-    )[0]
+    parts = [(values, domains)]
+    if len(domains) > 1:
+        parts.append((100 * np.array([[_number(table.mean(row))] for row in rows]), ["mean"]))
+    names = [shown(row) for row in rows]
+    around = 1.2 + 0.064 * max(map(len, names), default=0)  # what the names and the colour bar take, in inches
+    columns = sum(len(own) for _, own in parts)
+    figure = Figure(max(WIDTH, around + 0.62 * columns), 1.2 + 0.26 * len(rows))
+    room = (figure.get_figwidth() - around) / columns
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True, width_ratios=[len(own) for _, own in parts])[0]
     scale = scale_of(values)
-    for axes, (own, columns) in zip(panels, parts, strict=True):
+    for axes, (own, heads) in zip(panels, parts, strict=True):
         mesh = draw_cells(axes, own, scale, SEQUENTIAL, 1, _best_methods(own, rows, table.lower_is_better))
-        name_cells(axes, [shown(row) for row in rows], [shown(column, 24) for column in columns])
+        name_cells(axes, names, [shown(head, 24) for head in heads], room)
     for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
         label.set_fontstyle("normal" if is_method(row) else "italic")
     figure.colorbar(mesh, ax=panels, label=f"{_metric(table)} in %", shrink=min(1.0, 4 / len(rows)), aspect=15)
@@ -75,11 +79,12 @@ def best_rows(table: Table, count: int = 4) -> list[str]:
     return [row for row in table.row_names if row in chosen]
 
 
-@house_style()
+@drawn
 def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
     """Bars for a few rows on every domain: the metric in percent of that of the domain's own expert.
 
-    Where no own expert was measured, or the metric is an error, the bars are the metric itself.
+    Where no own expert was measured, or the metric is an error, the bars are the metric itself. A cross stands where
+    there is no number.
 
     Args:
         table: The table.
@@ -92,27 +97,34 @@ def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
     values = values.reshape(len(rows), len(names))
     if len(names) > 1:
         values, names = np.hstack([values, values.mean(axis=1, keepdims=True)]), [*names, "mean"]
-    figure = Figure(max(WIDTH, 0.9 * len(names) + 1), 3.4)
+    tilt = _tilt(names)
+    figure = Figure(max(WIDTH, 0.9 * len(names) + 1), 4.2 if tilt else 3.4)
     axes = figure.subplots()
-    width = 0.84 / max(len(rows), 1)
+    width = min(0.84 / max(len(rows), 1), 0.3)
     palette = [INK if row == BASE else None for row in rows]
     free = iter(colors(sum(color is None for color in palette)))
     for i, (row, heights) in enumerate(zip(rows, values, strict=True)):
         places = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
-        axes.bar(places, heights, 0.92 * width, label=shown(row), color=palette[i] or next(free))
+        color, alpha = (palette[i], 0.6) if palette[i] else (next(free), 1)
+        axes.bar(places, heights, 0.92 * width, label=shown(row), color=color, alpha=alpha)
+        for place in places[~np.isfinite(heights)]:
+            axes.annotate("×", (place, 0), (0, 1), textcoords="offset points", ha="center", color=color)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    if not np.isfinite(values).any():
+        axes.set_ylim(0, 100)
     if is_normalized:
         axes.axhline(100, color=INK, linewidth=1, linestyle="--")
         axes.annotate("own expert", (1, 100), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                       ha="right", fontsize=7.5)  # fmt: skip
-    axes.set_xticks(range(len(names)), names, **_tilt(names))
-    axes.set_ylabel(f"{_metric(table)} in % of the own expert's" if is_normalized else f"{_metric(table)} in %")
+    axes.set_xticks(range(len(names)), names, **tilt)
+    axes.set_ylabel(_share_label(table) if is_normalized else f"{_metric(table)} in %")
     axes.grid(axis="x", visible=False)
     axes.tick_params(axis="x", length=0)
-    legend_below(figure, axes, 3)
+    legend_below(figure, [axes], 3)
     return figure
 
 
-@house_style()
+@drawn
 def plot_sweep(table: Table) -> Figure:
     """Normalized accuracy by the coefficient, a line for each setting of the other fields; the best is marked.
 
@@ -146,8 +158,8 @@ def plot_sweep(table: Table) -> Figure:
     _mark_best(axes, lines, {row: place[setting[field]] for row, setting in settings.items()})
     if not is_number:
         axes.set_xticks(range(len(values)), [shown(value, 24) for value in values])
-    axes.set(xlabel=field, ylabel=f"{_metric(table)} in % of the own expert's")
-    legend_below(figure, axes, 4)
+    axes.set(xlabel=field, ylabel=_share_label(table))
+    legend_below(figure, [axes])
     return figure
 
 
@@ -168,7 +180,7 @@ def _mark_best(axes: Axes, lines: Mapping[str, Mapping[str, float]], places: Map
     axes.margins(y=0.12)
 
 
-@house_style()
+@drawn
 def plot_tasks(table: FoundationsTable, method: str) -> Figure:
     """Normalized accuracy by the number of merged tasks, a line for each way to merge (Figure 5 of arXiv 2410.12766).
 
@@ -192,7 +204,7 @@ def plot_tasks(table: FoundationsTable, method: str) -> Figure:
         title = "worst task" if part == "worst" else "average over the tasks"
         axes.set(xlabel="tasks", title=title, xticks=counts, ylim=(0, 102))
     panels[0].set_ylabel("accuracy in % of the experts'")
-    legend_below(figure, panels[0], 3)
+    legend_below(figure, panels, 3)
     return figure
 
 
@@ -212,6 +224,10 @@ def _share(table: Table, row: str, domain: str, is_normalized: bool) -> float:
 
 def _metric(table: Table) -> str:
     return table.metric.replace("_", " ")
+
+
+def _share_label(table: Table) -> str:
+    return f"{_metric(table)} in % of the expert's"
 
 
 def _tilt(names: Sequence[str]) -> dict[str, Any]:
