@@ -52,11 +52,12 @@ def chromium(folder: Path) -> Iterator[Any]:
 
 
 def open_page(browser: Any, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-    """Open a file anew, on a screen so wide, with the system's light or dark theme; earlier logs are dropped."""
+    """Open a file anew, on a screen so wide, with the system's light or dark theme; drop earlier logs."""
     screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
+    wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wishes.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get("about:blank")
     for log in ("browser", "performance"):
         browser.get_log(log)

@@ -83,8 +83,8 @@
     const image = dialog.appendChild(document.createElement("div"));
     image.className = "plot";
     image.tabIndex = 0;
-    image.setAttribute("role", "img");
-    image.setAttribute("aria-label", place.getAttribute("aria-label"));
+    image.setAttribute("role", "region");
+    image.setAttribute("aria-label", "Figure");
     place.style.minHeight = `${place.offsetHeight}px`;
     image.append(...place.childNodes);
     dialog.addEventListener("close", () => {
