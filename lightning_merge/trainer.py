@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.planning import plan as make_plan
 from lightning_merge.plans import Plan
+from lightning_merge.progress import show_progress
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
 from lightning_merge.sharing import Processes
@@ -90,6 +92,10 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         }
         return type(self)(*self.positional, **{**self.arguments, **quiet, "callbacks": callbacks, **changes})
+
+    def progress_shown(self) -> AbstractContextManager[None]:
+        """Show how far a verb has come, unless this trainer is to have no progress bar."""
+        return show_progress(self.progress_bar_callback is not None)
 
     def merge(
         self,
@@ -190,7 +196,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             with Processes(distributed).together():
                 check_arguments(method, origin, open_experts(experts, origin), output=output, shard_size=shard_size)
             options["output"] = None
-        merged = merge(origin, experts, method, distributed=distributed, **options)
+        with self.progress_shown():
+            merged = merge(origin, experts, method, distributed=distributed, **options)
         if repair is not None:
             merged = several.repair(merged, distributed)
         with Processes(distributed).together():
@@ -318,7 +325,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if model is None or datamodule is None:
             raise MergeError("Searching needs a model and data; give --model and --data, or the config.yaml of a fit.")
         check_suffix(output)
-        with quiet_lightning():
+        with quiet_lightning(), self.progress_shown():
             self.found = search_coefficients(
                 self,
                 model,
@@ -436,12 +443,13 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         if foundations is not None:
             others = {"pretrain": pretrain, "search": search, "statistics": statistics}
-            self.table = self._benchmark_foundations(
-                model, datamodule, methods, output, domains, foundations, others, engine
-            )
+            with self.progress_shown():
+                self.table = self._benchmark_foundations(
+                    model, datamodule, methods, output, domains, foundations, others, engine
+                )
             return self.table
         base_domains = pretrain.domains if pretrain else ()
-        self.table = Benchmark(
+        job_list = Benchmark(
             trainer=self,
             model=model,
             datamodule=datamodule,
@@ -452,7 +460,9 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             statistics=statistics,
             search=search or {},
             engine=make_engine(engine),
-        ).run()
+        )
+        with self.progress_shown():
+            self.table = job_list.run()
         return self.table
 
     def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):
