@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.planning import plan as make_plan
 from lightning_merge.plans import Plan
+from lightning_merge.progress import show_progress
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
 from lightning_merge.report.experts import experts_grid
@@ -98,6 +100,10 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         }
         return type(self)(*self.positional, **{**self.arguments, **quiet, "callbacks": callbacks, **changes})
+
+    def progress_shown(self) -> AbstractContextManager[None]:
+        """Show how far a verb has come, unless this trainer is to have no progress bar."""
+        return show_progress(self.progress_bar_callback is not None)
 
     def merge(
         self,
@@ -202,7 +208,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             with Processes(distributed).together():
                 check_arguments(method, origin, open_experts(experts, origin), output=output, shard_size=shard_size)
             options["output"] = None
-        merged = merge(origin, experts, method, distributed=distributed, **options)
+        with self.progress_shown():
+            merged = merge(origin, experts, method, distributed=distributed, **options)
         if repair is not None:
             merged = several.repair(merged, distributed)
         with Processes(distributed).together():
@@ -214,7 +221,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if report is not None:
             with Processes(distributed).together():
                 if self.is_global_zero:
-                    self.report = report_merge(merged, report, self.table, self.configuration, workers)
+                    with self.progress_shown():
+                        self.report = report_merge(merged, report, self.table, self.configuration, workers)
         return merged
 
     def _join_processes(self) -> bool:
@@ -334,7 +342,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if model is None or datamodule is None:
             raise MergeError("Searching needs a model and data; give --model and --data, or the config.yaml of a fit.")
         check_suffix(output)
-        with quiet_lightning():
+        with quiet_lightning(), self.progress_shown():
             self.found = search_coefficients(
                 self,
                 model,
@@ -452,13 +460,14 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         if foundations is not None:
             others = {"pretrain": pretrain, "search": search, "statistics": statistics}
-            self.table = self._benchmark_foundations(
-                model, datamodule, methods, output, domains, foundations, others, engine
-            )
+            with self.progress_shown():
+                self.table = self._benchmark_foundations(
+                    model, datamodule, methods, output, domains, foundations, others, engine
+                )
             self.report = Path(output) / REPORT
             return self.table
         base_domains = pretrain.domains if pretrain else ()
-        self.table = Benchmark(
+        job_list = Benchmark(
             trainer=self,
             model=model,
             datamodule=datamodule,
@@ -469,7 +478,9 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             statistics=statistics,
             search=search or {},
             engine=make_engine(engine),
-        ).run()
+        )
+        with self.progress_shown():
+            self.table = job_list.run()
         self.report = Path(output) / REPORT
         return self.table
 
@@ -515,16 +526,17 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError("There is nothing to look at: give the experts' checkpoints with --experts.")
         if base is None and model is None:
             raise MergeError("Experts are compared as differences to a base; give it with --base, or give the --model.")
-        comparison = compare_experts(
-            base if base is not None else model.state_dict(),
-            experts,
-            merged,
-            include=include,
-            exclude=exclude or (),
-            matrices=matrices,
-            every_matrix=every_matrix,
-            workers=workers,
-        )
+        with self.progress_shown():
+            comparison = compare_experts(
+                base if base is not None else model.state_dict(),
+                experts,
+                merged,
+                include=include,
+                exclude=exclude or (),
+                matrices=matrices,
+                every_matrix=every_matrix,
+                workers=workers,
+            )
         self.table = experts_grid(comparison).markdown()
         if self.is_global_zero:
             self.report = report_analysis(comparison, output, self.configuration)
