@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from base64 import b64encode
 from collections.abc import Mapping
@@ -59,18 +58,18 @@ def render(page: Page, *, data: Mapping[str, Any] | None = None) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.tests |= {
-        name: _is(kind) for name, kind in (("grid", Grid), ("picture", Picture), ("listing", Listing))
-    }
+    environment.tests |= {"grid": _is(Grid), "picture": _is(Picture), "listing": _is(Listing)}
     environment.filters |= {"svg": _svg, "copies": _copies, "columns": _columns, "sort_key": _sort_key}
+    environment.policies["json.dumps_kwargs"] = {}
     script = "\n".join(_asset(name) for name in _SCRIPTS)
-    return environment.get_template("page.html.jinja").render(
+    text = environment.get_template("page.html.jinja").render(
         page=page,
         style=Markup(_asset("page.css")),
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         data=None if data is None else _finite(data),
     )
+    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair in a file's name is no UTF-8
 
 
 def _asset(name: str) -> str:
@@ -118,19 +117,13 @@ def _lines(lines: list[str], *, before: int, rows: int) -> dict[str, list[str]]:
     return {"before": lines[:before], "rows": lines[before : before + rows], "after": lines[before + rows :]}
 
 
-def _svg(picture: Picture) -> Markup:
-    """A figure as an SVG element, whose text can be selected."""
-    import matplotlib
+def _svg(picture: Picture, prefix: str) -> Markup:
+    """A figure as an SVG element, whose text can be selected, and whose ids begin with a prefix."""
     from markupsafe import Markup
 
-    out = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": picture.title}
-    with matplotlib.rc_context(settings):
-        picture.figure.savefig(
-            out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
-    text = out.getvalue()
-    return Markup(text[text.index("<svg") :])
+    from lightning_merge.report.svg import svg
+
+    return Markup(svg(picture.figure, picture.title, prefix))
 
 
 def _finite(value: Any) -> Any:

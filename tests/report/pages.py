@@ -55,7 +55,10 @@ def nasty() -> Page:
     grid = Grid(grid.header, grid.rows, " ".join(NASTY))
     pictures = [Picture(figure(NASTY[1]), " ".join(NASTY), " ".join(NASTY))]
     listings = [Listing(name, name, folded=bool(i % 2)) for i, name in enumerate(NASTY)]
-    sections = [Section(NASTY[0], [*NASTY, grid, *pictures, *listings]), *(Section(name, []) for name in NASTY)]
+    sections = [
+        Section(NASTY[0], [*NASTY, grid, *pictures, *pictures, *listings]),
+        *(Section(name, []) for name in NASTY),
+    ]
     return Page(" ".join(NASTY), NASTY, sections, NASTY, [(name, name) for name in NASTY])
 
 

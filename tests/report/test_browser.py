@@ -218,3 +218,11 @@ def test_the_data_can_be_saved(browser: Any, path: Path) -> None:
     finally:
         browser.execute_cdp_cmd("Page.setBypassCSP", {"enabled": False})
     assert json.loads(text) == {"photo": [0.5, None]}
+
+
+def test_the_checks_themselves_find_a_page_that_asks_for_something(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text('<title>asks</title><img src="http://127.0.0.1:9/nobody.png">')
+    open_page(browser, path)
+    assert outside_requests(browser) == ["http://127.0.0.1:9/nobody.png"]
+    assert len(console_errors(browser)) == 1

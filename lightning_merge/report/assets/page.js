@@ -99,8 +99,8 @@
   function fit(region) {
     const fits = region.querySelector("table").offsetWidth <= region.clientWidth;
     region.classList.toggle("fits", fits);
-    region.toggleAttribute("tabindex", !fits);
-    if (!fits) region.tabIndex = 0;
+    if (fits) region.removeAttribute("tabindex");
+    else region.tabIndex = 0;
   }
 
   function offerData() {
