@@ -37,4 +37,4 @@ def _lengths(comparison: Comparison) -> Iterator[str]:
             f"({shortest:.3g})."
         )
     for name in comparison.merged:
-        yield f"{name} lies {comparison.update_ratio(name):.2f} times as far from the base as the experts do on average."
+        yield f"{name} lies {comparison.update_ratio(name):.2f} times as far from the base as an expert on average."

@@ -136,14 +136,14 @@ def _foundation_answers(table: FoundationsTable) -> Iterator[str]:
         if means:
             (arm, method), value = max(means.items(), key=lambda item: item[1])
             yield (
-                f"{count(merged, 'task')}: {arm} with {method} reaches {percent(value)} % of the experts' accuracy, the "
-                f"most of {count(len(means), 'combination')}."
+                f"{count(merged, 'task')}: {arm} with {method} reaches {percent(value)} % of the experts' accuracy, "
+                f"the most of {count(len(means), 'combination')}."
             )
 
 
 _ONE_RUN = (
-    "Every number is of one run with one seed; methods that lie within a point or two of each other may change places in "
-    "another run."
+    "Every number is of one run with one seed; methods that lie within a point or two of each other may change places "
+    "in another run."
 )
 
 
@@ -182,8 +182,7 @@ def _pictures(table: Table) -> list[Picture]:
         Picture(
             plot_domains(table),
             "Domain by domain",
-            "Above: the best methods beside what they are compared with. Below: the same, divided by the accuracy of the "
-            "domain's own expert.",
+            "The best methods beside what they are compared with, in percent of the domain's own expert.",
         ),
     ]
 

@@ -39,8 +39,8 @@ def experts_grid(comparison: Comparison) -> Grid:
             for i, name in enumerate(comparison.experts)
         ],
         "Norm: of the expert's difference to the base. Cosine, alignment (the share of its task matrices that lies in "
-        "another expert's leading subspace) and angle (the mean principal angle between leading subspaces, in radians): "
-        "means over the other experts. Alignment, angle and effective rank: means over the matrices.",
+        "another expert's leading subspace) and angle (the mean principal angle between leading subspaces, in "
+        "radians): means over the other experts. Alignment, angle and effective rank: means over the matrices.",
     )
 
 
@@ -63,9 +63,9 @@ def merged_grid(comparison: Comparison) -> Grid:
     return Grid(
         ["merged model", "expert", "update", "cosine", "distance", "alignment"],
         rows,
-        "Update: the norm of what merging did to the base; distance: that between merged model and expert; both divided "
-        "by the norm of the expert's own difference to the base, so that the base itself lies at update 0 and distance 1. "
-        "Cosine: between both differences. Alignment: the share of the expert's task matrices that lies in the leading "
+        "Update: the norm of what merging did to the base; distance: that between merged model and expert; both "
+        "divided by the norm of the expert's own difference to the base, so that the base lies at update 0 and "
+        "distance 1. Cosine: between both differences. Alignment: the share of the expert's task matrices that lies in the leading "
         "subspace of the merged update, the mean over the matrices.",
     )
 
@@ -189,7 +189,7 @@ def experts_in_words(comparison: Comparison) -> Iterator[str]:
         return
     conflict = comparison.sign_conflict()
     if math.isfinite(conflict):
-        yield f"Experts pull in opposite directions in {100 * conflict:.0f} % of the entries that two or more have moved."
+        yield f"Experts pull in opposite directions in {100 * conflict:.0f} % of the entries that several have moved."
     alignment = comparison.mean_alignment()
     both = (alignment + alignment.T) / 2
     pairs = [(float(both[i, j]), names[i], names[j]) for i in range(len(names)) for j in range(i)]

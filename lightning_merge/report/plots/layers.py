@@ -12,7 +12,18 @@ from matplotlib.axes import Axes
 
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
-from lightning_merge.report.style import INK, SEQUENTIAL, WIDTH, Figure, drawn, legend_below, looks, name_ticks, shown
+from lightning_merge.report.style import (
+    INK,
+    SEQUENTIAL,
+    WIDTH,
+    Figure,
+    common_path,
+    drawn,
+    legend_below,
+    looks,
+    name_ticks,
+    shown,
+)
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|[^.]+")
 
@@ -102,7 +113,7 @@ def plot_updates(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
     values = np.array([[own.get(layer, np.nan) for layer in layers] for own in ratios.values()], dtype=float)
     figure = Figure(max(WIDTH, 3.0 + 0.4 * len(layers)), 1.4 + 0.26 * len(ratios))
     axes = figure.subplots()
-    start = len(_common_path(layers))
+    start = len(common_path(layers))
     high = max(1.0, float(np.nanquantile(values, 0.95))) if np.isfinite(values).any() else 1.0
     mesh = draw_cells(axes, values, scale_of(values, (0.0, high)), SEQUENTIAL, 1 if len(layers) <= 24 else None)
     name_cells(axes, [shown(name) for name in ratios], [shown(name[start:] or name, 24) for name in layers])
