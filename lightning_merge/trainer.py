@@ -1,4 +1,4 @@
-"""Lightning's Trainer with the verbs ``merge``, ``search``, ``evaluate``, ``benchmark``, ``analyze``, ``statistics``."""
+"""Lightning's Trainer with more verbs: ``merge``, ``search``, ``statistics``, ``evaluate``, ``benchmark``, …"""
 
 from __future__ import annotations
 

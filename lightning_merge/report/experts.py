@@ -65,8 +65,8 @@ def merged_grid(comparison: Comparison) -> Grid:
         rows,
         "Update: the norm of what merging did to the base; distance: that between merged model and expert; both "
         "divided by the norm of the expert's own difference to the base, so that the base lies at update 0 and "
-        "distance 1. Cosine: between both differences. Alignment: the share of the expert's task matrices that lies in the leading "
-        "subspace of the merged update, the mean over the matrices.",
+        "distance 1. Cosine: between both differences. Alignment: the share of the expert's task matrices that lies in "
+        "the leading subspace of the merged update, the mean over the matrices.",
     )
 
 
