@@ -1,4 +1,4 @@
-"""Lightning's Trainer with more verbs: ``merge``, ``search``, ``statistics``, ``evaluate``, ``benchmark``, …"""
+"""Lightning's Trainer with more verbs: those that merge, and those that tell what came out."""
 
 from __future__ import annotations
 

@@ -222,8 +222,11 @@ class Benchmark(JobList):
     def _records(self, domain: str) -> list[Record]:
         return read_done(self.output / "held_out" / domain).get("records", [])
 
+    def _updates(self, domain: str) -> dict[str, dict[str, float]]:
+        return read_done(self.output / "held_out" / domain).get("updates", {})
+
     def write_results(self) -> Table:
-        """Write ``results.jsonl`` and the table from what was measured, and return the table."""
+        """Write ``results.jsonl``, the table and the report from what was measured, and return the table."""
         records = [record for domain in self.domains for record in self._records(domain)]
         position = {name: i for i, name in enumerate(self.methods)}
         kept = [record for record in records if record["method"] is None or record["row"] in position]

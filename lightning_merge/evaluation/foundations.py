@@ -292,7 +292,7 @@ class FoundationsBenchmark(JobList):
         return open_weights(self._folder(study) / "foundations" / name / "expert.ckpt")
 
     def write_results(self) -> FoundationsTable:
-        """Write ``results.jsonl`` and the table from what was measured, and return the table."""
+        """Write ``results.jsonl``, the tables and the report from what was measured, and return the table."""
         records: list[Record] = []
         for study in self.options.seeds:
             for count in self.options.merged:
