@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-BUDGET = 2.0e12
+BUDGET = 2.8e12
 """The floating-point operations that comparing subspaces may take; a core of a processor does some 5e10 a second."""
 
 
@@ -28,7 +28,7 @@ def operations(blocks: int, m: int, n: int, experts: int, merged: int) -> float:
     return blocks * ((experts + merged) * factorize + pairs * (overlap + angles) + merged * experts * overlap + score)
 
 
-def choose(costs: Mapping[str, float], budget: float = BUDGET) -> list[str]:
+def choose(costs: Mapping[str, float], budget: float | None = None) -> list[str]:
     """Choose as many parameters as a budget allows, evenly over kinds and over depth.
 
     Parameters are of one kind if their names differ by the first number, that of the block. Kinds take turns; the first
@@ -36,11 +36,12 @@ def choose(costs: Mapping[str, float], budget: float = BUDGET) -> list[str]:
 
     Args:
         costs: What each parameter costs, by name, in the order of the model.
-        budget: What they may cost together.
+        budget: What they may cost together; by default :data:`BUDGET`.
 
     Returns:
         The names of those chosen, in the order of the model.
     """
+    budget = BUDGET if budget is None else budget
     kinds: dict[str, list[str]] = {}
     for name in costs:
         kinds.setdefault(re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name, count=1), []).append(name)

@@ -13,9 +13,10 @@ from lightning_merge.analysis.alignment import OF_PAIRS, RankRule
 from lightning_merge.analysis.choosing import choose, operations
 from lightning_merge.analysis.comparison import Comparison, MatrixComparison, ParameterComparison
 from lightning_merge.analysis.expert_matrices import ExpertMatrices, MergedMatrix
+from lightning_merge.analysis.groups import by_depth
 from lightning_merge.checkpoints import Source, Weights, open_weights
 from lightning_merge.computation import count_workers, run_each
-from lightning_merge.errors import raise_all
+from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.inventory import take_inventory
 from lightning_merge.linalg import is_finite
 from lightning_merge.matrices import Matrices
@@ -70,16 +71,17 @@ def compare_experts(
     Raises:
         MergeError: If the models do not fit together, cannot be read, or hold values that are not finite.
     """
-    rule = (
-        OF_PAIRS if threshold is None and error is None and not off_by_one else RankRule(error, threshold, off_by_one)
-    )
+    if workers is not None and workers < 1:
+        raise MergeError(f"workers must be at least 1, got {workers}.")
+    by_default = threshold is None and error is None
+    rule = RankRule(error, OF_PAIRS.threshold if by_default else threshold, off_by_one)
     origin = open_weights(base, name="base")
     sources = open_experts(experts, origin)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
-    results = _open_merged(merged, origin, inventory.merged)
-    models = _Models(origin, sources, results, inventory.merged, matrices or Matrices())
-    device = origin[inventory.merged[0]].device
-    workers = count_workers(workers, device, sum(origin.meta[name].numel() for name in inventory.merged))
+    names = by_depth(inventory.merged)
+    results = _open_merged(merged, origin, names)
+    models = _Models(origin, sources, results, names, matrices or Matrices())
+    workers = count_workers(workers, origin[names[0]].device, sum(origin.meta[name].numel() for name in names))
     parameters = models.parameters(workers)
     costs = models.costs()
     chosen = list(costs) if every_matrix else choose(costs)

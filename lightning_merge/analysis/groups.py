@@ -30,6 +30,24 @@ def grouped(names: Iterable[str], pattern: str = GROUPS) -> dict[str, list[str]]
     return groups
 
 
+def by_depth(names: Iterable[str]) -> list[str]:
+    """Names in the order of the blocks: files may have ``blocks.10`` before ``blocks.2``.
+
+    The numbers in names count as numbers; what stands between them stays in the order of its first appearance.
+    """
+    first: dict[str, int] = {}
+
+    def key(name: str) -> list[tuple[bool, int]]:
+        place, found = "", []
+        for part in name.split("."):
+            number = part.isdecimal()
+            place += ".*" if number else f".{part}"
+            found.append((number, int(part) if number else first.setdefault(place, len(first))))
+        return found
+
+    return sorted(names, key=key)
+
+
 def check_pattern(pattern: str) -> None:
     """Raise a :class:`MergeError` if a pattern is no regular expression."""
     try:

@@ -29,8 +29,8 @@ class ScoreMap:
         kept: The share of the P_i's off-diagonal energy that is kept; NaN if there is none.
         off_diagonal: The share of the P_i's energy that lies off the diagonal; NaN for zero matrices.
         projected: The share of the task matrices' energy that lies in the basis at all.
-        agreement: The energy of ``Σ_score`` on its diagonal, as a share of that of the task matrices; up to T, where
-            all experts do the same.
+        agreement: The energy of ``Σ_score`` on its diagonal, as a share of that of the task matrices; low where the
+            experts cancel each other.
         conflict: The energy of ``Σ_score`` off its diagonal, as a share of that of the task matrices.
     """
 
