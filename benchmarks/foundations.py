@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
 import torch
 import yaml
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import lightning_merge as lm
@@ -41,17 +37,18 @@ from lightning_merge.analysis import (
     project,
     task_plane,
 )
+from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.merge_data import calibration_images
 from lightning_merge.evaluation.task_models import model_of_task
 from lightning_merge.methods import TaskArithmetic
 from lightning_merge.repair import corrected_weights, find_head, find_sites, probe_head, tact
 from lightning_merge.repairing import Repair, repair
 from lightning_merge.report import Cell, Grid
+from lightning_merge.report.plots import plot_embeddings, plot_landscapes, plot_tasks, plot_variance_ratio
+from lightning_merge.report.style import house_style
 from lightning_merge.sites import Site
 
 SCALE = 0.4
-_LINES = {"naive": ":", "weights": "--", "activations": "-"}
-_COLORS = {"": "0.5", "REPAIR": "C0", "linear probe": "C2", "TACT": "C3"}
 Weights = Mapping[str, Tensor]
 
 
@@ -124,37 +121,13 @@ class Study:
         return lm.merge(aligned.base, aligned.experts, TaskArithmetic(scale=SCALE), exclude=["head.*"])
 
 
-def draw_tasks(records: list[dict[str, Any]], method: str) -> plt.Figure:
-    """Normalized accuracy by the number of merged tasks, a line for each way to merge (Figure 5)."""
-    from lightning_merge.evaluation.foundations_table import FoundationsTable
-
-    table = FoundationsTable(records)
-    counts = table.names("merged")
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharey=True, layout="constrained")
-    for axis, part in zip(axes, ("average", "worst"), strict=True):
-        for arm in table.names("arm"):
-            cells = [getattr(table.cell(count, arm, method), part) for count in counts]
-            start, _, end = arm.partition(" + ")
-            look = {"linestyle": _LINES.get(start, "-"), "color": _COLORS.get(end, "C4"), "marker": "o"}
-            axis.plot(counts, [100 * statistics.mean(cell) for cell in cells], label=arm, **look)
-        axis.set(
-            xlabel="tasks",
-            title="worst task" if part == "worst" else "average over the tasks",
-            xticks=counts,
-            ylim=(0, 102),
-        )
-    axes[0].set_ylabel("accuracy in % of the experts'")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return figure
-
-
-def draw_layers(study: Study) -> plt.Figure:
+def draw_layers(study: Study) -> Figure:
     """Distance to the expert and variance ratio at every site (Figure 3), on the first task."""
     task, tasks = study.tasks[0], study.tasks
     images, test = study.images(tasks), study.test_images(study.tasks[0], 500)
     module = study.model_of(task)
     sites = find_sites(module, test[0][0])
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    found = {}
     for label, by, kind in (
         ("naive", "nothing", None),
         ("aligned", "activations", None),
@@ -164,29 +137,21 @@ def draw_layers(study: Study) -> plt.Figure:
         aligned = study.aligned(tasks, by)
         merged = study.merged(aligned)
         model = merged if kind is None else repair(Repair(by=kind), merged, study.model, images)
-        found = compare_activations(module, model.for_task(task), dict(aligned.experts[task]), test, sites)
-        names = [record.site.path.removeprefix("backbone.") for record in found]
-        axes[0].plot(names, [record.relative_distance for record in found], marker="o", label=label)
-        axes[1].plot(names, [record.variance_ratio for record in found], marker="o", label=label)
-    axes[0].set(ylabel="distance to the expert / its norm", ylim=(0, None))
-    axes[1].set(ylabel="variance / that of the expert", yscale="log")
-    axes[1].axhline(1, color="0.7", linewidth=0.8)
-    for axis in axes:
-        axis.tick_params(axis="x", rotation=45)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"{len(tasks)} tasks, Task Arithmetic, on {task}")
-    return figure
+        found[label] = compare_activations(module, model.for_task(task), dict(aligned.experts[task]), test, sites)
+    return plot_variance_ratio(found, f"{len(tasks)} tasks, Task Arithmetic, on {task}")
 
 
-def draw_landscape(study: Study, points: int, count: int) -> plt.Figure:
+def draw_landscape(study: Study, points: int, count: int) -> Figure:
     """Normalized accuracy in the plane of two task vectors (Figures 1 and 2): its average and its worst task."""
     tasks = study.tasks[:2]
     images = study.images(tasks, batches=4)
     test = {task: study.test_images(task, count) for task in tasks}
     modules = {task: study.model_of(task) for task in tasks}
-    figure, axes = plt.subplots(2, 3, figsize=(9.5, 6), sharex=True, sharey=True, layout="constrained")
-    for column, (title, by, corrects) in enumerate(
-        (("naive", "nothing", False), ("aligned", "activations", False), ("aligned + TACT", "activations", True))
+    found = {}
+    for title, by, corrects in (
+        ("naive", "nothing", False),
+        ("aligned", "activations", False),
+        ("aligned + TACT", "activations", True),
     ):
         aligned = study.aligned(tasks, by)
         own = {task: dict(aligned.experts[task]) for task in tasks}
@@ -196,32 +161,21 @@ def draw_landscape(study: Study, points: int, count: int) -> plt.Figure:
         def accuracy(weights: dict[str, Tensor], task: str, own=own, corrects=corrects) -> float:
             complete = {**own[task], **weights}
             if corrects:
-                found = tact(study.model, weights, {task: own[task]}, {task: images[task]})
-                complete = corrected_weights(study.model, complete, found[task])
+                corrections = tact(study.model, weights, {task: own[task]}, {task: images[task]})
+                complete = corrected_weights(study.model, complete, corrections[task])
             return loss_and_accuracy(modules[task], test[task], complete)[1]
 
         experts = {task: loss_and_accuracy(modules[task], test[task], own[task])[1] for task in tasks}
-        found = landscape(plane, accuracy, experts, points)
-        for row, values in enumerate((found.average, found.worst)):
-            axis = axes[row, column]
-            extent = [found.xs[0], found.xs[-1], found.ys[0], found.ys[-1]]
-            image = axis.imshow(values, origin="lower", extent=extent, vmin=0, vmax=1, interpolation="bilinear")
-            places = {"θ": (0, 0), "1": plane.expert_1, "2": plane.expert_2, "TA": plane.task_arithmetic(SCALE)}
-            for name, (x, y) in places.items():
-                axis.plot(x, y, "w.", markersize=4)
-                axis.annotate(name, (x, y), color="w", fontsize=7, xytext=(3, 3), textcoords="offset points")
-            part = "average" if row == 0 else "worst task"
-            axis.set_title(f"{title}: {part}, at most {values.max():.2f}", fontsize=8)
-    figure.colorbar(image, ax=axes, label="normalized accuracy", shrink=0.8)
-    figure.suptitle(f"The plane of the task vectors of {tasks[0]} (1) and {tasks[1]} (2)", fontsize=10)
-    return figure
+        found[title] = landscape(plane, accuracy, experts, points), plane
+    title = f"The plane of the task vectors of {tasks[0]} (1) and {tasks[1]} (2)"
+    return plot_landscapes(found, SCALE, title)
 
 
 def _without_head(weights: Weights) -> dict[str, Tensor]:
     return {name: weights[name] for name in weights if not name.startswith("head.")}
 
 
-def draw_embeddings(study: Study, count: int) -> plt.Figure:
+def draw_embeddings(study: Study, count: int) -> Figure:
     """t-SNE of the features before the head (Figure 4): merged, repaired, and the expert's, in one plane."""
     task, tasks = study.tasks[1], study.tasks
     images, test = study.images(tasks), study.test_images(study.tasks[1], count)
@@ -238,12 +192,7 @@ def draw_embeddings(study: Study, count: int) -> plt.Figure:
     features, labels = {}, None
     for name, weights in kinds.items():
         features[name], labels = embed(module, weights(), test, site)
-    figure, axes = plt.subplots(1, len(kinds), figsize=(9.5, 2.7), sharex=True, sharey=True, layout="constrained")
-    for axis, (name, places) in zip(axes, project(features).items(), strict=True):
-        axis.scatter(places[:, 0], places[:, 1], c=labels, cmap="tab10", s=4)
-        axis.set(title=name, xticks=[], yticks=[])
-    figure.suptitle(f"Features of {task}, one t-SNE for all four models", fontsize=10)
-    return figure
+    return plot_embeddings(project(features), labels, f"Features of {task}, one t-SNE for all four models")
 
 
 def probes(study: Study, counts: Sequence[int] = (1, 2, 4, 16)) -> str:
@@ -305,17 +254,15 @@ def main(args: list[str] | None = None) -> None:
         return
     records = [json.loads(line) for line in (options.results / "results.jsonl").read_text().splitlines()]
     options.output.mkdir(parents=True, exist_ok=True)
-    is_svg = options.format == "svg"
-    matplotlib.rcParams["svg.hashsalt"] = "lightning_merge"  # the same file for the same numbers
     for name, draw in {
-        "tasks": lambda: draw_tasks(records, options.method),
+        "tasks": lambda: plot_tasks(FoundationsTable(records), options.method),
         "layers": lambda: draw_layers(study),
         "landscape": lambda: draw_landscape(study, options.points, options.images),
         "embeddings": lambda: draw_embeddings(study, options.images),
     }.items():
-        draw().savefig(
-            options.output / f"{name}.{options.format}", metadata={"Date": None} if is_svg else None, dpi=150
-        )
+        metadata = {"Date": None} if options.format == "svg" else None
+        with house_style(), rc_context({"svg.fonttype": "path"}):  # the same file for the same numbers, on any machine
+            draw().savefig(options.output / f"{name}.{options.format}", metadata=metadata, dpi=150)
 
 
 if __name__ == "__main__":

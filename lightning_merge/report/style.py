@@ -16,12 +16,15 @@ from matplotlib import figure
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 P = ParamSpec("P")
 
 INK = "#757779"
 """Text, axes and ticks: readable on white and on black; :func:`svg` makes it the colour of the page's text."""
+
+MUTED = "#8c8e90"
+"""What others are compared with: a grey on white and on black."""
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9")
 """Okabe and Ito's colours, which colour-blind readers tell apart, but for black and yellow, which a page swallows."""
@@ -200,3 +203,8 @@ def plain_log(axis: Axis, between: Sequence[float] = (1.0,)) -> None:
     axis.set_major_locator(LogLocator(subs=between, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def whole(axis: Axis) -> None:
+    """Put ticks only at whole numbers."""
+    axis.set_major_locator(MaxNLocator(5, integer=True))

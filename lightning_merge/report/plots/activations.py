@@ -36,20 +36,23 @@ def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = Non
 
 
 @drawn
-def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float | None = None) -> Figure:
+def plot_landscapes(
+    found: Mapping[str, tuple[Landscape, Plane]], scale: float | None = None, title: str = ""
+) -> Figure:
     """Several landscapes side by side, the average above and the worst task below (Figure 1 of arXiv 2410.12766).
 
     Args:
-        found: For each title what was measured, and where. A single one is laid out in one row.
+        found: For each name what was measured, and where. A single one is laid out in one row.
         scale: The coefficient of Task Arithmetic whose model is marked, too (TA).
+        title: Stands above.
     """
     rows, columns = (1, 2) if len(found) == 1 else (2, len(found))
-    figure = Figure(max(WIDTH, 2.4 * columns), 2.9 * rows)
+    figure = Figure(max(WIDTH, 2.4 * columns), 0.5 + 2.4 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     order = panels.T.reshape(-1) if rows == 2 else panels[0]
-    parts = [(title, name, *pair) for title, pair in found.items() for name in ("average", "worst")]
-    for axes, (title, name, measured, plane) in zip(order, parts, strict=True):
-        values = getattr(measured, name)
+    parts = [(name, part, *pair) for name, pair in found.items() for part in ("average", "worst")]
+    for axes, (name, part, measured, plane) in zip(order, parts, strict=True):
+        values = getattr(measured, part)
         extent = [float(end) for axis in (measured.xs, measured.ys) for end in (axis[0], axis[-1])]
         image = axes.imshow(
             values.numpy(), origin="lower", extent=extent, vmin=0, vmax=1, interpolation="bilinear", cmap=SEQUENTIAL
@@ -62,19 +65,22 @@ def plot_landscapes(found: Mapping[str, tuple[Landscape, Plane]], scale: float |
             axes.annotate(label, place, (4, 4), textcoords="offset points", color="white", fontsize=7.5, bbox=box)
         axes.grid(False)
         axes.spines[:].set_visible(False)
-        part = "average" if name == "average" else "worst task"
-        highest = f"{part}, at most {np.nanmax(values.numpy(), initial=0):.2f}"
-        axes.set_title(f"{shown(title, 30)}\n{highest}" if title else highest, fontsize=9)
+        highest = (
+            f"{'average' if part == 'average' else 'worst task'}, at most {np.nanmax(values.numpy(), initial=0):.2f}"
+        )
+        axes.set_title(f"{shown(name, 30)}\n{highest}" if name else highest, fontsize=9)
     figure.colorbar(image, ax=panels, label="accuracy / the expert's", shrink=0.85, aspect=25)
+    figure.suptitle(shown(title, 90))
     return figure
 
 
 @drawn
-def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]]) -> Figure:
+def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]], title: str = "") -> Figure:
     """How far models are from an expert at every site, and how much variance is left (Figure 3 of arXiv 2410.12766).
 
     Args:
         found: For each model what :func:`lightning_merge.analysis.compare_activations` gave.
+        title: Stands above.
     """
     sites = list(dict.fromkeys(record.site.name for records in found.values() for record in records))
     figure = Figure(WIDTH, 3.6)
@@ -90,16 +96,18 @@ def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]]) -> Figure
     for axes in (distance, ratio):
         name_ticks(axes, sites)
     legend_below(figure, [distance])
+    figure.suptitle(shown(title, 90))
     return figure
 
 
 @drawn
-def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None) -> Figure:
+def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None, title: str = "") -> Figure:
     """The features of several models in one plane, a panel each, in the colours of the classes.
 
     Args:
         places: For each model ``(N, 2)``, see :func:`lightning_merge.analysis.project`.
         labels: The classes ``(N,)``.
+        title: Stands above.
     """
     columns = min(len(places), 4)
     rows = -(-len(places) // columns)
@@ -117,4 +125,5 @@ def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None) 
         axes.set_axis_off()
     if 1 < len(classes) <= 20:
         legend_below(figure, panels[:1], 10, markerscale=2)
+    figure.suptitle(shown(title, 90))
     return figure

@@ -37,9 +37,9 @@ def draw_cells(
         elif digits is not None:
             best = marked is not None and bool(marked[row, column])
             color = text_color(mesh.cmap(scale(value)))
-            place = (column + 0.5, row + 0.5)
-            text, weight = f"{round(float(value), digits) + 0.0:.{digits}f}", "bold" if best else "normal"
-            axes.text(*place, text, ha="center", va="center", color=color, fontsize=8, fontweight=weight)
+            text = f"{round(float(value), digits) + 0.0:.{digits}f}"  # no -0.0
+            look = {"ha": "center", "va": "center", "color": color, "fontsize": 8}
+            axes.text(column + 0.5, row + 0.5, text, fontweight="bold" if best else "normal", **look)
             if best:
                 frame = Rectangle((column + 0.04, row + 0.08), 0.92, 0.84, fill=False, edgecolor=color, linewidth=1.1)
                 axes.add_patch(frame)
@@ -60,7 +60,7 @@ def name_cells(axes: Axes, rows: list[str], columns: list[str], room: float) -> 
 
 
 def scale_of(values: np.ndarray, limits: tuple[float, float] | None = None) -> Normalize:
-    """From the smallest to the largest finite value, or between limits."""
+    """From the smallest to the largest finite value, or between limits; all of 0 to 100 % where there is one value."""
     finite = values[np.isfinite(values)]
-    low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 100.0))
-    return Normalize(low, high) if high > low else Normalize(low - 1, low + 1)
+    low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 0.0))
+    return Normalize(low, high) if high > low else Normalize(0, 100)

@@ -14,6 +14,7 @@ from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     INK,
+    MUTED,
     SEQUENTIAL,
     WIDTH,
     Figure,
@@ -141,7 +142,7 @@ def _draw_norms(axes: Axes, layers: Sequence[_Layer], experts: Sequence[str]) ->
     norms = np.stack([layer.norms for layer in layers], axis=1)  # (T, layers)
     name = "the experts" if len(experts) > 1 else shown(experts[0])
     for i, own in enumerate(norms):
-        axes.plot(own, color=INK, linewidth=0.8, alpha=0.8, marker=".", markersize=3, label=name if i == 0 else None)
+        axes.plot(own, color=MUTED, linewidth=0.9, marker=".", markersize=3, label=name if i == 0 else None)
     axes.set_title("norm of the task vectors")
     axes.set_ylim(bottom=0)
 
@@ -155,7 +156,7 @@ def _draw_merged(axes: Axes, layers: Sequence[_Layer], merged: Sequence[str]) ->
 
 
 def _draw_conflicts(axes: Axes, layers: Sequence[_Layer]) -> None:
-    axes.bar(range(len(layers)), [100 * float(_ratio(n.conflicts, n.moved)) for n in layers], color=INK, alpha=0.55)
+    axes.bar(range(len(layers)), [100 * float(_ratio(n.conflicts, n.moved)) for n in layers], color=MUTED)
     axes.set_title("sign conflicts, % of what two experts moved")
 
 

@@ -14,7 +14,7 @@ from lightning_merge.analysis.comparison import MatrixComparison
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     DIVERGING,
-    INK,
+    MUTED,
     SEQUENTIAL,
     WIDTH,
     Figure,
@@ -24,6 +24,7 @@ from lightning_merge.report.style import (
     looks,
     plain_log,
     shown,
+    whole,
 )
 
 _PIXELS = 192  # a side of a map; of what falls into one pixel the largest is shown
@@ -55,7 +56,7 @@ def plot_alignment(
     cmap = DIVERGING if limits[0] < 0 else SEQUENTIAL
     mesh = draw_cells(axes, values, scale_of(values, limits), cmap, 2 if count <= 12 else None)
     labels = [shown(name, 28) for name in names]
-    name_cells(axes, labels, labels, min(0.55, 5.6 / count))
+    name_cells(axes, labels, labels, min(0.66, 5.6 / count))
     axes.set_aspect("equal")
     if directed:
         axes.set(xlabel="in the subspace of …", ylabel="how much of …")
@@ -78,7 +79,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
     for axes, matrix in zip(panels, matrices, strict=False):
         for i, spectrum in enumerate(matrix.spectra):
             label = f"the {len(experts)} experts" if len(experts) > 1 else shown(experts[0])
-            axes.plot(*_ranked(spectrum), color=INK, linewidth=0.8, alpha=0.8, label=label if i == 0 else None)
+            axes.plot(*_ranked(spectrum), color=MUTED, linewidth=0.9, label=label if i == 0 else None)
         for (name, spectrum), look in zip(
             matrix.merged_spectra.items(), looks(len(matrix.merged_spectra)), strict=True
         ):
@@ -92,6 +93,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
             axes.set_ylim(largest * 10.0**-_DECADES, 1.5 * largest)
         axes.set_title(_title(matrix))
         axes.set_xlabel("index")
+        whole(axes.xaxis)
     for axes in panels[len(matrices) :]:
         axes.set_axis_off()
     for axes in panels[::columns]:
@@ -167,6 +169,8 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         )
         axes.set_title(_title(matrix) + _shares(matrix))
         bare(axes)
+        whole(axes.xaxis)
+        whole(axes.yaxis)
         bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
         plain_log(bar.ax.xaxis)
     for axes in panels[len(known) :]:

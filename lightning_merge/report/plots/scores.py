@@ -16,6 +16,7 @@ from lightning_merge.evaluation.table import Table
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     INK,
+    MUTED,
     SEQUENTIAL,
     WIDTH,
     Figure,
@@ -101,12 +102,11 @@ def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
     figure = Figure(max(WIDTH, 0.9 * len(names) + 1), 4.2 if tilt else 3.4)
     axes = figure.subplots()
     width = min(0.84 / max(len(rows), 1), 0.3)
-    palette = [INK if row == BASE else None for row in rows]
-    free = iter(colors(sum(color is None for color in palette)))
+    free = iter(colors(sum(row != BASE for row in rows)))
     for i, (row, heights) in enumerate(zip(rows, values, strict=True)):
         places = np.arange(len(names)) + (i - (len(rows) - 1) / 2) * width
-        color, alpha = (palette[i], 0.6) if palette[i] else (next(free), 1)
-        axes.bar(places, heights, 0.92 * width, label=shown(row), color=color, alpha=alpha)
+        color = MUTED if row == BASE else next(free)
+        axes.bar(places, heights, 0.92 * width, label=shown(row), color=color)
         for place in places[~np.isfinite(heights)]:
             axes.annotate("×", (place, 0), (0, 1), textcoords="offset points", ha="center", color=color)
     axes.set_xlim(-0.6, len(names) - 0.4)
