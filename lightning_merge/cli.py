@@ -117,6 +117,8 @@ class MergeCLI(LightningCLI):
             merged, output = self.trainer.merged, self._get(self.config, "output")
             beside = [name for name in ("corrections", "heads") if getattr(merged, name)]
             more = f", and the tasks' {beside[0]} beside it" if beside else ""
+            card = self._get(self.config, "card")
+            more += f", and its card {card}" if card is not None else ""
             sys.stdout.write(f"{merged.summary()}; wrote {output}{more}\n")
         self._show_table()
         self._show_report()

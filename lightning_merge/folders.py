@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.checkpoints import Weights, check_parent, open_weights
 from lightning_merge.errors import MergeError
 
 _CONFIGS = ("config.json", "open_clip_config.json")
@@ -67,9 +67,7 @@ def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequen
         raise MergeError(f"{path} is a file, so that no folder can be written there; give another name.")
     if path.is_dir() and any(path.iterdir()) and not is_ours(path):
         raise MergeError(f"The folder {path} holds something that was not merged here; give another name, or empty it.")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
+    check_parent(path)
 
 
 def is_ours(folder: Path) -> bool:

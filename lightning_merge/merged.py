@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -16,8 +16,14 @@ from lightning_merge.errors import MergeError
 from lightning_merge.folders import check_folder, is_folder
 from lightning_merge.inventory import Inventory
 from lightning_merge.repair.corrections import Correction
+from lightning_merge.report.model_card import model_card
 from lightning_merge.sharing import Processes
 from lightning_merge.streaming import SHARD_SIZE, StreamedModel
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+    from lightning_merge.evaluation import Table
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Takes complete weights and gives others."""
@@ -121,7 +127,7 @@ class Merged:
             path: Ends in ``.ckpt`` (a checkpoint that ``LightningModule.load_from_checkpoint`` and
                 ``trainer.test(ckpt_path=…)`` take), ``.safetensors``, or ``.pt`` / ``.pth`` / ``.bin`` (a state dict).
                 Without a suffix it is a folder like the base's, which its library loads (Hugging Face, timm,
-                open_clip), with what lies beside the base's weights.
+                open_clip), with what lies beside the base's weights and a model card.
             shard_size: The most bytes of one file in a folder.
 
         Returns:
@@ -139,6 +145,17 @@ class Merged:
             for name in self.inventory.stored:
                 model.write(name, self.weights[name])
         return model.path
+
+    def card(self, scores: Table | None = None, output: str | os.PathLike[str] = "merged.safetensors") -> ModelCard:
+        """Describe the merged model as the Hugging Face Hub shows it: ``str(merged.card())`` is its ``README.md``.
+
+        A folder that is written has one already, without scores.
+
+        Args:
+            scores: What was measured, as ``MergeTrainer.merge`` returns it in ``trainer.table``.
+            output: The name of the model.
+        """
+        return model_card(self.manifest, output, scores)
 
     def writer(
         self, path: str | os.PathLike[str], *, resume: bool = False, shard_size: int = SHARD_SIZE

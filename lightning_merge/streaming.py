@@ -32,6 +32,7 @@ from lightning_merge.checkpoints import (
 )
 from lightning_merge.errors import MergeError
 from lightning_merge.folders import carry_over, is_folder, is_ours, weights_name
+from lightning_merge.report.model_card import CARD, model_card
 from lightning_merge.sharing import Processes
 
 SHARD_SIZE = 5_000_000_000
@@ -49,7 +50,7 @@ class StreamedModel:
         tied: Names that share a tensor with another one: ``{alias: name}``.
         manifest: How the model came to be.
         hyper_parameters: The arguments of the LightningModule, for a ``.ckpt``.
-        base: The file of the base's weights; a folder gets what lies beside it.
+        base: The file of the base's weights; a folder gets what lies beside it, and a model card.
         resume: Go on with what an interrupted run has finished, and keep what is finished if this one is interrupted.
         shard_size: The most bytes of one file in a folder.
     """
@@ -198,6 +199,7 @@ class StreamedModel:
             }
             text = json.dumps(index, indent=2) + "\n"
             (self._part / f"{weights_name(self._base)}.index.json").write_text(text, encoding="utf-8")
+        (self._part / CARD).write_text(str(model_card(self._manifest, self.path)), encoding="utf-8")
         for file in self._files:
             file.forget()
         for path in self._part.iterdir():

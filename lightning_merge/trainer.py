@@ -13,8 +13,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_merge.aligning import Align
+<<<<<<< HEAD
 from lightning_merge.analysis import Comparison, compare_experts
 from lightning_merge.checkpoints import check_suffix, open_weights
+=======
+from lightning_merge.checkpoints import check_suffix, open_weights, write_text
+>>>>>>> tables
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
@@ -30,6 +34,7 @@ from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import Found, search_coefficients
 from lightning_merge.evaluation.several_foundations import SeveralFoundations
 from lightning_merge.evaluation.task_models import evaluate_merged
+from lightning_merge.folders import is_folder
 from lightning_merge.lora import open_expert
 from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
@@ -40,8 +45,12 @@ from lightning_merge.plans import Plan
 from lightning_merge.progress import show_progress
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
+<<<<<<< HEAD
 from lightning_merge.report.experts import experts_grid
 from lightning_merge.report.writing import REPORT, check_report, report_analysis, report_merge
+=======
+from lightning_merge.report.model_card import CARD, check_card
+>>>>>>> tables
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
@@ -126,7 +135,11 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         plan: bool = False,
         align: Align | None = None,
         repair: Repair | None = None,
+<<<<<<< HEAD
         report: str | None = None,
+=======
+        card: str | None = None,
+>>>>>>> tables
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Merged | Plan:
@@ -144,7 +157,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
                 default beside the experts' checkpoints, where the verb ``statistics`` writes them.
             output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face, timm and
-                open_clip write them, with what lies beside the base's weights.
+                open_clip write them, with what lies beside the base's weights and a model card.
             scale: Scaling coefficient; by default the method's own.
             include: Merge only the parameters whose name matches one of these shell patterns.
             exclude: Do not merge the parameters that match one of these shell patterns.
@@ -162,8 +175,13 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 the foundations then.
             repair: What is corrected once the model is merged, on training images of the domains that the experts are
                 named after: REPAIR, TACT, BatchNorm's statistics, or the experts' heads.
+<<<<<<< HEAD
             report: An HTML file to write: where the experts agree, what the merge did to each layer, the scores, and
                 what went in, see the verb ``analyze``.
+=======
+            card: Also write a model card to this file (.md): method, experts, scores, and how to make the model again.
+                An output that is a folder has one in any case, README.md.
+>>>>>>> tables
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -181,6 +199,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = SeveralFoundations(self, model, domains, align, repair, tuple(exclude or ()), seed)
         several.check(experts, base, method, resume)
+        if card is not None:
+            check_card(card)
         distributed = not plan and self._join_processes()
         if align is not None:
             source, experts = several.align(experts, plan, distributed)
@@ -218,11 +238,20 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = Table(evaluate_merged(self, model, domains, origin, merged))
+<<<<<<< HEAD
         if report is not None:
             with Processes(distributed).together():
                 if self.is_global_zero:
                     with self.progress_shown():
                         self.report = report_merge(merged, report, self.table, self.configuration, workers)
+=======
+        cards = [card] if card is not None else []
+        if self.table is not None and is_folder(output):
+            cards.append(Path(output, CARD))  # the one there knows no scores
+        if self.is_global_zero:
+            for path in cards:
+                write_text(Path(path).expanduser(), str(merged.card(self.table, output)))
+>>>>>>> tables
         return merged
 
     def _join_processes(self) -> bool:

@@ -40,8 +40,9 @@ class TestFolder:
         base, experts = toy
         merged = merge(base, experts, TIES(), output="Toy-3.2-1B")
         files = sorted(file.name for file in Path("Toy-3.2-1B").iterdir())
-        assert files == ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
+        assert files == ["LICENSE", "README.md", "config.json", "model.safetensors", "tokenizer.json"]
         assert Path("Toy-3.2-1B/LICENSE").read_text() == "mine"
+        assert "# Toy-3.2-1B" in Path("Toy-3.2-1B/README.md").read_text()  # its own, not the base's
         found = open_weights("Toy-3.2-1B")
         assert all(torch.equal(found[name], weight) for name, weight in merged.weights.items())
         assert found.header["merge"]["method"]["class_path"] == "TIES"
@@ -226,7 +227,11 @@ class TestTimm:
 
     def test_folders(self, models):
         merge("base", ["one", "two"], WeightAverage(), output="merged")
-        assert sorted(path.name for path in Path("merged").iterdir()) == ["config.json", "model.safetensors"]
+        assert sorted(path.name for path in Path("merged").iterdir()) == [
+            "README.md",
+            "config.json",
+            "model.safetensors",
+        ]
         assert self.check("merged", *models[1:]).pretrained_cfg["num_classes"] == 3
 
     def test_lightning_checkpoints_that_hold_the_network(self, models):
@@ -285,7 +290,13 @@ class TestOpenClip:
     def test_folders(self, models):
         open_clip = pytest.importorskip("open_clip")
         merge("base", ["one", "two"], WeightAverage(), output="merged")
-        files = ["merges.txt", "open_clip_config.json", "open_clip_model.safetensors", "tokenizer_config.json"]
+        files = [
+            "README.md",
+            "merges.txt",
+            "open_clip_config.json",
+            "open_clip_model.safetensors",
+            "tokenizer_config.json",
+        ]
         assert sorted(path.name for path in Path("merged").iterdir()) == files
         loaded, _, preprocess = open_clip.create_model_and_transforms("local-dir:merged")
         assert preprocess is not None

@@ -1,6 +1,15 @@
 """Read and write weights: whatever the file, one mapping from parameter name to tensor."""
 
-from lightning_merge.checkpoints.atomic import exchange, put_in_place, remove, replacing, restore, sync, write_text
+from lightning_merge.checkpoints.atomic import (
+    check_parent,
+    exchange,
+    put_in_place,
+    remove,
+    replacing,
+    restore,
+    sync,
+    write_text,
+)
 from lightning_merge.checkpoints.part_file import PartFile, open_alone
 from lightning_merge.checkpoints.reading import STATISTICS, TORCH_SUFFIXES, Source, open_weights
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, open_safetensors
@@ -26,6 +35,7 @@ __all__ = [
     "Weights",
     "check_dtypes",
     "check_output",
+    "check_parent",
     "check_suffix",
     "checkpoint_of",
     "exchange",

@@ -51,6 +51,13 @@ def write_text(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
+def check_parent(path: Path) -> None:
+    """Raise a :class:`MergeError` if nothing can be written to a path, because of the folder it is in."""
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
+
+
 def sync(path: Path) -> None:
     """See that a file, or the names in a folder, are on the disk, where the system can do that."""
     if os.name != "posix":

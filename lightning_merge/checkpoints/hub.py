@@ -9,7 +9,7 @@ from lightning_merge.errors import MergeError
 
 HUB = "hf-hub:"
 """What stands before the name of a model on the Hub, as in timm and open_clip."""
-_BESIDE = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+_BESIDE = ("README.md", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 def download(source: str) -> Path:

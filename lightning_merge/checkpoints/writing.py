@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.checkpoints.atomic import replacing
+from lightning_merge.checkpoints.atomic import check_parent, replacing
 from lightning_merge.checkpoints.files import first_line
 from lightning_merge.checkpoints.reading import TORCH_SUFFIXES, Weights
 from lightning_merge.checkpoints.safetensors_format import SAFETENSORS_DTYPES, TIED
@@ -68,9 +68,7 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -
     check_suffix(path)
     if path.is_dir():
         raise MergeError(f"Cannot write {path}: it is a folder; give the name of a file.")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")
+    check_parent(path)
 
 
 def check_dtypes(path: str | os.PathLike[str], meta: Mapping[str, Tensor]) -> None:
