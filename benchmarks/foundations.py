@@ -260,7 +260,7 @@ def probes(study: Study, counts: Sequence[int] = (1, 2, 4, 16)) -> str:
         return loss_and_accuracy(modules[task], test[task], weights)[1]
 
     own = {task: accuracy(task, dict(merged["nothing"].experts[task])) for task in tasks}
-    rows: dict[str, list[str]] = {}
+    rows: dict[str, list[Cell]] = {}
     for count in counts:
         images = study.images(tasks, batches=count)
         models = {"untrained + linear probe": (modules, None)}
@@ -278,9 +278,10 @@ def probes(study: Study, counts: Sequence[int] = (1, 2, 4, 16)) -> str:
                     weights = fresh[task].state_dict()
                     weights = {**weights, **probe_head(fresh[task], weights, images[task])}
                 found[task] = accuracy(task, weights)
-            rows.setdefault(name, []).append(f"{100 * normalized_accuracy(found, own).average:.1f}")
+            average = normalized_accuracy(found, own).average
+            rows.setdefault(name, []).append(Cell(f"{100 * average:.1f}", average))
     header = [f"{len(tasks)} tasks", *(f"{64 * count} images" for count in counts)]
-    return Grid(header, [[Cell(name), *map(Cell, cells)] for name, cells in rows.items()]).markdown()
+    return Grid(header, [[Cell(name), *cells] for name, cells in rows.items()]).markdown()
 
 
 def main(args: list[str] | None = None) -> None:

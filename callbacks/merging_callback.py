@@ -25,6 +25,7 @@ from lightning_merge.merged import Merged
 from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import MergeMethod
 from lightning_merge.prefixes import under_names_of
+from lightning_merge.progress import show_progress
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import open_statistics
 from lightning_merge.trainers import check_whole, processes_of_run
@@ -132,7 +133,7 @@ class MergingCallback(Callback):
         seen = processes.gather(None if opened is None else _sizes(opened))
         work = partial(self._merge, trainer, pl_module, method)
         merged, weights = None, None
-        with isolate_rng():
+        with isolate_rng(), show_progress(False):  # Lightning's own bar may be up
             if all(files == seen[0] for files in seen):
                 merged = work(own, *opened, processes)
                 weights = dict(merged.weights)

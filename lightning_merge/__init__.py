@@ -36,6 +36,7 @@ _HOME = {
     "plan": "lightning_merge.planning",
     "save_task_vector": "lightning_merge.task_vector_files",
     "save_weights": "lightning_merge.checkpoints",
+    "show_progress": "lightning_merge.progress",
     "sweep": "lightning_merge.sweeping",
 }
 _MODULES = ("align", "analysis", "callbacks", "data", "evaluation", "linalg", "methods", "models", "repair", "testing")

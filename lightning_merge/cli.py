@@ -66,7 +66,7 @@ class MergeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
-        verbs = ("merge", "search", "statistics", "evaluate", "benchmark")
+        verbs = ("merge", "search", "statistics", "evaluate", "benchmark", "analyze")
         more = {verb: {"model", "datamodule"} for verb in verbs}
         return {**LightningCLI.subcommands(), **more}
 
@@ -97,8 +97,15 @@ class MergeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Make sure that there is a model where the verb needs one."""
         given = self.model_class is not None or self._get(self.config, "model") is not None
-        if not given and self.subcommand not in (None, "merge"):
+        if not given and self.subcommand not in (None, "merge", "analyze"):
             raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data, and tell the trainer what it was configured by."""
+        super().instantiate_classes()
+        if self.subcommand is not None:
+            parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+            self.trainer.configuration = parser.dump(config, skip_none=False, skip_validation=True)
 
     def after_merge(self) -> None:
         """Say what was merged, and show the evaluation of the merged model if there was one; or show the plan."""
@@ -112,6 +119,7 @@ class MergeCLI(LightningCLI):
             more = f", and the tasks' {beside[0]} beside it" if beside else ""
             sys.stdout.write(f"{merged.summary()}; wrote {output}{more}\n")
         self._show_table()
+        self._show_report()
 
     def after_statistics(self) -> None:
         """Say what was collected."""
@@ -132,12 +140,22 @@ class MergeCLI(LightningCLI):
         self._show_table()
 
     def after_benchmark(self) -> None:
-        """Show the table."""
+        """Show the table, and say where the report is."""
         self._show_table()
+        self._show_report()
+
+    def after_analyze(self) -> None:
+        """Show what was found for every expert, and say where the report is."""
+        self._show_table()
+        self._show_report()
 
     def _show_table(self) -> None:
         if self.trainer.is_global_zero and self.trainer.table is not None:
             sys.stdout.write(f"\n{self.trainer.table}\n")
+
+    def _show_report(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.report is not None:
+            sys.stdout.write(f"\nThe report is {self.trainer.report}\n")
 
 
 def _merge_error(error: BaseException | None) -> MergeError | None:

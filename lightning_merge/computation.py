@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_merge.checkpoints import Weights
 from lightning_merge.inventory import Inventory
 from lightning_merge.methods import MergeMethod
+from lightning_merge.progress import counted
 from lightning_merge.task_vectors import Scratch, TaskVectors, wide
 
 _MOST_WORKERS = 8
@@ -72,7 +73,7 @@ class Computation:
         def one(name: str) -> None:
             use(name, self.parameter(name))
 
-        run_each(one, names, self.workers)
+        run_each(one, names, self.workers, "merging", self.cost)
         self.scratch.forget()
 
     def all_merged(self) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ class Computation:
         def one(name: str) -> None:
             found[name] = self._merged(name, lambda deltas, context: self.method.task_update(deltas(), expert, context))
 
-        run_each(one, self.inventory.merged, self.workers)
+        run_each(one, self.inventory.merged, self.workers, "merging", self.cost)
         self.scratch.forget()
         return self._with_aliases(found)
 
@@ -143,21 +144,42 @@ def count_workers(workers: int | None, device: torch.device, entries: int) -> in
     return min(cores, _MOST_WORKERS)
 
 
-def run_each(work: Callable[[str], None], names: Sequence[str], workers: int) -> None:
+def run_each(
+    work: Callable[[str], None],
+    names: Sequence[str],
+    workers: int,
+    what: str = "computing",
+    cost: Callable[[str], float] = lambda name: 1.0,
+    unit: str = "parameters",
+) -> None:
     """Do some work for every name, in several threads, each with one thread of its own for the arithmetic.
 
     Linear algebra on many threads costs more than it gives on matrices of a few thousand rows, and its last digits
     depend on their number: so it always has one, and the result is the same for any number of workers.
+
+    Args:
+        work: What is done for a name.
+        names: The names.
+        workers: How many of them at the same time.
+        what: What is done, where progress is shown (:mod:`lightning_merge.progress`).
+        cost: What it costs for a name, in relation to the others.
+        unit: What the names are of.
     """
-    with one_thread():
+    costs = {name: cost(name) for name in names}
+    with one_thread(), counted(what, unit, list(costs.values())) as count:
+
+        def one(name: str) -> None:
+            work(name)
+            count.step(costs[name])
+
         if workers == 1:
             for name in names:
-                work(name)
+                one(name)
             return
         pool = ThreadPoolExecutor(workers)
         try:
             runs = [copy_context().run for _ in names]  # threads see what the caller has set
-            for _ in pool.map(lambda run, name: run(work, name), runs, names):
+            for _ in pool.map(lambda run, name: run(one, name), runs, names):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)

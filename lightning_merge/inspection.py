@@ -16,10 +16,15 @@ from lightning_merge.sharing import Processes
 def fingerprint_all(models: Sequence[Weights], processes: Processes, workers: int) -> None:
     """Hash the files of every model; each process hashes some of them and is told the others' hashes."""
     files = {str(file.path.absolute()): file for model in models for file in model.inputs}
-    shares = processes.share(list(files), lambda path: float(files[path].size))
+
+    def size(path: str) -> float:
+        return float(files[path].size)
+
+    shares = processes.share(list(files), size)
     with processes.together():
-        run_each(lambda path: files[path].fingerprint() and None, shares[processes.rank], workers)
-        mine = {path: files[path].fingerprint() for path in shares[processes.rank]}
+        share = shares[processes.rank]
+        run_each(lambda path: files[path].fingerprint() and None, share, workers, "hashing", size, "files")
+        mine = {path: files[path].fingerprint() for path in share}
     for known in processes.gather(mine):
         for path, digest in known.items():
             files[path].note_fingerprint(digest)
@@ -54,8 +59,12 @@ def check_finite(
                 "allow_non_finite: true."
             )
 
-    shares = processes.share(list(jobs), lambda job: float(models[jobs[job][0]].meta[jobs[job][1]].numel()))
+    def entries(job: str) -> float:
+        what, name = jobs[job]
+        return float(models[what].meta[name].numel())
+
+    shares = processes.share(list(jobs), entries)
     with processes.together():
-        run_each(look, shares[processes.rank], workers)
+        run_each(look, shares[processes.rank], workers, "checking", entries, "tensors")
     found = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
     raise_all([found[job] for job in jobs if job in found])

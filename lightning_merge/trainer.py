@@ -1,8 +1,9 @@
-"""Lightning's Trainer with more verbs: ``merge``, ``search``, ``statistics``, ``evaluate`` and ``benchmark``."""
+"""Lightning's Trainer with more verbs: ``merge``, ``search``, ``statistics``, ``evaluate``, ``benchmark``, …"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_merge.aligning import Align
+from lightning_merge.analysis import Comparison, compare_experts
 from lightning_merge.checkpoints import check_suffix, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
@@ -35,8 +37,11 @@ from lightning_merge.merging import check_arguments, merge, open_experts
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.planning import plan as make_plan
 from lightning_merge.plans import Plan
+from lightning_merge.progress import show_progress
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
+from lightning_merge.report.experts import experts_grid
+from lightning_merge.report.writing import REPORT, check_report, report_analysis, report_merge
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
@@ -66,6 +71,11 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
     A project with a Trainer of its own writes ``class Ours(MergeTrainer, Theirs): pass``.
     """
 
+    configuration: str = ""
+    """The YAML that the command line was given, for reports."""
+    report: Path | None = None
+    """The report that was written last."""
+
     @property
     def given_callbacks(self) -> list[Callback]:
         """The callbacks that were given, without those that Lightning or its command line added."""
@@ -91,6 +101,10 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         }
         return type(self)(*self.positional, **{**self.arguments, **quiet, "callbacks": callbacks, **changes})
 
+    def progress_shown(self) -> AbstractContextManager[None]:
+        """Show how far a verb has come, unless this trainer is to have no progress bar."""
+        return show_progress(self.progress_bar_callback is not None)
+
     def merge(
         self,
         model: LightningModule | None = None,
@@ -112,6 +126,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         plan: bool = False,
         align: Align | None = None,
         repair: Repair | None = None,
+        report: str | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Merged | Plan:
@@ -147,6 +162,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 the foundations then.
             repair: What is corrected once the model is merged, on training images of the domains that the experts are
                 named after: REPAIR, TACT, BatchNorm's statistics, or the experts' heads.
+            report: An HTML file to write: where the experts agree, what the merge did to each layer, the scores, and
+                what went in, see the verb ``analyze``.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -159,6 +176,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError(
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
+        check_report(report)
         method = method or SCORE()
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = SeveralFoundations(self, model, domains, align, repair, tuple(exclude or ()), seed)
@@ -190,7 +208,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             with Processes(distributed).together():
                 check_arguments(method, origin, open_experts(experts, origin), output=output, shard_size=shard_size)
             options["output"] = None
-        merged = merge(origin, experts, method, distributed=distributed, **options)
+        with self.progress_shown():
+            merged = merge(origin, experts, method, distributed=distributed, **options)
         if repair is not None:
             merged = several.repair(merged, distributed)
         with Processes(distributed).together():
@@ -199,6 +218,11 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = Table(evaluate_merged(self, model, domains, origin, merged))
+        if report is not None:
+            with Processes(distributed).together():
+                if self.is_global_zero:
+                    with self.progress_shown():
+                        self.report = report_merge(merged, report, self.table, self.configuration, workers)
         return merged
 
     def _join_processes(self) -> bool:
@@ -318,7 +342,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if model is None or datamodule is None:
             raise MergeError("Searching needs a model and data; give --model and --data, or the config.yaml of a fit.")
         check_suffix(output)
-        with quiet_lightning():
+        with quiet_lightning(), self.progress_shown():
             self.found = search_coefficients(
                 self,
                 model,
@@ -436,12 +460,14 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
         if foundations is not None:
             others = {"pretrain": pretrain, "search": search, "statistics": statistics}
-            self.table = self._benchmark_foundations(
-                model, datamodule, methods, output, domains, foundations, others, engine
-            )
+            with self.progress_shown():
+                self.table = self._benchmark_foundations(
+                    model, datamodule, methods, output, domains, foundations, others, engine
+                )
+            self.report = Path(output) / REPORT
             return self.table
         base_domains = pretrain.domains if pretrain else ()
-        self.table = Benchmark(
+        job_list = Benchmark(
             trainer=self,
             model=model,
             datamodule=datamodule,
@@ -452,8 +478,69 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             statistics=statistics,
             search=search or {},
             engine=make_engine(engine),
-        ).run()
+        )
+        with self.progress_shown():
+            self.table = job_list.run()
+        self.report = Path(output) / REPORT
         return self.table
+
+    def analyze(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        experts: dict[str, str] | list[str] | None = None,
+        base: str | None = None,
+        merged: dict[str, str] | None = None,
+        output: str = "results/analysis",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
+        every_matrix: bool = False,
+        workers: int | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Comparison:
+        """Show where experts agree and where they are in each other's way, and what merging did to them; needs no data.
+
+        Args:
+            model: The experts' module, as it is before any fit: the base, unless a file is given as base.
+            datamodule: Not used; here so that the config.yaml of a fit can be read.
+            experts: The experts' checkpoints, run folders, LoRA adapters or task vectors: a list, or a mapping from a
+                name (domain) to a path.
+            base: The checkpoint that the experts started from; by default the model as it is configured.
+            merged: Merged models to look at, by name.
+            output: The folder for report.html, the experts' table.md, table.csv and table.tex, and comparison.json.
+            include: Look only at the parameters whose name matches one of these shell patterns.
+            exclude: Do not look at the parameters that match one of these shell patterns.
+            matrices: Which parameters count as matrices.
+            every_matrix: Compare the subspaces of all matrices, however long it takes; by default of as many, evenly
+                spread over the model, as take about half a minute.
+            workers: Parameters that are looked at at the same time; by default one for each core, at most eight.
+            ckpt_path: Not used; here so that the config.yaml of a fit can be read.
+            weights_only: Not used; checkpoints are never unpickled beyond weights.
+
+        Returns:
+            What was found.
+        """
+        if not experts:
+            raise MergeError("There is nothing to look at: give the experts' checkpoints with --experts.")
+        if base is None and model is None:
+            raise MergeError("Experts are compared as differences to a base; give it with --base, or give the --model.")
+        with self.progress_shown():
+            comparison = compare_experts(
+                base if base is not None else model.state_dict(),
+                experts,
+                merged,
+                include=include,
+                exclude=exclude or (),
+                matrices=matrices,
+                every_matrix=every_matrix,
+                workers=workers,
+            )
+        self.table = experts_grid(comparison).markdown()
+        if self.is_global_zero:
+            self.report = report_analysis(comparison, output, self.configuration)
+        return comparison
 
     def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):
         unused = [name for name, value in others.items() if value]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
-from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.analysis import compare_experts
+from lightning_merge.analysis.groups import grouped
+from lightning_merge.checkpoints import Source, Weights, open_weights
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
@@ -46,9 +50,11 @@ from lightning_merge.evaluation.jobs import (
 from lightning_merge.evaluation.merge_data import module_and_data
 from lightning_merge.evaluation.search import check_search, search_coefficients
 from lightning_merge.evaluation.table import Table
+from lightning_merge.linalg import is_finite
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
 from lightning_merge.recording import record_statistics
+from lightning_merge.report.writing import COMPARISON, report_benchmark, save_comparison
 from lightning_merge.statistics import statistics_file
 from lightning_merge.sweeping import Grid
 
@@ -95,7 +101,7 @@ class Benchmark(JobList):
         return self.write_results()
 
     def jobs(self) -> list[Job]:
-        """The base, the experts, their statistics, and every domain held out."""
+        """The base, the experts, what they have in common, their statistics, and every domain held out."""
         base = [Job("base", self.fit_base, self._is_done("base"))] if self.pretrain else []
         experts = [
             Job(f"expert {d}", partial(self.fit_expert, d), self._is_done("experts", d), names_of(base))
@@ -111,7 +117,8 @@ class Benchmark(JobList):
             )
             for d in self.domains
         ]
-        return [*base, *experts, *statistics, *held_out]
+        compared = Job("comparison", self.compare, (self.output / COMPARISON).exists, names_of(experts))
+        return [*base, *experts, compared, *statistics, *held_out]
 
     # The jobs
 
@@ -130,6 +137,13 @@ class Benchmark(JobList):
         if self.pretrain and folder != self.output / "base":
             model.load_state_dict(dict(self._base()))
         fit_expert(self.trainer, model, self.datamodule, domains, folder, **arguments)
+
+    def compare(self) -> None:
+        """Compare the experts with each other, for the report."""
+        if self.trainer.is_global_zero:
+            experts = {name: self._expert(name) for name in self.domains}
+            save_comparison(compare_experts(self._base(), experts), self.output)
+        self.trainer.strategy.barrier()
 
     def collect(self, domain: str) -> None:
         """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
@@ -167,7 +181,8 @@ class Benchmark(JobList):
                 record |= {"grid": self.search[row], "chosen": chosen[row]}
         records = [record for record in done if record["row"] not in missing] + measured
         if self.trainer.is_global_zero:
-            mark_done(self.output / "held_out" / domain, {"records": records})
+            updates = self._updates(domain) | update_ratios(base, others, {name: candidates[name] for name in missing})
+            mark_done(self.output / "held_out" / domain, {"records": records, "updates": updates})
         self.trainer.strategy.barrier()
 
     # What is on disk
@@ -215,6 +230,9 @@ class Benchmark(JobList):
         table = Table(sorted(kept, key=lambda record: position.get(record["row"], -1)))
         if self.trainer.is_global_zero:
             table.save(self.output)
+            updates = {domain: self._updates(domain) for domain in self.domains}
+            updates = {d: {m: own for m, own in found.items() if m in position} for d, found in updates.items()}
+            report_benchmark(table, self.output, updates, self.trainer.configuration)
         return table
 
     # Checks before anything runs
@@ -270,3 +288,17 @@ class Benchmark(JobList):
             "seed": seed,
         }
         claim(self.output, settings, write=self.trainer.is_global_zero)
+
+
+def update_ratios(
+    base: Source, experts: Mapping[str, Source], merged: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """How far merged models move each group of layers: their update's norm, divided by the mean of the experts'.
+
+    Merged models that hold values that are not finite, and groups that no expert has moved, are left out.
+    """
+    whole = {name: weights for name, weights in merged.items() if all(map(is_finite, weights.values()))}
+    comparison = compare_experts(base, experts, whole, subspaces=False)
+    groups = grouped(comparison.by_name)
+    ratios = {name: {group: comparison.update_ratio(name, own) for group, own in groups.items()} for name in whole}
+    return {name: {g: ratio for g, ratio in own.items() if math.isfinite(ratio)} for name, own in ratios.items()}

@@ -51,6 +51,7 @@ from lightning_merge.repair import Correction, insert
 from lightning_merge.repair.calibration import Known
 from lightning_merge.repair.corrections import state_of
 from lightning_merge.repairing import Repair, repair
+from lightning_merge.report.writing import report_benchmark
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -299,6 +300,7 @@ class FoundationsBenchmark(JobList):
         table = FoundationsTable(records)
         if self.trainer.is_global_zero:
             table.save(self.output)
+            report_benchmark(table, self.output, configuration=self.trainer.configuration)
         return table
 
     def _check(self) -> None:

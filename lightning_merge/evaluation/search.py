@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from lightning_merge.checkpoints import Source, open_weights
 from lightning_merge.errors import MergeError
@@ -21,6 +20,7 @@ from lightning_merge.merged import Merged
 from lightning_merge.merging import open_experts
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.soup import greedy_soup
+from lightning_merge.progress import counted
 from lightning_merge.sweeping import Grid, Setting, list_settings, sweep, with_setting
 
 if TYPE_CHECKING:
@@ -104,22 +104,27 @@ def search_coefficients(
         return patiences.setdefault(row_name(others), Patience(patience))
 
     best: tuple[float, Setting, Merged] | None = None
-    settings = sweep(base, experts, method, grid, skip=lambda setting: stopping(setting).is_over, **options)
     records: list[Record] = []
-    hidden = None if trainer.is_global_zero else True  # None: hidden where there is no terminal
-    passes = tqdm(_batches(settings, at_once), "search", unit="pass", leave=False, disable=hidden)
-    for batch in passes:
-        found = validation.evaluate({row_name(setting): merged.weights for setting, merged in batch})
-        for setting, merged in batch:
-            if stopping(setting).is_over:  # an earlier one of this batch was the last
-                continue
-            row, chosen = row_name(setting), with_setting(method, setting).describe()
-            mine = [r | {"setting": setting, "method": chosen} for r in found if r["row"] == row]
-            records += mine
-            table = Table([*validation.own_records, *mine])
-            stopping(setting).count(table.mean(row))
-            if best is None or table.normalized(row) > best[0]:
-                best = table.normalized(row), setting, merged
+    with counted("search", "settings", [1.0] * len(list_settings(method, grid))) as count:
+
+        def skip(setting: Setting) -> bool:
+            if over := stopping(setting).is_over:
+                count.step()
+            return over
+
+        for batch in _batches(sweep(base, experts, method, grid, skip=skip, **options), at_once):
+            found = validation.evaluate({row_name(setting): merged.weights for setting, merged in batch})
+            for setting, merged in batch:
+                count.step()
+                if stopping(setting).is_over:  # an earlier one of this batch was the last
+                    continue
+                row, chosen = row_name(setting), with_setting(method, setting).describe()
+                mine = [r | {"setting": setting, "method": chosen} for r in found if r["row"] == row]
+                records += mine
+                table = Table([*validation.own_records, *mine])
+                stopping(setting).count(table.mean(row))
+                if best is None or table.normalized(row) > best[0]:
+                    best = table.normalized(row), setting, merged
     assert best is not None  # no grid is empty
     score, setting, merged = best
     table = Table([*validation.own_records, *records])

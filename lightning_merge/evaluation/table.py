@@ -110,6 +110,10 @@ class Table:
         ]
         return Grid(self.header, rows, self.caption)
 
+    def grids(self) -> list[Grid]:
+        """A table for every metric."""
+        return [replace(self, metric=metric).grid() for metric in METRICS]
+
     def markdown(self) -> str:
         """The table in Markdown, in percent; the best method of every column is bold."""
         return self.grid().markdown()
@@ -134,7 +138,7 @@ class Table:
     def save(self, folder: str | Path) -> None:
         """Write ``results.jsonl``, ``table.md``, ``table.tex`` (every metric) and ``table.csv`` (this one) there."""
         folder = Path(folder)
-        every = [replace(self, metric=metric).grid() for metric in METRICS]
+        every = self.grids()
         write_text(folder / "results.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         write_text(folder / "table.md", "\n\n".join(grid.markdown() for grid in every) + "\n")
         write_text(folder / "table.tex", "\n\n".join(grid.latex() for grid in every) + "\n")

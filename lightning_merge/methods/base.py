@@ -82,6 +82,10 @@ class MergeMethod(ABC):
 
     paper: ClassVar[Paper | None] = None
     """Where the method was published."""
+    formula: ClassVar[str | None] = None
+    """What it does, in a line: ``Δ_t`` is the task vector of expert t of T, ``τ`` the update, ``θ`` and ``W`` weights;
+    products ``∘``, ``|·|`` and ``[·]``, 1 where a condition holds, are entry by entry. Of a matrix: ``σ`` its singular
+    values, ``low_rank`` and ``polar`` its nearest matrix of a rank and its polar factor."""
     draws: ClassVar[bool] = False
     """Whether the method draws random numbers, which follow from the seed of the merge."""
     factorizes: ClassVar[bool] = False

@@ -54,6 +54,7 @@ class Breadcrumbs(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Davari and Belilovsky", "ECCV", 2024, "2312.06795")
+    formula: ClassVar[str] = "Δ_t becomes m_t ∘ Δ_t; m_t marks the β largest of every row that are not the γ largest"
     default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=0.4)
 
     beta: float = 0.2

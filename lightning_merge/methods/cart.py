@@ -33,6 +33,7 @@ class CART(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Choi et al.", "arXiv", 2024, "2412.12153")
+    formula: ClassVar[str] = "τ = Δ̄ + λ Σ_t low_rank(Δ_t - Δ̄); Δ̄ = 1/T Σ_t Δ_t"
     factorizes: ClassVar[bool] = True
 
     rank_ratio: float = 0.16

@@ -39,6 +39,7 @@ class ConsensusTA(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Wang et al.", "ICML", 2024, "2405.07813")
+    formula: ClassVar[str] = "τ becomes [Σ_t m_t ≥ k] ∘ τ; m_t = [|Δ_t| > λ |τ - Δ_t|]"
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     mask_threshold: float = 0.4

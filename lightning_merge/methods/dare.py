@@ -58,6 +58,7 @@ class DARE(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Yu et al.", "ICML", 2024, "2311.03099")
+    formula: ClassVar[str] = "Δ_t becomes m_t ∘ Δ_t / (1 - p); m_t ~ Bernoulli(1 - p)"
     draws: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # draws go by position
     default_method: ClassVar[MergeMethod] = TaskArithmetic()

@@ -55,6 +55,7 @@ class DELLA(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Deep et al.", "arXiv", 2024, "2406.11617")
+    formula: ClassVar[str] = "Δ_t becomes m_t ∘ Δ_t / p_t; m_t ~ Bernoulli(p_t); p_t rises with |Δ_t| in its row"
     draws: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # draws go by position
     default_method: ClassVar[MergeMethod] = TIES(trim="none")

@@ -41,6 +41,9 @@ class EMR(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Huang et al.", "NeurIPS", 2024, "2405.17461")
+    formula: ClassVar[str] = (
+        "τ = s ∘ max |Δ_t| over the t with sign(Δ_t) = s; s = sign(Σ_t Δ_t); for a task: λ_t m_t ∘ τ"
+    )
     entrywise: ClassVar[bool] = True
     per_task: ClassVar[bool] = True
 

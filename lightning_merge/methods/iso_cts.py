@@ -59,6 +59,9 @@ class IsoCTS(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
+    formula: ClassVar[str] = (
+        "τ = mean(σ) polar([U_1 … U_T U]) polar([V_1 … V_T V])ᵀ; U, V lead Σ_t Δ_t, U_t, V_t the rest"
+    )
     factorizes: ClassVar[bool] = True
 
     common_fraction: float = 0.8

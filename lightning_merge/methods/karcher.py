@@ -64,6 +64,7 @@ class Karcher(WeightSpaceMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Grove and Karcher", "Math. Z.", 1973)
+    formula: ClassVar[str] = "θ = mean_t ‖θ_t‖ · d; d minimises Σ_t angle(d, θ_t)² on the unit sphere"
 
     max_iter: int = 10
     tol: float = 1e-5

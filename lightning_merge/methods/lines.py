@@ -56,6 +56,7 @@ class LiNeS(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Wang et al.", "ICLR", 2025, "2410.17146")
+    formula: ClassVar[str] = "τ becomes (α + β l / (L - 1)) τ in block l of L"
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     alpha: float | None = None

@@ -36,6 +36,7 @@ class MagMax(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ECCV", 2024, "2407.06322")
+    formula: ClassVar[str] = "τ = Δ_s; s = argmax_t |Δ_t|"
     entrywise: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # where magnitudes tie
 

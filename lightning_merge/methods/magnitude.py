@@ -52,6 +52,7 @@ class Magnitude(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Goddard et al.", "EMNLP Industry", 2024, "2403.13257")
+    formula: ClassVar[str] = "Δ_t becomes m_t ∘ Δ_t; m_t marks the largest |Δ_t| of every tensor"
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     density: float = 0.5

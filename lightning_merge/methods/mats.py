@@ -63,6 +63,7 @@ class MaTS(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Tam et al.", "TMLR", 2024, "2312.04339")
+    formula: ClassVar[str] = "Σ_t H_t W G_t = Σ_t H_t W_t G_t; G_t of a layer's inputs, H_t of its outputs' gradients"
     dtype: ClassVar[torch.dtype] = torch.float64
 
     iterations: int = 10

@@ -47,6 +47,7 @@ class ModelStock(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Jang et al.", "ECCV", 2024, "2403.19522")
+    formula: ClassVar[str] = "τ = T cos ω / (1 + (T - 1) cos ω) · 1/T Σ_t Δ_t; ω the angle between the Δ_t"
     dtype: ClassVar[torch.dtype] = torch.float64
 
     filter_wise: bool = False

@@ -50,6 +50,7 @@ class MultiSLERP(WeightSpaceMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Goddard", "goddard.blog", 2025)
+    formula: ClassVar[str] = "θ = Σ_t w_t ‖θ_t‖ · d / ‖d‖; d = Σ_t w_t θ_t / ‖θ_t‖"
 
     weights: tuple[float, ...] | None = None
     origin: Literal["zero", "base"] = "zero"

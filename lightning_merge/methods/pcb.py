@@ -98,6 +98,9 @@ class PCB(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Du et al.", "NeurIPS", 2024, "2410.02396")
+    formula: ClassVar[str] = (
+        "τ = Σ_t w_t ∘ Δ_t / Σ_t w_t; w_t = top(exp(T s_t²) ∘ Σ_j tanh(s_t ∘ s_j)); s_t: normalised Δ_t"
+    )
     entrywise: ClassVar[bool] = True
 
     ratio: float = 0.05

@@ -36,6 +36,7 @@ class RandMix(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ECCV", 2024, "2407.06322")
+    formula: ClassVar[str] = "τ = Δ_s; s drawn from 1 … T"
     draws: ClassVar[bool] = True
     order_matters: ClassVar[bool] = True  # draws go by position
 

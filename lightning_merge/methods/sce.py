@@ -48,6 +48,7 @@ class SCE(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Wan et al.", "arXiv", 2024, "2408.07990")
+    formula: ClassVar[str] = "τ = Σ_t w_t a_t ∘ Δ_t / Σ_t w_t a_t; w_t = mean(Δ_t²); a_t = [sign(Δ_t) = sign(Σ_j Δ_j)]"
 
     select_topk: float = 1.0
 

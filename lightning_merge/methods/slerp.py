@@ -42,6 +42,7 @@ class SLERP(WeightSpaceMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Shoemake", "SIGGRAPH", 1985)
+    formula: ClassVar[str] = "θ = (sin((1 - t) ω) θ_1 + sin(t ω) θ_2) / sin(ω); ω the angle between θ_1 and θ_2"
     max_experts: ClassVar[int | None] = 2
 
     t: float = 0.5

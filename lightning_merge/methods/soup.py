@@ -25,6 +25,7 @@ class Soup(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Wortsman et al.", "ICML", 2022, "2203.05482")
+    formula: ClassVar[str] = "θ = 1/T Σ_t θ_t"
 
 
 def greedy_soup(base: Source, experts: Experts, score: Callable[[dict[str, Tensor]], float], **options: Any) -> Merged:

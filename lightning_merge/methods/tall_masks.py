@@ -37,6 +37,7 @@ class TALLMask(Wrapper):
     """
 
     paper: ClassVar[Paper] = Paper("Wang et al.", "ICML", 2024, "2405.07813")
+    formula: ClassVar[str] = "for a task: m_t ∘ τ; m_t = [|Δ_t| > λ |τ - Δ_t|]"
     default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=1.0)
 
     per_task: ClassVar[bool] = True  # type: ignore[assignment,misc]

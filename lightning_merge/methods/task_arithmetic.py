@@ -19,6 +19,7 @@ class TaskArithmetic(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Ilharco et al.", "ICLR", 2023, "2212.04089")
+    formula: ClassVar[str] = "τ = Σ_t Δ_t"
     entrywise: ClassVar[bool] = True
 
     _: KW_ONLY

@@ -33,6 +33,7 @@ class TSVC(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
+    formula: ClassVar[str] = "for a task: low_rank(Δ_t), of rank r / T; τ = 1/T Σ_t low_rank(Δ_t)"
     factorizes: ClassVar[bool] = True
     per_task: ClassVar[bool] = True
 

@@ -17,4 +17,5 @@ class WeightAverage(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Wortsman et al.", "ICML", 2022, "2203.05482")
+    formula: ClassVar[str] = "θ = 1/T Σ_t θ_t"
     entrywise: ClassVar[bool] = True

@@ -58,19 +58,31 @@ class Grid:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
 
+    @property
+    def holds_text(self) -> list[bool]:
+        """Which columns hold text, and stand at the left: the first one, and those with a text that is no number."""
+        columns = list(zip(*self.rows, strict=True)) or [()] * len(self.header)
+        return [
+            not i or any(c.text and not isinstance(c.value, (int, float)) for c in x) for i, x in enumerate(columns)
+        ]
+
     def markdown_lines(self) -> list[str]:
         """The table in Markdown, the best of a column in bold: the header, a rule, and a line for each row.
 
-        They are readable as they are: the first column to the left, the others to the right, all padded to one width.
+        They are readable as they are: text to the left, numbers to the right, all padded to one width.
         """
         lines = [[as_markdown(name) for name in self.header], *([_markdown(cell) for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
-        def join(cells: Sequence[str]) -> str:
-            padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-            return f"| {' | '.join([cells[0].ljust(widths[0]), *padded[1:]])} |"
+        columns = list(zip(widths, self.holds_text, strict=True))
 
-        rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+        def join(cells: Sequence[str]) -> str:
+            padded = [
+                c.ljust(width) if text else c.rjust(width) for c, (width, text) in zip(cells, columns, strict=True)
+            ]
+            return f"| {' | '.join(padded)} |"
+
+        rule = f"|{'|'.join('-' * (width + 1) + ('-' if text else ':') for width, text in columns)}|"
         return [join(lines[0]), rule, *map(join, lines[1:])]
 
     def markdown(self) -> str:
@@ -91,7 +103,7 @@ class Grid:
                 r"\begin{table}",
                 r"  \centering",
                 *caption,
-                f"  \\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}",
+                f"  \\begin{{tabular}}{{{''.join('l' if text else 'r' for text in self.holds_text)}}}",
                 r"    \toprule",
                 join([as_latex(name) for name in self.header]),
                 r"    \midrule",

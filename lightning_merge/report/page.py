@@ -72,3 +72,9 @@ class Page:
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+
+def again(configuration: str) -> list[Section]:
+    """The section with the YAML that makes it again; none if it is not known."""
+    listing = Listing(configuration, "The YAML that makes it again", folded=True)
+    return [Section("Configuration", [listing])] if configuration else []

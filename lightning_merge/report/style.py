@@ -183,12 +183,12 @@ def name_ticks(axes: Axes, names: Sequence[str], most: int = 16) -> None:
         most: If there are more, only every second, third, … is named.
     """
     step = -(-len(names) // most)
-    start = len(_common_path(names))
+    start = len(common_path(names))
     labels = [shown(name[start:], 24) for name in names]
     axes.set_xticks(range(0, len(names), step), labels[::step], rotation=45, ha="right", rotation_mode="anchor")
 
 
-def _common_path(names: Sequence[str]) -> str:
+def common_path(names: Sequence[str]) -> str:
     """What all names begin with, up to a dot."""
     first = names[0] if len(names) > 1 else ""
     length = next((i for i, c in enumerate(first) if any(name[i : i + 1] != c for name in names)), len(first))

@@ -48,6 +48,16 @@ def test_markdown():
     assert Grid(["method"], [[Cell("SCORE")]]).markdown() == "| method |\n|--------|\n| SCORE  |"
 
 
+def test_text_stands_at_the_left():
+    grid = Grid(
+        ["model", "file", "experts"], [[Cell("base"), Cell("a.ckpt"), Cell("")], [Cell("A"), Cell(""), number(2)]]
+    )
+    assert grid.holds_text == [True, True, False]
+    assert grid.markdown_lines()[1:3] == ["|-------|--------|--------:|", "| base  | a.ckpt |         |"]
+    assert r"\begin{tabular}{llr}" in grid.latex()
+    assert Grid(["model", "file"], []).holds_text == [True, False]
+
+
 def test_a_reader_of_markdown_finds_the_names_and_nothing_else():
     reader = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
     tokens = reader.parse(odd_grid().markdown())

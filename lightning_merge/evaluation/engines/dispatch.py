@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
 from lightning_merge.evaluation.jobs import Job
+from lightning_merge.progress import Count, counted
 
 
 class Workers(ABC):
@@ -59,6 +59,7 @@ class Dispatch:
         self._finished: set[str] = set()
         self._lost: Counter[str] = Counter()
         self._failure: Exception | None = None
+        self._count = Count("benchmark", "jobs", [1.0] * len(jobs))
 
     def run(self) -> None:
         """Do all jobs.
@@ -67,17 +68,16 @@ class Dispatch:
             MergeError: If one of them has failed, or its worker was lost too often, once all that run have ended.
             RuntimeError: If one of them has failed with another error than a :class:`MergeError`.
         """
-        with tqdm(total=len(self._waiting), desc="benchmark", unit="job", disable=None) as bar:
+        with counted("benchmark", "jobs", [1.0] * len(self._waiting), each_logged=True) as self._count:
             try:
                 self._hand_out(self._take())
                 while self._running:
-                    bar.update(len(self._finished) - bar.n)
+                    self._count.note(f"{len(self._running)} at work")
                     ended = self._workers.wait(list(self._running))
                     for job, outcome in [(self._running.pop(handle), outcome) for handle, outcome in ended]:
                         self._note(job, outcome)
                     if self._failure is None:
                         self._hand_out(self._take())
-                bar.update(len(self._finished) - bar.n)
             except BaseException as error:
                 self._workers.stop(list(self._running))
                 if isinstance(error, KeyboardInterrupt):
@@ -93,11 +93,15 @@ class Dispatch:
             if not self._finished.issuperset(job.after):
                 waiting.append(job)
             elif job.done():
-                self._finished.add(job.name)
+                self._finish(job)
             else:
                 ready.append(job)
         self._waiting = waiting
         return ready
+
+    def _finish(self, job: Job) -> None:
+        self._finished.add(job.name)
+        self._count.step()
 
     def _hand_out(self, jobs: Sequence[Job]) -> None:
         if jobs:
@@ -107,8 +111,8 @@ class Dispatch:
     def _note(self, job: Job, outcome: Outcome) -> None:
         """Note what came of a job."""
         if outcome.error is None:
-            self._finished.add(job.name)
-            rank_zero_info(f"benchmark: {job.name}, {outcome.seconds:.1f} s on {outcome.host}")
+            self._finish(job)
+            rank_zero_info(f"benchmark: {job.name}, {outcome.seconds:.1f} s on {outcome.host} ({self._count})")
         elif outcome.lost and self._failure is None and self._lost[job.name] < self._retries:
             self._lost[job.name] += 1
             again = f"{self._lost[job.name]} of {self._retries}"

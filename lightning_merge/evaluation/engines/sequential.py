@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
-from tqdm import tqdm
 
 from lightning_merge.evaluation.engines.engine import Engine
 from lightning_merge.evaluation.jobs import JobList, do
+from lightning_merge.progress import counted
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -24,11 +24,14 @@ class Sequential(Engine):
 
     def run(self, benchmark: JobList, seed: int) -> None:
         """Do the jobs; an error in one of them is raised as it is."""
-        hidden = None if benchmark.trainer.is_global_zero else True  # None: hidden where there is no terminal
-        for job in tqdm(benchmark.jobs(), desc="benchmark", unit="job", disable=hidden):
-            try:
-                seconds = do(job, seed)
-            except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
-                rank_zero_info(f"benchmark: interrupted in {job.name}; the same command goes on there")
-                raise
-            rank_zero_info(f"benchmark: {job.name}, {seconds:.1f} s")
+        jobs = benchmark.jobs()
+        with counted("benchmark", "jobs", [1.0] * len(jobs), each_logged=True) as count:
+            for job in jobs:
+                count.note(job.name)
+                try:
+                    seconds = do(job, seed)
+                except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
+                    rank_zero_info(f"benchmark: interrupted in {job.name}; the same command goes on there")
+                    raise
+                count.step()
+                rank_zero_info(f"benchmark: {job.name}, {seconds:.1f} s ({count})")

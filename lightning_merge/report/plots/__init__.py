@@ -6,7 +6,7 @@ from lightning_merge.report.plots.activations import (
     plot_landscapes,
     plot_variance_ratio,
 )
-from lightning_merge.report.plots.layers import plot_layers
+from lightning_merge.report.plots.layers import plot_layers, plot_updates
 from lightning_merge.report.plots.matrices import (
     choose_matrices,
     plot_alignment,
@@ -29,5 +29,6 @@ __all__ = [
     "plot_spectra",
     "plot_sweep",
     "plot_tasks",
+    "plot_updates",
     "plot_variance_ratio",
 ]

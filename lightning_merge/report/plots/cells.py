@@ -38,8 +38,8 @@ def draw_cells(
             best = marked is not None and bool(marked[row, column])
             color = text_color(mesh.cmap(scale(value)))
             place = (column + 0.5, row + 0.5)
-            axes.text(*place, f"{round(float(value), digits) + 0.0:.{digits}f}", ha="center", va="center", color=color, fontsize=8,
-                      fontweight="bold" if best else "normal")  # fmt: skip
+            text, weight = f"{round(float(value), digits) + 0.0:.{digits}f}", "bold" if best else "normal"
+            axes.text(*place, text, ha="center", va="center", color=color, fontsize=8, fontweight=weight)
             if best:
                 frame = Rectangle((column + 0.04, row + 0.08), 0.92, 0.84, fill=False, edgecolor=color, linewidth=1.1)
                 axes.add_patch(frame)

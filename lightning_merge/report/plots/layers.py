@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from lightning_merge.analysis.comparison import Comparison
-from lightning_merge.report.style import INK, WIDTH, Figure, drawn, legend_below, looks, name_ticks, shown
+from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
+from lightning_merge.report.style import (
+    INK,
+    SEQUENTIAL,
+    WIDTH,
+    Figure,
+    common_path,
+    drawn,
+    legend_below,
+    looks,
+    name_ticks,
+    shown,
+)
 
 _LAYER = re.compile(r".*?\.\d+(?=\.)|[^.]+")
 
@@ -87,6 +99,25 @@ def plot_layers(comparison: Comparison, layer: str | None = None) -> Figure:
         name_ticks(axes, list(layers), 14)
         axes.tick_params(labelbottom=i >= len(panels) - columns)
     legend_below(figure, grid)
+    return figure
+
+
+@drawn
+def plot_updates(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
+    """How far every method moves every layer: the norm of its update, divided by the mean of the experts'.
+
+    Args:
+        ratios: For each method the ratio of every layer.
+    """
+    layers = list(dict.fromkeys(layer for own in ratios.values() for layer in own))
+    values = np.array([[own.get(layer, np.nan) for layer in layers] for own in ratios.values()], dtype=float)
+    figure = Figure(max(WIDTH, 3.0 + 0.4 * len(layers)), 1.4 + 0.26 * len(ratios))
+    axes = figure.subplots()
+    start = len(common_path(layers))
+    high = max(1.0, float(np.nanquantile(values, 0.95))) if np.isfinite(values).any() else 1.0
+    mesh = draw_cells(axes, values, scale_of(values, (0.0, high)), SEQUENTIAL, 1 if len(layers) <= 24 else None)
+    name_cells(axes, [shown(name) for name in ratios], [shown(name[start:] or name, 24) for name in layers])
+    figure.colorbar(mesh, ax=axes, label="update / experts' mean", shrink=min(1.0, 4 / len(ratios)), aspect=15)
     return figure
 
 

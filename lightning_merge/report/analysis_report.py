@@ -1,0 +1,40 @@
+"""The report of an analysis: what the experts' weights say without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_merge.analysis.comparison import Comparison
+from lightning_merge.report.experts import agreement, experts_in_words, layers
+from lightning_merge.report.page import Page, again
+from lightning_merge.report.words import count
+
+
+def analysis_page(comparison: Comparison, configuration: str = "", facts: Sequence[tuple[str, str]] = ()) -> Page:
+    """What was found about experts, and about models that were merged of them, as a page.
+
+    Args:
+        comparison: What was found.
+        configuration: The YAML that makes it again.
+        facts: What stands below the title.
+    """
+    beside = f" and {count(len(comparison.merged), 'merged model')}" if comparison.merged else ""
+    return Page(
+        f"{count(len(comparison.experts), 'expert')}{beside}",
+        [*_lengths(comparison), *experts_in_words(comparison)],
+        [agreement(comparison), layers(comparison), *again(configuration)],
+        ["Weights alone say nothing of how good a model is; benchmark or evaluate them."],
+        facts,
+    )
+
+
+def _lengths(comparison: Comparison) -> Iterator[str]:
+    norms = dict(zip(comparison.norms().tolist(), comparison.experts, strict=True))
+    if len(norms) > 1:
+        longest, shortest = max(norms), min(norms)
+        yield (
+            f"{norms[longest]} went farthest from the base (norm {longest:.3g}), {norms[shortest]} least far "
+            f"({shortest:.3g})."
+        )
+    for name in comparison.merged:
+        yield f"{name} lies {comparison.update_ratio(name):.2f} times as far from the base as an expert on average."

@@ -1,0 +1,195 @@
+"""The report of a benchmark: which method, on which domain, by how much; and what the experts say about why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_merge.analysis.comparison import Comparison
+from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.held_out import BASE, OWN_EXPERT, is_method
+from lightning_merge.evaluation.table import Table
+from lightning_merge.report.experts import agreement, experts_in_words, layers
+from lightning_merge.report.grid import Cell, Grid
+from lightning_merge.report.page import Page, Picture, Section, again
+from lightning_merge.report.plots import plot_domains, plot_heat_map, plot_tasks
+from lightning_merge.report.words import count, listed, percent, points
+
+
+def benchmark_page(
+    table: Table,
+    comparison: Comparison | None = None,
+    profiles: Mapping[str, Any] | None = None,
+    configuration: str = "",
+    facts: Sequence[tuple[str, str]] = (),
+) -> Page:
+    """What a leave-one-domain-out benchmark found, as a page.
+
+    Args:
+        table: Every row on every domain.
+        comparison: What the experts have in common, see :func:`lightning_merge.analysis.compare_experts`.
+        profiles: For each held-out domain what every method did to each group of layers, see
+            :meth:`lightning_merge.analysis.Comparison.profile`.
+        configuration: The YAML that makes it again.
+        facts: What stands below the title.
+    """
+    sections = [
+        Section("Best method on each domain", [winners(table)]),
+        Section("Scores", table.grids()),
+        Section("Scores, drawn", _pictures(table)),
+    ]
+    if comparison is not None:
+        sections += [agreement(comparison), layers(comparison, profiles)]
+    sections += again(configuration)
+    return Page(
+        f"{count(len(_methods(table)), 'method')}, {count(len(table.domains), 'domain')} left out in turn",
+        [*_answers(table), *(experts_in_words(comparison) if comparison else ())],
+        sections,
+        list(_warnings(table)),
+        facts,
+    )
+
+
+def foundations_page(table: FoundationsTable, configuration: str = "", facts: Sequence[tuple[str, str]] = ()) -> Page:
+    """What a benchmark over several foundations found, as a page."""
+    methods = table.names("method")
+    pictures = [
+        Picture(plot_tasks(table, method), f"{method}, by the number of tasks", table.caption) for method in methods
+    ]
+    sections = [Section("Scores", table.grids()), Section("Scores, drawn", pictures)]
+    sections += again(configuration)
+    seeds = table.names("seed")
+    return Page(
+        f"{count(len(table.names('arm')), 'way')} to merge experts of several foundations",
+        list(_foundation_answers(table)),
+        sections,
+        [] if len(seeds) > 1 else [_ONE_RUN],
+        facts,
+    )
+
+
+def winners(table: Table) -> Grid:
+    """Which method is best on each domain, and by how much."""
+    own = table.mean(OWN_EXPERT) is not None
+    header = ["domain", "best method", _name(table), "ahead of the next", "over the base"]
+    header += ["below the own expert"] if own else []
+    columns: dict[str, Callable[[str], float | None]] = {
+        domain: lambda row, domain=domain: table.value(row, domain) for domain in table.domains
+    }
+    rows = [_winner(table, name, value, own) for name, value in {**columns, "mean": table.mean}.items()]
+    caption = f"{_name(table).capitalize()} in %, differences in points; of equally good methods all are named."
+    return Grid(header, [row for row in rows if row], caption)
+
+
+def _winner(table: Table, name: str, value: Callable[[str], float | None], own: bool) -> list[Cell]:
+    ranked = _ranked(table, value)
+    if not ranked:
+        return []
+    best = ranked[0][1]
+    first = [row for row, found in ranked if found == best]
+    rest = [found for _, found in ranked if found != best]
+    differences = [rest[0] if rest else None, value(BASE), *([value(OWN_EXPERT)] if own else [])]
+    signs = [1, 1, -1]
+    cells = [Cell(name), Cell(listed(first)), Cell(percent(best), best)]
+    for other, sign in zip(differences, signs, strict=False):
+        difference = None if other is None else sign * (best - other)
+        cells.append(Cell("" if difference is None else points(difference), difference))
+    return cells
+
+
+def _answers(table: Table) -> Iterator[str]:
+    ranked = _ranked(table, table.mean)
+    if not ranked:
+        yield "No method was measured on every domain."
+        return
+    best = ranked[0][1]
+    first = [row for row, value in ranked if value == best]
+    where = f"the {count(len(table.domains), 'domain')} that none of its experts has seen"
+    yield f"{listed(first)}: {percent(best)} % {_name(table)}, the best mean over {where}."
+    rest = [(row, value) for row, value in ranked if value != best]
+    if rest:
+        row, value = rest[0]
+        yield f"Next is {row} with {percent(value)} %, {points(abs(best - value))} points behind."
+    against = {"the base": table.mean(BASE), "the domains' own experts": table.mean(OWN_EXPERT)}
+    said = [
+        f"{points(abs(best - value))} points {'above' if best >= value else 'below'} {what} ({percent(value)} %)"
+        for what, value in against.items()
+        if value is not None and math.isfinite(value)
+    ]
+    if said:
+        yield f"That is {listed(said)}."
+    winners_of = {d: _ranked(table, lambda row, d=d: table.value(row, d)) for d in table.domains}
+    others = [f"{found[0][0]} on {d} ({percent(found[0][1])} %)" for d, found in winners_of.items() if found]
+    if len({found[0][0] for found in winners_of.values() if found}) > 1:
+        yield f"No method is the best everywhere: {listed(others)}."
+
+
+def _foundation_answers(table: FoundationsTable) -> Iterator[str]:
+    for merged in table.names("merged"):
+        means = {
+            (arm, method): sum(cell.average) / len(cell.average)
+            for arm in table.names("arm")
+            for method in table.names("method")
+            if (cell := table.cell(merged, arm, method)).average
+        }
+        if means:
+            (arm, method), value = max(means.items(), key=lambda item: item[1])
+            yield (
+                f"{count(merged, 'task')}: {arm} with {method} reaches {percent(value)} % of the experts' accuracy, "
+                f"the most of {count(len(means), 'combination')}."
+            )
+
+
+_ONE_RUN = (
+    "Every number is of one run with one seed; methods that lie within a point or two of each other may change places "
+    "in another run."
+)
+
+
+def _warnings(table: Table) -> Iterator[str]:
+    yield _ONE_RUN
+    rows = table.row_names
+    broken = [row for row in rows if any(math.isnan(value) for value in table.values(row))]
+    if broken:
+        yield f"Scores that are not numbers: {listed(broken)}. The merged weights or the metric were not finite there."
+    missing = [row for row in rows if len(table.values(row)) < len(table.domains)]
+    if missing:
+        yield f"Not measured on every domain, so without a mean: {listed(missing)}."
+    base = table.mean(BASE)
+    worse = [row for row, value in _ranked(table, table.mean) if base is not None and _is_worse(table, value, base)]
+    if worse:
+        yield f"Worse than the base that was merged onto, on average: {listed(worse)}."
+
+
+def _is_worse(table: Table, value: float, other: float) -> bool:
+    return value > other if table.lower_is_better else value < other
+
+
+def _ranked(table: Table, value: Callable[[str], float | None]) -> list[tuple[str, float]]:
+    """The methods that have a value, the best first."""
+    found = [(row, v) for row in _methods(table) if (v := value(row)) is not None and math.isfinite(v)]
+    return sorted(found, key=lambda item: item[1] if table.lower_is_better else -item[1])
+
+
+def _pictures(table: Table) -> list[Picture]:
+    return [
+        Picture(
+            plot_heat_map(table),
+            "Domains and methods",
+            f"{_name(table).capitalize()} of every row on every domain; a frame marks the best method of each domain.",
+        ),
+        Picture(
+            plot_domains(table),
+            "Domain by domain",
+            "The best methods beside what they are compared with, in percent of the domain's own expert.",
+        ),
+    ]
+
+
+def _methods(table: Table) -> list[str]:
+    return [row for row in table.row_names if is_method(row)]
+
+
+def _name(table: Table) -> str:
+    return table.metric.replace("_", " ")

@@ -1,0 +1,241 @@
+"""The parts of a report that a comparison of the experts fills."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_merge.analysis.comparison import Comparison, MatrixComparison
+from lightning_merge.report.grid import Cell, Grid
+from lightning_merge.report.page import Picture, Section
+from lightning_merge.report.plots import (
+    choose_matrices,
+    plot_alignment,
+    plot_layers,
+    plot_score_maps,
+    plot_spectra,
+    plot_updates,
+)
+from lightning_merge.report.words import count, listed
+
+
+def experts_grid(comparison: Comparison) -> Grid:
+    """How far every expert went, and how near it is to the others: a row for each."""
+    others = ~torch.eye(len(comparison.experts), dtype=torch.bool)
+    columns = {
+        "norm": comparison.norms(),
+        "cosine": _mean_of_others(comparison.cosines(), others),
+        "alignment": _mean_of_others(comparison.mean_alignment(), others),
+        "angle": _mean_of_others(comparison.mean_angles(), others),
+        "effective rank": _effective_ranks(comparison),
+    }
+    return Grid(
+        ["expert", *columns],
+        [
+            [Cell(name), *(_number(float(values[i])) for values in columns.values())]
+            for i, name in enumerate(comparison.experts)
+        ],
+        "Norm: of the expert's difference to the base. Cosine, alignment (the share of its task matrices that lies in "
+        "another expert's leading subspace) and angle (the mean principal angle between leading subspaces, in "
+        "radians): means over the other experts. Alignment, angle and effective rank: means over the matrices.",
+    )
+
+
+def merged_grid(comparison: Comparison) -> Grid:
+    """What merging made of the experts: a row for every merged model and expert."""
+    rows = []
+    for merged in comparison.merged:
+        cosines, distances = comparison.merged_cosines(merged), comparison.distances(merged)
+        alignment, norms = comparison.mean_merged_alignment(merged), comparison.norms()
+        update = comparison.update_norm(merged)
+        for i, expert in enumerate(comparison.experts):
+            norm = float(norms[i])
+            numbers = [
+                update / norm if norm else math.nan,
+                float(cosines[i]),
+                float(distances[i]) / norm if norm else math.nan,
+                float(alignment[i]),
+            ]
+            rows.append([Cell(merged), Cell(expert), *map(_number, numbers)])
+    return Grid(
+        ["merged model", "expert", "update", "cosine", "distance", "alignment"],
+        rows,
+        "Update: the norm of what merging did to the base; distance: that between merged model and expert; both "
+        "divided by the norm of the expert's own difference to the base, so that the base lies at update 0 and "
+        "distance 1. Cosine: between both differences. Alignment: the share of the expert's task matrices that lies in "
+        "the leading subspace of the merged update, the mean over the matrices.",
+    )
+
+
+def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
+    """What was found for every matrix whose subspaces were compared."""
+    rows = []
+    for matrix in matrices:
+        others = ~torch.eye(len(matrix.alignment), dtype=torch.bool)
+        numbers = [
+            None if matrix.effective_ranks is None else float(matrix.effective_ranks.double().mean()),
+            float(matrix.alignment[others].double().nanmean()),
+            float(matrix.angles[others].double().nanmean()),
+            matrix.agreement,
+            matrix.conflict,
+            matrix.kept,
+        ]
+        shape = f"{matrix.shape[0]} × {matrix.shape[1]}"
+        rows.append([Cell(matrix.name), Cell(shape), *map(_number, numbers)])
+    return Grid(
+        ["matrix", "shape", "effective rank", "alignment", "angle", "agreement", "conflict", "kept"],
+        rows,
+        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts. Agreement and "
+        "conflict: the energy on and off the diagonal of what SCORE makes of the experts, as shares of theirs; kept: "
+        "the share of their energy off the diagonal that SCORE does not drop.",
+    )
+
+
+def agreement(comparison: Comparison) -> Section:
+    """Where the experts agree and fight."""
+    names = comparison.experts
+    parts: list[str | Grid | Picture] = [experts_grid(comparison)]
+    if len(names) > 1:
+        parts += _pairs(comparison)
+        maps = choose_matrices(comparison.matrices)
+        if maps:
+            parts.append(
+                Picture(
+                    plot_score_maps(maps),
+                    "What SCORE makes of the experts, in three matrices",
+                    "The matrices with much agreement and little conflict, much of both, and little agreement and much "
+                    "conflict. The diagonal is what the experts have for themselves, a block each; entries off it "
+                    "couple their subspaces, and those that SCORE takes for conflicts are gone.",
+                )
+            )
+    if comparison.matrices:
+        parts.append(matrices_grid(comparison.matrices))
+    parts += _left_out(comparison)
+    return Section("Where the experts agree and fight", parts)
+
+
+def _pairs(comparison: Comparison) -> Iterator[Picture]:
+    names = comparison.experts
+    if comparison.matrices:
+        yield Picture(
+            plot_alignment(comparison.mean_alignment(), names),
+            "Subspace alignment of two experts",
+            f"How much of the row's expert lies in the leading subspace of the column's, the mean over "
+            f"{count(len(comparison.matrices), 'matrix', 'matrices')} ({comparison.rank_rule}). Experts that share "
+            "their subspaces collide there when they are added.",
+        )
+        angles = comparison.mean_angles()
+        highest = math.pi / 2
+        yield Picture(
+            plot_alignment(angles, names, "mean principal angle in radians", (0.0, highest), directed=False),
+            "Angles between the subspaces of two experts",
+            "Zero: the same subspace; π/2 = 1.57: nothing in common.",
+        )
+    yield Picture(
+        plot_alignment(comparison.cosines(), names, "cosine", (-1.0, 1.0), directed=False),
+        "Cosine between two experts' task vectors",
+        "Over all parameters. Near zero, what was learned has nothing in common entry by entry.",
+    )
+
+
+def layers(comparison: Comparison, profiles: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None) -> Section:
+    """What the experts, and what merging, did to each group of layers.
+
+    Args:
+        comparison: What was found.
+        profiles: For each held-out domain, method and group of layers the length of the update.
+    """
+    parts: list[str | Grid | Picture] = []
+    if comparison.merged:
+        parts.append(merged_grid(comparison))
+    if profiles:
+        parts.append(
+            Picture(
+                plot_updates(_mean_over_domains(profiles)),
+                "How far each method moves each layer",
+                "The norm of a method's update, divided by the mean norm of the task vectors that it was made of; the "
+                "mean over the domains that were left out. 1 is as far as an expert went, and the average of experts "
+                "that have nothing in common goes 1/√T as far.",
+            )
+        )
+    parts.append(
+        Picture(
+            plot_layers(comparison),
+            "Layer by layer",
+            "How far the experts went in each layer, where they pull in different directions, and how much their "
+            "differences to the base point the same way.",
+        )
+    )
+    shown = choose_matrices(comparison.matrices) or list(comparison.matrices[:3])
+    if shown:
+        parts.append(
+            Picture(
+                plot_spectra(shown, comparison.experts),
+                "Singular values, before and after merging" if comparison.merged else "Singular values of the experts",
+                "Thin lines: the experts' task matrices. A steep line is a change of low rank."
+                + (" Thick lines: the merged updates." if comparison.merged else ""),
+            )
+        )
+    return Section("What happened to each layer", parts)
+
+
+def experts_in_words(comparison: Comparison) -> Iterator[str]:
+    """What a reader should know of the experts, in sentences."""
+    names = comparison.experts
+    if len(names) < 2:
+        return
+    conflict = comparison.sign_conflict()
+    if math.isfinite(conflict):
+        yield f"Experts pull in opposite directions in {100 * conflict:.0f} % of the entries that several have moved."
+    alignment = comparison.mean_alignment()
+    both = (alignment + alignment.T) / 2
+    pairs = [(float(both[i, j]), names[i], names[j]) for i in range(len(names)) for j in range(i)]
+    pairs = [pair for pair in pairs if math.isfinite(pair[0])]
+    if len(pairs) > 1:
+        (most, a, b), (least, c, d) = max(pairs), min(pairs)
+        yield (
+            f"The subspaces of {listed([b, a])} have most in common (alignment {most:.2f}), those of {listed([d, c])} "
+            f"least ({least:.2f})."
+        )
+    elif pairs:
+        yield f"The subspaces of {listed(names)} have an alignment of {pairs[0][0]:.2f}."
+
+
+def _mean_over_domains(profiles: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """For every method and group the mean over the domains where it was measured."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for methods in profiles.values():
+        for method, groups in methods.items():
+            for group, value in groups.items():
+                found.setdefault(method, {}).setdefault(group, []).append(value)
+    return {m: {g: sum(values) / len(values) for g, values in groups.items()} for m, groups in found.items()}
+
+
+def _mean_of_others(values: Tensor, others: Tensor) -> Tensor:
+    """The mean of each row without the diagonal and without NaN ``(T, T) -> (T,)``."""
+    return torch.where(others, values.double(), math.nan).nanmean(dim=1)
+
+
+def _effective_ranks(comparison: Comparison) -> Tensor:
+    found = [m.effective_ranks.double() for m in comparison.matrices if m.effective_ranks is not None]
+    nothing = torch.full((len(comparison.experts),), math.nan, dtype=torch.float64)
+    return torch.stack([nothing, *found]).nanmean(dim=0)
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    if not comparison.left_out:
+        return []
+    looked, all_of_them = len(comparison.matrices), len(comparison.matrices) + len(comparison.left_out)
+    return [
+        f"Subspaces were compared in {looked} of {all_of_them} matrices, evenly spread over the model, to save time; "
+        "`lightning-merge analyze --every_matrix true` looks at all. Norms, cosines and signs are of all parameters."
+    ]
+
+
+def _number(value: float | None) -> Cell:
+    if value is None or not math.isfinite(value):
+        return Cell("")
+    return Cell(f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}", value)

@@ -1,0 +1,109 @@
+"""The report of one merge: what came out, where the experts agree, and what the method did to each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from lightning_merge.analysis.comparison import Comparison
+from lightning_merge.evaluation.table import Table
+from lightning_merge.merged import Merged
+from lightning_merge.report.experts import agreement, experts_in_words, layers
+from lightning_merge.report.grid import Cell, Grid
+from lightning_merge.report.page import Page, Section, again
+from lightning_merge.report.words import count, listed, percent
+
+
+def merge_page(
+    merged: Merged,
+    comparison: Comparison,
+    table: Table | None = None,
+    configuration: str = "",
+    facts: Sequence[tuple[str, str]] = (),
+) -> Page:
+    """What a merge did, as a page.
+
+    Args:
+        merged: What came out.
+        comparison: The experts beside the merged model, which has the method's name there, see
+            :func:`lightning_merge.analysis.compare_experts`.
+        table: The scores of the merged model, if it was evaluated.
+        configuration: The YAML that makes it again.
+        facts: What stands below the title.
+    """
+    method = merged.manifest["method"]["class_path"]
+    sections = [Section("Scores", table.grids())] if table else []
+    sections += [
+        layers(comparison),
+        agreement(comparison),
+        Section("What happened to the parameters", [parameters_grid(merged)]),
+        Section("What went in", [files_grid(merged)]),
+        *again(configuration),
+    ]
+    return Page(
+        f"{method} of {count(len(merged.experts), 'expert')}",
+        [*_answers(merged, comparison, table), *experts_in_words(comparison)],
+        sections,
+        list(_warnings(merged, comparison, table)),
+        facts,
+    )
+
+
+def parameters_grid(merged: Merged) -> Grid:
+    """What happened to how many parameters."""
+    found = merged.inventory
+    private = sorted({name for names in found.private.values() for name in names})
+    kinds = {
+        "merged by the method": found.merged,
+        "averaged (running statistics)": found.averaged,
+        "copied from the base": found.copied,
+        "tied to another one": list(found.tied),
+        "kept by each expert (heads)": private,
+    }
+    rows = []
+    for kind, names in kinds.items():
+        if names:
+            entries = sum(merged.base.meta[name].numel() for name in names if name in merged.base.meta)
+            rows.append([Cell(kind), Cell(f"{len(names)}", len(names)), Cell(f"{entries:,}", entries)])
+    return Grid(["what happened", "parameters", "entries"], rows)
+
+
+def files_grid(merged: Merged) -> Grid:
+    """What went in, with the sha256 of every file."""
+    manifest = merged.manifest
+    sources = {"base": manifest["base"], **{f"expert {name}": own for name, own in manifest["experts"].items()}}
+    sources |= {f"statistics {name}": own for name, own in manifest.get("statistics", {}).items()}
+    rows = [
+        [Cell(name), Cell(str(own["path"] or "in memory")), Cell(str(own["sha256"] or ""))]
+        for name, own in sources.items()
+    ]
+    return Grid(["what", "file", "sha256"], rows, "In memory: weights that were read from no file.")
+
+
+def _answers(merged: Merged, comparison: Comparison, table: Table | None) -> Iterator[str]:
+    yield f"{merged.summary()}."
+    if table is not None:
+        means = {row: mean for row in table.row_names if (mean := table.mean(row)) is not None}
+        said = [f"{row} {percent(mean)} %" for row, mean in means.items()]
+        if said:
+            yield f"{table.metric.capitalize()} on {listed(table.domains)}: {listed(said)}."
+    (name,) = comparison.merged
+    ratio, distances = comparison.update_ratio(name), comparison.distances(name).tolist()
+    if math.isfinite(ratio):
+        yield f"The merged model lies {ratio:.2f} times as far from the base as the experts do on average."
+    if len(distances) > 1:
+        nearest, farthest = min(distances), max(distances)
+        names = dict(zip(distances, comparison.experts, strict=True))
+        yield f"It is nearest to {names[nearest]} and farthest from {names[farthest]}."
+
+
+def _warnings(merged: Merged, comparison: Comparison, table: Table | None) -> Iterator[str]:
+    if table is None:
+        yield "This model was not evaluated here: what follows is about weights, and says nothing of what it can do."
+    still = [name for name, norm in zip(comparison.experts, comparison.norms().tolist(), strict=True) if norm == 0]
+    if still:
+        yield f"Experts that are the base itself: {listed(still)}. Was the right checkpoint given?"
+    if any(merged.inventory.private.values()):
+        yield "Every expert keeps parameters of its own (its head); the merged model has those of the base."
+    if merged.manifest.get("allow_non_finite"):
+        yield "Weights that are not finite were allowed."

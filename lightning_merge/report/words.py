@@ -1,0 +1,28 @@
+"""Numbers and lists in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def percent(share: float) -> str:
+    """A share in percent, without the sign: 0.689 is 68.9."""
+    return f"{100 * share:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in percentage points."""
+    return f"{100 * difference:.1f}"
+
+
+def count(number: int, noun: str, nouns: str | None = None) -> str:
+    """A number of things: ``1 method``, ``3 methods``, ``3 matrices``."""
+    return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"
+
+
+def listed(words: Sequence[str], most: int = 6) -> str:
+    """Words as a list in a sentence: ``a, b and c``; of very many the first ones and how many more there are."""
+    words = list(words)
+    if len(words) > most:
+        words = [*words[: most - 1], f"{len(words) - most + 1} more"]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -1,0 +1,102 @@
+"""Write reports: the page, the tables and the numbers behind them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lightning_merge import __version__
+from lightning_merge.analysis.compare_experts import compare_experts
+from lightning_merge.analysis.comparison import Comparison
+from lightning_merge.checkpoints import write_text
+from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.table import Table
+from lightning_merge.merged import Merged
+from lightning_merge.report.html import write_page
+
+REPORT = "report.html"
+COMPARISON = "comparison.json"
+
+
+def check_report(path: str | Path | None) -> None:
+    """Raise a :class:`MergeError` if no report can be written to this file."""
+    if path is not None and Path(path).suffix not in (".html", ".htm"):
+        raise MergeError(f"The report is an HTML file; end its name in .html, got {str(path)!r}.")
+
+
+def report_analysis(comparison: Comparison, folder: str | Path, configuration: str = "") -> Path:
+    """Write ``report.html``, ``table.md``, ``table.csv``, ``table.tex`` and ``comparison.json`` into a folder."""
+    from lightning_merge.report.analysis_report import analysis_page
+    from lightning_merge.report.experts import experts_grid
+
+    folder, grid = Path(folder), experts_grid(comparison)
+    write_text(folder / "table.md", grid.markdown() + "\n")
+    write_text(folder / "table.csv", grid.csv())
+    write_text(folder / "table.tex", grid.latex() + "\n")
+    save_comparison(comparison, folder)
+    page = analysis_page(comparison, configuration, list(_facts(comparison)))
+    return write_page(page, folder / REPORT, data={"comparison": comparison.to_dict()})
+
+
+def report_merge(
+    merged: Merged,
+    path: str | Path,
+    table: Table | None = None,
+    configuration: str = "",
+    workers: int | None = None,
+) -> Path:
+    """Compare the experts and what was merged of them, and write a page about it into a file."""
+    from lightning_merge.report.merge_report import merge_page
+
+    name = merged.manifest["method"]["class_path"]
+    comparison = compare_experts(
+        merged.base, merged.experts, {name: merged.weights}, include=merged.inventory.merged, workers=workers
+    )
+    page = merge_page(merged, comparison, table, configuration, list(_facts(comparison)))
+    records = list(table.records) if table else []
+    data = {"manifest": merged.manifest, "records": records, "comparison": comparison.to_dict()}
+    return write_page(page, path, data=data)
+
+
+def report_benchmark(
+    table: Table | FoundationsTable,
+    folder: Path,
+    profiles: Mapping[str, Any] | None = None,
+    configuration: str = "",
+) -> Path:
+    """Write ``report.html`` into the folder of a benchmark, from what was measured there."""
+    from lightning_merge.report.benchmark_report import benchmark_page, foundations_page
+
+    data: dict[str, Any] = {"records": list(table.records)}
+    if isinstance(table, FoundationsTable):
+        page = foundations_page(table, configuration, list(_facts()))
+    else:
+        comparison = read_comparison(folder)
+        page = benchmark_page(table, comparison, profiles, configuration, list(_facts(comparison)))
+        data |= {"profiles": profiles or {}, "comparison": comparison.to_dict() if comparison else None}
+    return write_page(page, folder / REPORT, data=data)
+
+
+def save_comparison(comparison: Comparison, folder: Path) -> None:
+    """Write ``comparison.json`` into a folder."""
+    write_text(folder / COMPARISON, json.dumps(comparison.to_dict()) + "\n")
+
+
+def read_comparison(folder: Path) -> Comparison | None:
+    """Read the ``comparison.json`` of a folder; None if there is none."""
+    path = folder / COMPARISON
+    return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def _facts(comparison: Comparison | None = None) -> Iterator[tuple[str, str]]:
+    yield "Made", f"{datetime.now():%Y-%m-%d %H:%M}"
+    yield "With", f"lightning_merge {__version__}"
+    if comparison is not None:
+        yield "Experts", ", ".join(comparison.experts)
+        entries = sum(math.prod(parameter.shape) for parameter in comparison.parameters)
+        yield "Parameters", f"{len(comparison.parameters)}, {entries:,} entries"
