@@ -14,7 +14,7 @@ from lightning_merge.checkpoints import check_output, checkpoint_of, open_weight
 from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.trainers import Which, check_which, check_whole, fitted_weights, processes_of_run
+from lightning_merge.trainers import Which, check_which, check_whole, fitted_weights, misses_last, processes_of_run
 
 
 class MergeAfterFit(MergingCallback):
@@ -109,6 +109,12 @@ class MergeAfterFit(MergingCallback):
             raise MergeError(
                 f"RecordStatistics records the statistics of the best checkpoint where a metric is monitored, and "
                 f"MergeAfterFit is asked for the {self.checkpoint}; ask for the best, or take the monitor out."
+            )
+        if needed and not monitored and misses_last(trainer):
+            raise MergeError(
+                "MergeAfterFit merges the last weights by their statistics, which RecordStatistics writes beside a "
+                f"checkpoint of them, and no ModelCheckpoint is written after the last of {trainer.max_epochs} epochs; "
+                "choose max_epochs or the checkpoint's every_n_epochs so that one is."
             )
 
     def _check_outputs(self) -> None:

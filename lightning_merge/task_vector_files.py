@@ -45,6 +45,8 @@ from lightning_merge.task_vectors import wide
 
 _FORMAT = 1
 _SUFFIX = f".{TASK_VECTOR}.safetensors"
+_HEADER = {"base": dict, "expert": dict, "relative_error": float, "exclude": list, "missing": list, "tied": dict}
+_MODEL = {"path": (str, type(None)), "digest": str}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MATRICES = Matrices(exclude=(), flatten_convolutions=True)
 
@@ -273,6 +275,7 @@ def open_task_vector(
             f"{file} is a task vector of format {about.get('format')}, and this version of lightning_merge reads "
             f"format {_FORMAT}; install the one that wrote it ({about.get('lightning_merge')}), or a newer one."
         )
+    _check_header(file, about)
     if read and origin.digest() != about["base"]["digest"]:
         raise MergeError(
             f"{_which(name, about)}, and {_where(origin)} is another model ({_short(origin.digest())}); give that base."
@@ -286,6 +289,18 @@ def open_task_vector(
         if parameter not in own
     }
     return TaskVector(name, stored, origin, changes, own, about["missing"], about["tied"])
+
+
+def _check_header(file: Path, about: Mapping[str, Any]) -> None:
+    """Raise a :class:`MergeError` unless the header says all that is relied on."""
+    wrong = [key for key, kind in _HEADER.items() if not isinstance(about.get(key), kind)]
+    for model in (key for key in ("base", "expert") if key not in wrong):
+        wrong += [f"{model}.{key}" for key, kind in _MODEL.items() if not isinstance(about[model].get(key, 0), kind)]
+    if wrong:
+        raise MergeError(
+            f"{file} is damaged: its header does not say {', '.join(wrong)}, as that of a task vector does; write it "
+            "anew with lightning_merge.save_task_vector."
+        )
 
 
 def _sort(stored: Weights, base: Weights, about: Mapping[str, Any]) -> tuple[dict[str, set[str]], list[str]]:

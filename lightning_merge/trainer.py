@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_merge.aligning import Align
@@ -91,6 +92,13 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         given = self.arguments.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         return [callback for callback in given if not isinstance(callback, SaveConfigCallback)]
+
+    @property
+    def given_loggers(self) -> list[Logger]:
+        """The loggers that were given, without the one that Lightning makes where nothing is said."""
+        given = self.arguments.get("logger")
+        given = given if isinstance(given, (list, tuple)) else [given]
+        return [logger for logger in given if isinstance(logger, Logger)]
 
     def again(self, callbacks: Sequence[Callback] = (), **changes: Any) -> MergeTrainer:
         """A new trainer with the same arguments, for one job among many: no progress bar, no logger, no checkpoints.

@@ -61,6 +61,19 @@ def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
+def misses_last(trainer: Trainer) -> bool:
+    """Whether it is certain before a fit that no ``ModelCheckpoint`` will hold its last weights."""
+    epochs, checkpoints = trainer.max_epochs or -1, _model_checkpoints(trainer)
+    if epochs < 0 or trainer.max_steps != -1 or trainer.early_stopping_callbacks or trainer.fast_dev_run:
+        return False
+
+    def skips(checkpoint: ModelCheckpoint) -> bool:
+        every = checkpoint._every_n_epochs  # 0: it goes by steps or minutes
+        return not checkpoint.save_last and (checkpoint.save_top_k == 0 or bool(every and epochs % every))
+
+    return bool(checkpoints) and all(map(skips, checkpoints))
+
+
 def check_which(trainer: Trainer, which: Which | None, who: str) -> None:
     """Raise a :class:`MergeError` before the fit if it will not leave the weights that are asked for."""
     if which == "best" and not any(callback.monitor for callback in _model_checkpoints(trainer)):

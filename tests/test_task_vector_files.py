@@ -287,3 +287,21 @@ def test_files_that_cannot_be_read(files, metadata, drop, message):
     save_file(tensors, "x.safetensors", {"task_vector": json.dumps(said)})
     with pytest.raises(lm.MergeError, match=message):
         lm.open_task_vector("x.safetensors", files)
+
+
+@pytest.mark.parametrize(
+    ("keep", "changes", "lacking"),
+    [
+        (("format",), {}, "base, expert, relative_error, exclude, missing, tied"),
+        (None, {"base": {"path": None}}, "base.digest"),
+        (None, {"expert": {"digest": "0"}, "tied": []}, "tied, expert.path"),
+    ],
+)
+def test_headers_that_do_not_say_all(files, keep, changes, lacking):
+    lm.save_task_vector("x.safetensors", files, "a.safetensors")
+    said = about("x.safetensors")
+    said = {key: said[key] for key in keep or said} | changes
+    save_file(load_file("x.safetensors"), "x.safetensors", {"task_vector": json.dumps(said)})
+    for given in ({"a": "x.safetensors"}, ["x.safetensors"]):
+        with pytest.raises(lm.MergeError, match=f"x.safetensors is damaged: its header does not say {lacking}, as"):
+            lm.merge(files, given, TaskArithmetic())

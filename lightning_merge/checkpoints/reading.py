@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.hub import HUB, download
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, load_json, open_safetensors
-from lightning_merge.checkpoints.sharded import check_consolidated
+from lightning_merge.checkpoints.sharded import check_consolidated, check_no_part
 from lightning_merge.checkpoints.torch_format import open_torch
 from lightning_merge.checkpoints.weights import Weights, from_memory, plain_names
 from lightning_merge.errors import MergeError
@@ -80,6 +80,7 @@ _FOLDER_PATTERNS = (
 def _find_file(path: Path) -> Path:
     """The weight file that ``path`` means: itself, or the only one in the folder."""
     if os.path.isfile(path):
+        check_no_part(path)
         return path
     if not os.path.isdir(path):
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lightning_merge.errors import MergeError
 
 _CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
+
+
+_PART_OF_DEEPSPEED = re.compile(r".*mp_rank_\d+_(model|optim)_states\.pt")
+
+
+def check_no_part(file: Path) -> None:
+    """Raise a :class:`MergeError` where a file is one of the parts of a checkpoint, see :func:`check_consolidated`."""
+    if file.suffix == ".distcp" or _PART_OF_DEEPSPEED.fullmatch(file.name):
+        check_consolidated(file.parent)
+        raise MergeError(
+            f"{file} is a part of a checkpoint, and what is beside it is not the whole of it; copy the folder with all "
+            "that Lightning has written there, and give that folder."
+        )
 
 
 def check_consolidated(folder: Path) -> None:

@@ -260,6 +260,10 @@ class TestMethodsThatNeedData:
         last = MergeAfterFit("base.ckpt", ["thick/expert.ckpt"], Fisher(), checkpoint="last")
         with pytest.raises(lm.MergeError, match="of the best checkpoint where a metric is monitored"):
             self.fit(base, "noisy", RecordStatistics(["fisher"]), last, monitored)
+        for skipping in ({"every_n_epochs": 3}, {"save_top_k": 0}):
+            skips = ModelCheckpoint(dirpath="noisy", **skipping)
+            with pytest.raises(lm.MergeError, match="no ModelCheckpoint is written after the last of 2 epochs"):
+                self.fit(base, "noisy", RecordStatistics(["fisher"], batches=2), merging, skips)
         self.fit(base, "noisy", RecordStatistics(["fisher"], batches=2), merging, checkpoint)
         expected = lm.merge("base.ckpt", ["thick/expert.ckpt", "noisy/expert.ckpt"], Fisher())
         found = read("merged.ckpt")

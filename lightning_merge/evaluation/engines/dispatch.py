@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -12,6 +14,11 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
 from lightning_merge.evaluation.jobs import Job
 from lightning_merge.progress import Count, counted
+
+_UNSEEN = (
+    "it has ended well on {host}, and nothing of it is to be seen here, because the machines do not see the same "
+    "output folder; choose one that all of them share under the same name."
+)
 
 
 class Workers(ABC):
@@ -44,6 +51,8 @@ class Dispatch:
         retries: How often a job is handed out again when its worker was lost.
         withdraw: Called when a job has failed, so that those that have not begun do not begin.
     """
+
+    patience = 60.0  # s
 
     def __init__(
         self,
@@ -110,6 +119,8 @@ class Dispatch:
 
     def _note(self, job: Job, outcome: Outcome) -> None:
         """Note what came of a job."""
+        if outcome.error is None and not self._is_seen(job):
+            outcome = replace(outcome, known=True, error=_UNSEEN.format(host=outcome.host or "its worker"))
         if outcome.error is None:
             self._finish(job)
             rank_zero_info(f"benchmark: {job.name}, {outcome.seconds:.1f} s on {outcome.host} ({self._count})")
@@ -125,6 +136,15 @@ class Dispatch:
                 del self._running[handle]
             running = ", ".join(other.name for other in self._running.values())
             rank_zero_info(f"benchmark: {job.name} has failed" + (f"; waiting for {running}" if running else ""))
+
+    def _is_seen(self, job: Job) -> bool:
+        """Whether what a job has written is here; a network's file system may take a while to show it."""
+        latest = time.monotonic() + self.patience
+        while not job.done():
+            if time.monotonic() >= latest:
+                return False
+            time.sleep(1.0)
+        return True
 
 
 def _error(job: Job, outcome: Outcome, attempts: int) -> Exception:

@@ -20,7 +20,7 @@ class Scripted(Workers):
 
     def __init__(self, outcomes=None, order=min):
         self.outcomes, self.order = {name: list(those) for name, those in (outcomes or {}).items()}, order
-        self.handed, self.stopped, self.begun = [], [], ()
+        self.handed, self.stopped, self.begun, self.seen = [], [], (), []
 
     def hand_out(self, parcels):
         self.handed.append(list(parcels))
@@ -31,7 +31,12 @@ class Scripted(Workers):
         outcome = (self.outcomes.get(handle[0]) or [Outcome()]).pop(0)
         if isinstance(outcome, BaseException):
             raise outcome
+        self.note(handle[0], outcome)
         return [(handle, outcome)]
+
+    def note(self, name, outcome):
+        """What has ended well leaves something to be seen."""
+        self.seen += [name] if outcome.error is None else []
 
     def take_back(self, handles):
         return [handle for handle in handles if handle[0] not in self.begun]
@@ -41,7 +46,9 @@ class Scripted(Workers):
 
 
 def dispatch(workers, done=(), retries=1, withdrawn=None):
-    jobs = [Job(name, pytest.fail, lambda n=name: n in done, after) for name, after in GRAPH.items()]
+    jobs = [
+        Job(name, pytest.fail, lambda n=name: n in done or n in workers.seen, after) for name, after in GRAPH.items()
+    ]
     Dispatch(jobs, workers, lambda name: name, retries, lambda: (withdrawn or []).append("now")).run()
     return workers.handed
 
@@ -86,10 +93,43 @@ def test_a_failure_lets_finish_what_runs_and_begins_nothing(outcome, kind, messa
     assert waited.handed == [["base"], ["a", "b"]]
 
 
+def test_what_ends_well_elsewhere_and_is_not_to_be_seen_here_is_an_error(monkeypatch):
+    class OnItsOwnDisk(Scripted):
+        def note(self, name, outcome):
+            pass
+
+    monkeypatch.setattr(Dispatch, "patience", 0.0)
+    workers = OnItsOwnDisk({"base": [Outcome(host="node7")]})
+    with pytest.raises(MergeError, match=r"'base' has failed: it has ended well on node7.*do not see the same output"):
+        dispatch(workers)
+    assert workers.handed == [["base"]]
+
+
+def test_what_is_seen_late_is_waited_for(monkeypatch):
+    class Slow(Scripted):
+        def note(self, name, outcome):
+            self.looks = 0
+
+        @property
+        def seen(self):
+            self.looks += 1
+            return list(GRAPH) if self.looks > 2 and self.handed else []
+
+        @seen.setter
+        def seen(self, value):
+            self.looks = 0
+
+    naps = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    dispatch(Slow())
+    assert naps[:2] == [1.0, 1.0]
+
+
 def test_two_that_end_at_once_of_which_one_has_failed():
     class AtOnce(Scripted):
         def wait(self, handles):
             failed = Outcome(error="too loud", known=True)
+            self.seen += [name for name, _ in handles if name != "a"]
             return [(handle, failed if handle[0] == "a" else Outcome()) for handle in handles]
 
     with pytest.raises(MergeError, match="The job 'a' has failed: too loud"):
