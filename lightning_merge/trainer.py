@@ -14,12 +14,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_merge.aligning import Align
-<<<<<<< HEAD
 from lightning_merge.analysis import Comparison, compare_experts
-from lightning_merge.checkpoints import check_suffix, open_weights
-=======
 from lightning_merge.checkpoints import check_suffix, open_weights, write_text
->>>>>>> tables
 from lightning_merge.collect_statistics import Kind, Recipe
 from lightning_merge.data import DomainDataModule
 from lightning_merge.errors import MergeError
@@ -46,12 +42,9 @@ from lightning_merge.plans import Plan
 from lightning_merge.progress import show_progress
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
-<<<<<<< HEAD
 from lightning_merge.report.experts import experts_grid
-from lightning_merge.report.writing import REPORT, check_report, report_analysis, report_merge
-=======
 from lightning_merge.report.model_card import CARD, check_card
->>>>>>> tables
+from lightning_merge.report.writing import REPORT, check_report, report_analysis, report_merge
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
@@ -143,11 +136,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         plan: bool = False,
         align: Align | None = None,
         repair: Repair | None = None,
-<<<<<<< HEAD
         report: str | None = None,
-=======
         card: str | None = None,
->>>>>>> tables
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Merged | Plan:
@@ -183,13 +173,10 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 the foundations then.
             repair: What is corrected once the model is merged, on training images of the domains that the experts are
                 named after: REPAIR, TACT, BatchNorm's statistics, or the experts' heads.
-<<<<<<< HEAD
             report: An HTML file to write: where the experts agree, what the merge did to each layer, the scores, and
                 what went in, see the verb ``analyze``.
-=======
             card: Also write a model card to this file (.md): method, experts, scores, and how to make the model again.
                 An output that is a folder has one in any case, README.md.
->>>>>>> tables
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -203,12 +190,12 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 "The experts are merged as differences to a base; give it with --base, or give the --model."
             )
         check_report(report)
+        if card is not None:
+            check_card(card)
         method = method or SCORE()
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = SeveralFoundations(self, model, domains, align, repair, tuple(exclude or ()), seed)
         several.check(experts, base, method, resume)
-        if card is not None:
-            check_card(card)
         distributed = not plan and self._join_processes()
         if align is not None:
             source, experts = several.align(experts, plan, distributed)
@@ -246,21 +233,21 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = Table(evaluate_merged(self, model, domains, origin, merged))
-<<<<<<< HEAD
+        with Processes(distributed).together():
+            if self.is_global_zero:
+                self._describe(merged, output, report, card, workers)
+        return merged
+
+    def _describe(self, merged: Merged, output: str, report: str | None, card: str | None, workers: int | None) -> None:
+        """Write what people read of a merged model: its report, and its model card."""
         if report is not None:
-            with Processes(distributed).together():
-                if self.is_global_zero:
-                    with self.progress_shown():
-                        self.report = report_merge(merged, report, self.table, self.configuration, workers)
-=======
+            with self.progress_shown():
+                self.report = report_merge(merged, report, self.table, self.configuration, workers)
         cards = [card] if card is not None else []
         if self.table is not None and is_folder(output):
             cards.append(Path(output, CARD))  # the one there knows no scores
-        if self.is_global_zero:
-            for path in cards:
-                write_text(Path(path).expanduser(), str(merged.card(self.table, output)))
->>>>>>> tables
-        return merged
+        for path in cards:
+            write_text(Path(path).expanduser(), str(merged.card(self.table, output)))
 
     def _join_processes(self) -> bool:
         """Start the other processes of this run, or meet them, and say whether there are any to share work with.
