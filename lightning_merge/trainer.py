@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,8 +44,17 @@ from lightning_merge.progress import show_progress
 from lightning_merge.recording import record_statistics
 from lightning_merge.repairing import Repair
 from lightning_merge.report.experts import experts_grid
+from lightning_merge.report.loggers import log_to_loggers
 from lightning_merge.report.model_card import CARD, check_card
-from lightning_merge.report.writing import REPORT, check_report, report_analysis, report_merge
+from lightning_merge.report.page import Page
+from lightning_merge.report.writing import (
+    REPORT,
+    check_report,
+    report_analysis,
+    report_benchmark,
+    report_merge,
+    report_search,
+)
 from lightning_merge.sharing import Processes
 from lightning_merge.statistics import statistics_file
 from lightning_merge.streaming import SHARD_SIZE
@@ -240,9 +250,13 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
 
     def _describe(self, merged: Merged, output: str, report: str | None, card: str | None, workers: int | None) -> None:
         """Write what people read of a merged model: its report, and its model card."""
+        figures = {}
         if report is not None:
             with self.progress_shown():
-                self.report = report_merge(merged, report, self.table, self.configuration, workers)
+                page = report_merge(merged, report, self.table, self.configuration, workers)
+            self.report, figures = Path(report), page.figures
+        if self.table is not None:
+            log_to_loggers(self._given_loggers, self.table, figures)
         cards = [card] if card is not None else []
         if self.table is not None and is_folder(output):
             cards.append(Path(output, CARD))  # the one there knows no scores
@@ -347,7 +361,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 A field of the method inside another one is written as ``method.density``.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             output: The file to write: .ckpt, .safetensors or .pt.
-            results: The folder for the table of all settings: results.jsonl, table.md, table.tex and table.csv.
+            results: The folder for the table of all settings: results.jsonl, report.html, table.md, table.tex and table.csv.
             patience: Go on to the next setting of the other fields once this many coefficients in a row have not
                 raised the mean accuracy; null tries all of them.
             at_once: Merged models that are in memory and evaluated at the same time.
@@ -386,6 +400,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 workers=workers,
             )
         self.merged, self.table = self.found.merged, self.found.table
+        self._publish(report_search, Path(results))
         if self.is_global_zero:
             self.merged.save(output)
         return self.found
@@ -431,6 +446,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         self.table = self._evaluate(model, datamodule, rows, named)
         if output is not None and self.is_global_zero:
             self.table.save(output)
+        if self.is_global_zero:
+            log_to_loggers(self._given_loggers, self.table, {})
         return self.table
 
     def _evaluate(self, model, datamodule, rows, experts) -> Table:
@@ -488,7 +505,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 self.table = self._benchmark_foundations(
                     model, datamodule, methods, output, domains, foundations, others, engine
                 )
-            self.report = Path(output) / REPORT
+            self._publish(report_benchmark, Path(output))
             return self.table
         base_domains = pretrain.domains if pretrain else ()
         job_list = Benchmark(
@@ -505,8 +522,20 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         )
         with self.progress_shown():
             self.table = job_list.run()
-        self.report = Path(output) / REPORT
+        self._publish(partial(report_benchmark, updates=job_list.updates()), Path(output))
         return self.table
+
+    def _publish(self, report: Callable[..., Page], folder: Path) -> None:
+        """Write the report of a table into its folder, and both to the loggers that were given."""
+        if self.is_global_zero:
+            page = report(self.table, folder, configuration=self.configuration)
+            self.report = folder / REPORT
+            log_to_loggers(self._given_loggers, self.table, page.figures)
+
+    @property
+    def _given_loggers(self) -> list[Logger]:
+        """The loggers that were asked for; not the one that Lightning makes by itself."""
+        return self.loggers if self.arguments.get("logger") else []
 
     def analyze(
         self,
@@ -563,7 +592,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             )
         self.table = experts_grid(comparison).markdown()
         if self.is_global_zero:
-            self.report = report_analysis(comparison, output, self.configuration)
+            report_analysis(comparison, output, self.configuration)
+            self.report = Path(output) / REPORT
         return comparison
 
     def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):

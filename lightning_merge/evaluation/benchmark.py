@@ -54,7 +54,7 @@ from lightning_merge.linalg import is_finite
 from lightning_merge.merging import merge
 from lightning_merge.methods import MergeMethod
 from lightning_merge.recording import record_statistics
-from lightning_merge.report.writing import COMPARISON, report_benchmark, save_comparison
+from lightning_merge.report.writing import COMPARISON, save_comparison
 from lightning_merge.statistics import statistics_file
 from lightning_merge.sweeping import Grid
 
@@ -226,17 +226,19 @@ class Benchmark(JobList):
         return read_done(self.output / "held_out" / domain).get("updates", {})
 
     def write_results(self) -> Table:
-        """Write ``results.jsonl``, the table and the report from what was measured, and return the table."""
+        """Write ``results.jsonl`` and the tables from what was measured, and return the table."""
         records = [record for domain in self.domains for record in self._records(domain)]
         position = {name: i for i, name in enumerate(self.methods)}
         kept = [record for record in records if record["method"] is None or record["row"] in position]
         table = Table(sorted(kept, key=lambda record: position.get(record["row"], -1)))
         if self.trainer.is_global_zero:
             table.save(self.output)
-            updates = {domain: self._updates(domain) for domain in self.domains}
-            updates = {d: {m: own for m, own in found.items() if m in position} for d, found in updates.items()}
-            report_benchmark(table, self.output, updates, self.trainer.configuration)
         return table
+
+    def updates(self) -> dict[str, dict[str, dict[str, float]]]:
+        """How far every method moved every group of layers, for each domain that was left out."""
+        found = {domain: self._updates(domain) for domain in self.domains}
+        return {d: {name: own[name] for name in self.methods if name in own} for d, own in found.items()}
 
     # Checks before anything runs
 

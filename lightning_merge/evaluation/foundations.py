@@ -51,7 +51,6 @@ from lightning_merge.repair import Correction, insert
 from lightning_merge.repair.calibration import Known
 from lightning_merge.repair.corrections import state_of
 from lightning_merge.repairing import Repair, repair
-from lightning_merge.report.writing import report_benchmark
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -292,7 +291,7 @@ class FoundationsBenchmark(JobList):
         return open_weights(self._folder(study) / "foundations" / name / "expert.ckpt")
 
     def write_results(self) -> FoundationsTable:
-        """Write ``results.jsonl``, the tables and the report from what was measured, and return the table."""
+        """Write ``results.jsonl`` and the tables from what was measured, and return the table."""
         records: list[Record] = []
         for study in self.options.seeds:
             for count in self.options.merged:
@@ -300,7 +299,6 @@ class FoundationsBenchmark(JobList):
         table = FoundationsTable(records)
         if self.trainer.is_global_zero:
             table.save(self.output)
-            report_benchmark(table, self.output, configuration=self.trainer.configuration)
         return table
 
     def _check(self) -> None:

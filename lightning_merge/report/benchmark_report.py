@@ -20,7 +20,7 @@ from lightning_merge.report.words import count, listed, percent, points
 def benchmark_page(
     table: Table,
     comparison: Comparison | None = None,
-    profiles: Mapping[str, Any] | None = None,
+    updates: Mapping[str, Any] | None = None,
     configuration: str = "",
     facts: Sequence[tuple[str, str]] = (),
 ) -> Page:
@@ -29,8 +29,7 @@ def benchmark_page(
     Args:
         table: Every row on every domain.
         comparison: What the experts have in common, see :func:`lightning_merge.analysis.compare_experts`.
-        profiles: For each held-out domain what every method did to each group of layers, see
-            :meth:`lightning_merge.analysis.Comparison.profile`.
+        updates: For each held-out domain, method and group of layers how long the method's update is.
         configuration: The YAML that makes it again.
         facts: What stands below the title.
     """
@@ -40,7 +39,7 @@ def benchmark_page(
         Section("Scores, drawn", _pictures(table)),
     ]
     if comparison is not None:
-        sections += [agreement(comparison), layers(comparison, profiles)]
+        sections += [agreement(comparison), layers(comparison, updates)]
     sections += again(configuration)
     return Page(
         f"{count(len(_methods(table)), 'method')}, {count(len(table.domains), 'domain')} left out in turn",

@@ -141,20 +141,20 @@ def _pairs(comparison: Comparison) -> Iterator[Picture]:
     )
 
 
-def layers(comparison: Comparison, profiles: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None) -> Section:
+def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None) -> Section:
     """What the experts, and what merging, did to each group of layers.
 
     Args:
         comparison: What was found.
-        profiles: For each held-out domain, method and group of layers the length of the update.
+        updates: For each held-out domain, method and group of layers the length of the update.
     """
     parts: list[str | Grid | Picture] = []
     if comparison.merged:
         parts.append(merged_grid(comparison))
-    if profiles:
+    if updates:
         parts.append(
             Picture(
-                plot_updates(_mean_over_domains(profiles)),
+                plot_updates(_mean_over_domains(updates)),
                 "How far each method moves each layer",
                 "The norm of a method's update, divided by the mean norm of the task vectors that it was made of; the "
                 "mean over the domains that were left out. 1 is as far as an expert went, and the average of experts "
@@ -204,10 +204,10 @@ def experts_in_words(comparison: Comparison) -> Iterator[str]:
         yield f"The subspaces of {listed(names)} have an alignment of {pairs[0][0]:.2f}."
 
 
-def _mean_over_domains(profiles: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+def _mean_over_domains(updates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
     """For every method and group the mean over the domains where it was measured."""
     found: dict[str, dict[str, list[float]]] = {}
-    for methods in profiles.values():
+    for methods in updates.values():
         for method, groups in methods.items():
             for group, value in groups.items():
                 found.setdefault(method, {}).setdefault(group, []).append(value)

@@ -73,6 +73,12 @@ class Page:
     warnings: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """The figures by their titles."""
+        parts = [part for section in self.sections for part in section.parts]
+        return {part.title: part.figure for part in parts if isinstance(part, Picture)}
+
 
 def again(configuration: str) -> list[Section]:
     """The section with the YAML that makes it again; none if it is not known."""

@@ -18,6 +18,7 @@ from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merged import Merged
 from lightning_merge.report.html import write_page
+from lightning_merge.report.page import Page
 
 REPORT = "report.html"
 COMPARISON = "comparison.json"
@@ -29,7 +30,7 @@ def check_report(path: str | Path | None) -> None:
         raise MergeError(f"The report is an HTML file; end its name in .html, got {str(path)!r}.")
 
 
-def report_analysis(comparison: Comparison, folder: str | Path, configuration: str = "") -> Path:
+def report_analysis(comparison: Comparison, folder: str | Path, configuration: str = "") -> Page:
     """Write ``report.html``, ``table.md``, ``table.csv``, ``table.tex`` and ``comparison.json`` into a folder."""
     from lightning_merge.report.analysis_report import analysis_page
     from lightning_merge.report.experts import experts_grid
@@ -40,7 +41,8 @@ def report_analysis(comparison: Comparison, folder: str | Path, configuration: s
     write_text(folder / "table.tex", grid.latex() + "\n")
     save_comparison(comparison, folder)
     page = analysis_page(comparison, configuration, list(_facts(comparison)))
-    return write_page(page, folder / REPORT, data={"comparison": comparison.to_dict()})
+    write_page(page, folder / REPORT, data={"comparison": comparison.to_dict()})
+    return page
 
 
 def report_merge(
@@ -49,7 +51,7 @@ def report_merge(
     table: Table | None = None,
     configuration: str = "",
     workers: int | None = None,
-) -> Path:
+) -> Page:
     """Compare the experts and what was merged of them, and write a page about it into a file."""
     from lightning_merge.report.merge_report import merge_page
 
@@ -60,15 +62,16 @@ def report_merge(
     page = merge_page(merged, comparison, table, configuration, list(_facts(comparison)))
     records = list(table.records) if table else []
     data = {"manifest": merged.manifest, "records": records, "comparison": comparison.to_dict()}
-    return write_page(page, path, data=data)
+    write_page(page, path, data=data)
+    return page
 
 
 def report_benchmark(
     table: Table | FoundationsTable,
     folder: Path,
-    profiles: Mapping[str, Any] | None = None,
+    updates: Mapping[str, Any] | None = None,
     configuration: str = "",
-) -> Path:
+) -> Page:
     """Write ``report.html`` into the folder of a benchmark, from what was measured there."""
     from lightning_merge.report.benchmark_report import benchmark_page, foundations_page
 
@@ -77,9 +80,19 @@ def report_benchmark(
         page = foundations_page(table, configuration, list(_facts()))
     else:
         comparison = read_comparison(folder)
-        page = benchmark_page(table, comparison, profiles, configuration, list(_facts(comparison)))
-        data |= {"profiles": profiles or {}, "comparison": comparison.to_dict() if comparison else None}
-    return write_page(page, folder / REPORT, data=data)
+        page = benchmark_page(table, comparison, updates, configuration, list(_facts(comparison)))
+        data |= {"updates": updates or {}, "comparison": comparison.to_dict() if comparison else None}
+    write_page(page, folder / REPORT, data=data)
+    return page
+
+
+def report_search(table: Table, folder: Path, configuration: str = "") -> Page:
+    """Write ``report.html`` into the folder of a search, from what was measured there."""
+    from lightning_merge.report.search_report import search_page
+
+    page = search_page(table, configuration, list(_facts()))
+    write_page(page, folder / REPORT, data={"records": list(table.records)})
+    return page
 
 
 def save_comparison(comparison: Comparison, folder: Path) -> None:
