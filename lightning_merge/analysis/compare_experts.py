@@ -198,7 +198,7 @@ def _open_merged(merged: Source | Experts | None, base: Weights, names: Sequence
     if merged is None or (isinstance(merged, (Mapping, Sequence)) and not merged):
         return {}
     is_one = isinstance(merged, (str, os.PathLike, Weights)) or (
-        isinstance(merged, Mapping) and all(isinstance(value, Tensor) for value in merged.values())
+        isinstance(merged, Mapping) and any(isinstance(value, Tensor) for value in merged.values())
     )
     found = open_experts({"merged": merged} if is_one else merged, base)
     raise_all(
