@@ -36,7 +36,7 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_merging_needs_neither_lightning_nor_the_model_libraries():
     """The wall: methods, linear algebra and the executor import torch and nothing above it."""
     out = run(
-        "import sys, torch, lightning_merge as lm\n"
+        "import sys, torch, lightning_merge.analysis, lightning_merge as lm\n"
         "lm.merge({'w': torch.zeros(4, 4)}, [{'w': torch.eye(4)}], lm.methods.SCORE())\n"
         "names = ('lightning', 'timm', 'open_clip', 'torchmetrics', 'sklearn', 'torchvision', 'huggingface_hub')\n"
         "print([m for m in names if m in sys.modules])"

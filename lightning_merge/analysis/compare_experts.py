@@ -44,7 +44,8 @@ def compare_experts(
     Norms, cosines, distances and sign conflicts are found for every parameter. Singular values, subspace alignment,
     principal angles and SCORE's map take much longer: they are found for as many matrices as a fixed amount of
     arithmetic allows (:data:`~lightning_merge.analysis.choosing.BUDGET`), evenly over depth and kinds of layers. Which
-    they are depends on the models' shapes and numbers alone; all matrices of a small model are among them.
+    they are depends on the models' shapes and numbers alone; all matrices of a small model are among them. A matrix
+    that no expert has changed is not looked at.
 
     Files are read parameter by parameter. Each worker holds one parameter of every expert in memory, and of one merged
     model at a time. Heads that experts keep to themselves are excluded as in a merge.
@@ -83,7 +84,7 @@ def compare_experts(
     models = _Models(origin, sources, results, names, matrices or Matrices())
     workers = count_workers(workers, origin[names[0]].device, sum(origin.meta[name].numel() for name in names))
     parameters = models.parameters(workers)
-    costs = models.costs()
+    costs = models.costs([parameter.name for parameter in parameters if bool(parameter.products.any())])
     chosen = list(costs) if every_matrix else choose(costs)
     found = models.matrices(chosen if subspaces else [], costs, rule, workers)
     for weights in (origin, *sources.values(), *results.values()):
@@ -141,9 +142,9 @@ class _Models:
         self._each(one, sorted(names, key=lambda name: -costs[name]), workers)
         return [matrix for name in names for matrix in found[name]]
 
-    def costs(self) -> dict[str, float]:
-        """What it takes to compare the subspaces of every parameter that is a matrix, or several."""
-        views = {name: self._rule.view(name, self._base.meta[name].shape) for name in self._names}
+    def costs(self, names: Sequence[str]) -> dict[str, float]:
+        """What it takes to compare the subspaces of those parameters that are matrices."""
+        views = {name: self._rule.view(name, self._base.meta[name].shape) for name in names}
         return {
             name: operations(*view, self._experts.num_experts, len(self._merged))
             for name, view in views.items()
@@ -197,7 +198,7 @@ def _open_merged(merged: Source | Experts | None, base: Weights, names: Sequence
     if merged is None or (isinstance(merged, (Mapping, Sequence)) and not merged):
         return {}
     is_one = isinstance(merged, (str, os.PathLike, Weights)) or (
-        isinstance(merged, Mapping) and all(isinstance(value, Tensor) for value in merged.values())
+        isinstance(merged, Mapping) and any(isinstance(value, Tensor) for value in merged.values())
     )
     found = open_experts({"merged": merged} if is_one else merged, base)
     raise_all(

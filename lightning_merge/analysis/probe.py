@@ -18,7 +18,7 @@ def linear_probe(train: Features, test: Features, decay: float = 1e-4, steps: in
 
     Args:
         train: What it is fitted to.
-        test: What it is measured on, of other samples: what is shared with ``train`` is refused.
+        test: What it is measured on, of other samples: it is refused if most of them are in ``train``, too.
         decay: How much large weights cost: the mean cross-entropy plus ``decay/2 · ‖W‖²``.
         steps: The most iterations of L-BFGS.
 
@@ -26,7 +26,7 @@ def linear_probe(train: Features, test: Features, decay: float = 1e-4, steps: in
         The accuracy on ``test``; a class that is not in ``train`` counts as wrong.
 
     Raises:
-        MergeError: If features and labels do not fit together, are not finite, or are the same in both.
+        MergeError: If features and labels do not fit together, are not finite, or are mostly the same in both.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

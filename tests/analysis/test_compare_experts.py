@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import lightning_merge as lm
 from lightning_merge.analysis import (
@@ -120,7 +122,7 @@ def test_profile_of_groups(base, experts, merged):
     assert profile["mlp"].update_ratios["sum"] == pytest.approx(ratio, rel=1e-5)
     assert list(found.profile(".*(?=weight)")) == ["conv.", "bn.", "mlp.", "other", "proj.", "head."]
     assert not found.matrices
-    assert list(found.left_out) == ["mlp.weight", "proj.weight", "head.weight"]
+    assert found.left_out == ["mlp.weight", "proj.weight", "head.weight"]
 
 
 def test_which_matrices_agree_and_fight_more_than_others(base, experts):
@@ -220,6 +222,30 @@ def test_adapters_task_vectors_and_tied_weights(base, experts):
     lm.save_task_vector("tau.safetensors", "base.safetensors", "photo.safetensors")
     found = compare_experts("base.safetensors", {"photo": "photo.safetensors", "tau": "tau.safetensors"})
     assert found.cosines()[0, 1] == pytest.approx(1)
+
+
+def test_adapters_have_the_rank_that_they_have(base):
+    folders = {f"adapter_{i}": adapter(Path(f"adapter_{i}"), seed=i) for i in range(2)}
+    lm.save_weights("base.safetensors", base)
+    found = compare_experts("base.safetensors", folders)
+    assert [matrix.name for matrix in found.matrices] == ["mlp.weight"]  # no expert has changed another one
+    assert not found.left_out
+    spectra = found.matrices[0].spectra
+    assert (spectra[:, 2:] == 0).all()
+    assert (spectra[:, :2] > 0.1).all()
+    assert found.matrices[0].ranks == [2, 2]
+    assert found.norms().tolist() == pytest.approx(spectra.norm(dim=1).tolist())
+
+
+def adapter(folder: Path, seed: int) -> Path:
+    """A LoRA adapter of rank 2 of the layer ``mlp``, as peft writes it."""
+    draw = torch.Generator().manual_seed(seed)
+    factors = {"A": torch.randn(2, 8, generator=draw), "B": torch.randn(12, 2, generator=draw)}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    names = {f"base_model.model.mlp.lora_{key}.weight": factor for key, factor in factors.items()}
+    save_file(names, folder / "adapter_model.safetensors")
+    return folder
 
 
 def test_private_heads_are_excluded(base, experts):
