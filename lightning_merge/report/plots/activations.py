@@ -122,7 +122,7 @@ def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None, 
         axes.spines[:].set_visible(True)
         axes.spines[:].set_alpha(0.4)
     for axes in panels[len(places) :]:
-        axes.set_axis_off()
+        axes.remove()
     if 1 < len(classes) <= 20:
         legend_below(figure, panels[:1], 10, markerscale=2)
     figure.suptitle(shown(title, 90))

@@ -95,7 +95,7 @@ def plot_layers(comparison: Comparison, layer: str | None = None) -> Figure:
         draw(axes)
         axes.margins(y=0.08)
     for axes in grid[len(panels) :]:
-        axes.set_axis_off()
+        axes.remove()
     for i, axes in enumerate(grid[: len(panels)]):
         name_ticks(axes, list(layers), 14)
         axes.tick_params(labelbottom=i >= len(panels) - columns)

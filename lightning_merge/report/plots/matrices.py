@@ -95,7 +95,7 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         axes.set_xlabel("index")
         whole(axes.xaxis)
     for axes in panels[len(matrices) :]:
-        axes.set_axis_off()
+        axes.remove()
     for axes in panels[::columns]:
         axes.set_ylabel("singular value")
     legend_below(figure, panels, 3)
@@ -174,7 +174,7 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
         plain_log(bar.ax.xaxis)
     for axes in panels[len(known) :]:
-        axes.set_axis_off()
+        axes.remove()
     return figure
 
 
