@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from threading import Thread
 
 import pytest
+from lightning_merge.callbacks import MergeAfterFit
 
 import lightning_merge as lm
 from lightning_merge import progress
 from lightning_merge.computation import run_each
 from lightning_merge.methods import TIES
 from lightning_merge.progress import counted, show_progress
+from tests.callbacks.project import Data, make_trainer, write_models
 from tests.test_sharing import on_processes
-from tests.toys import base_weights, expert_weights
+from tests.toys import base_weights, expert_weights, quiet_trainer
 
 NAMES = [f"layer{i}" for i in range(40)]
 MERGING = re.compile(r"merging: +\d+%\|.*\| \d\d:\d\d<[\d:?]+, \d+ of 40 parameters")
@@ -226,3 +228,17 @@ def test_an_error_takes_the_bar_away(monkeypatch):
         run_each(fail, NAMES, 2, "merging")
     assert "merging" in screen.text
     assert not any(screen.states()[-1])
+
+
+def test_a_trainer_without_a_bar_shows_none_and_callbacks_leave_the_terminal_to_lightning(caplog):
+    project = write_models()
+    with caplog.at_level("INFO", logger="lightning_merge"):
+        for wanted in (False, True):
+            with quiet_trainer(enable_progress_bar=wanted).progress_shown():
+                run_each(lambda name: None, NAMES, 1, "merging")
+            assert any(record.name == "lightning_merge" for record in caplog.records) is wanted
+        caplog.clear()
+        merging = MergeAfterFit("base.ckpt", ["expert0.ckpt", "expert1.ckpt"], TIES())
+        with show_progress():
+            make_trainer(merging, max_epochs=1).fit(project, Data())
+    assert all(record.name != "lightning_merge" for record in caplog.records)
