@@ -361,7 +361,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 A field of the method inside another one is written as ``method.density``.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             output: The file to write: .ckpt, .safetensors or .pt.
-            results: The folder for the table of all settings: report.html, results.jsonl, table.md, table.tex, table.csv.
+            results: The folder for the table of all settings: report.html, results.jsonl, table.md, .tex and .csv.
             patience: Go on to the next setting of the other fields once this many coefficients in a row have not
                 raised the mean accuracy; null tries all of them.
             at_once: Merged models that are in memory and evaluated at the same time.

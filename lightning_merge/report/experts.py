@@ -79,18 +79,17 @@ def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
             None if matrix.effective_ranks is None else float(matrix.effective_ranks.double().mean()),
             float(matrix.alignment[others].double().nanmean()),
             float(matrix.angles[others].double().nanmean()),
-            matrix.agreement,
-            matrix.conflict,
+            matrix.off_diagonal,
             matrix.kept,
         ]
         shape = f"{matrix.shape[0]} × {matrix.shape[1]}"
         rows.append([Cell(matrix.name), Cell(shape), *map(_number, numbers)])
     return Grid(
-        ["matrix", "shape", "effective rank", "alignment", "angle", "agreement", "conflict", "kept"],
+        ["matrix", "shape", "effective rank", "alignment", "angle", "off diagonal", "kept"],
         rows,
-        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts. Agreement and "
-        "conflict: the energy on and off the diagonal of what SCORE makes of the experts, as shares of theirs; kept: "
-        "the share of their energy off the diagonal that SCORE does not drop.",
+        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts. Off diagonal: the "
+        "share of the experts' energy, in SCORE's common basis, that couples one's subspace to another's; kept: what "
+        "SCORE does not drop of it.",
     )
 
 
@@ -106,9 +105,9 @@ def agreement(comparison: Comparison) -> Section:
                 Picture(
                     plot_score_maps(maps),
                     "What SCORE makes of the experts, in three matrices",
-                    "The matrices with much agreement and little conflict, much of both, and little agreement and much "
-                    "conflict. The diagonal is what the experts have for themselves, a block each; entries off it "
-                    "couple their subspaces, and those that SCORE takes for conflicts are gone.",
+                    "Those with much alignment and little off the diagonal, with much of both, and with little alignment "
+                    "and much off the diagonal. The diagonal is what the experts have for themselves, a block each; entries off "
+                    "it couple their subspaces, and those that SCORE takes for conflicts are gone.",
                 )
             )
     if comparison.matrices:

@@ -307,7 +307,7 @@ def test_score_maps_show_magnitudes():
     image = figure.axes[0].images[0]
     np.testing.assert_array_equal(image.get_array(), [[10, 0], [1, 100]])
     assert (image.norm.vmin, image.norm.vmax) == (pytest.approx(0.01), 100)
-    assert "agreement 0.50, conflict 0.30" in figure.axes[0].get_title()
+    assert "alignment 0.50, off diagonal 0.30" in figure.axes[0].get_title()
 
 
 def test_a_large_map_keeps_its_largest_values_and_is_small():

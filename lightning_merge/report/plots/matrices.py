@@ -186,5 +186,5 @@ def _title(matrix: MatrixComparison) -> str:
 
 
 def _shares(matrix: MatrixComparison) -> str:
-    parts = {"agreement": _mean_of_pairs(matrix.alignment), "conflict": matrix.off_diagonal}
+    parts = {"alignment": _mean_of_pairs(matrix.alignment), "off diagonal": matrix.off_diagonal}
     return "\n" + ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
