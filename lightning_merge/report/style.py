@@ -113,7 +113,7 @@ class Figure(figure.Figure):
     def settle(self) -> None:
         """Lay it out once and for all, so that it looks the same however often it is saved."""
         for _ in range(2):  # the second time the room that tilted names take is known
-            self.draw_without_rendering()
+            self.get_layout_engine().execute(self)
         self.set_layout_engine("none")
 
 

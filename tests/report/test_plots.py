@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 
 from lightning_merge.analysis import Landscape, Plane, SiteDifference
 from lightning_merge.analysis.comparison import Comparison, MatrixComparison, ParameterComparison
+from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
 from lightning_merge.report.plots import (
@@ -242,6 +243,11 @@ def test_tasks_have_a_line_for_each_way():
     assert lines(worst)["aligned + TACT"] == ([2, 4], pytest.approx([80, 40]))
 
 
+def test_records_without_settings_are_no_sweep():
+    with pytest.raises(MergeError, match="no record has a setting"):
+        plot_sweep(table())
+
+
 # ------------------------------------------------------------------------------------------------- weights
 
 
@@ -344,7 +350,7 @@ def test_layers_are_sums_over_their_parameters():
 def test_layers_of_one_expert_or_of_none_merged():
     assert len(plot_layers(comparison(1, ())).axes) == 1
     assert len(plot_layers(comparison(1)).axes) == 3
-    assert len(plot_layers(comparison(3, ())).axes) == 4
+    assert len(plot_layers(comparison(3, ())).axes) == 3
 
 
 def test_layers_that_nobody_moved_have_no_ratio():
@@ -492,6 +498,7 @@ def test_one_expert():
     parsed(svg(plot_spectra([matrix(experts=1)], ["only"])))
     parsed(svg(plot_spectra([replace(matrix(experts=1), spectra=torch.zeros(1, 4))], ["only"])))
     parsed(svg(plot_score_maps([matrix(experts=1)])))
+    parsed(svg(plot_spectra([], ["only"])))
     parsed(svg(plot_layers(comparison(1))))
 
 

@@ -32,7 +32,7 @@ def draw_cells(
     mesh = axes.pcolormesh(values, norm=scale, cmap=cmap, edgecolor="face", linewidth=0.3)
     for (row, column), value in np.ndenumerate(values):
         if not math.isfinite(value):
-            look = {"facecolor": "none", "edgecolor": INK, "alpha": 0.5, "linewidth": 0, "hatch": "////"}
+            look = {"facecolor": "none", "edgecolor": INK, "alpha": 0.9, "linewidth": 0, "hatch": "////"}
             axes.add_patch(Rectangle((column, row), 1, 1, **look))
         elif digits is not None:
             best = marked is not None and bool(marked[row, column])

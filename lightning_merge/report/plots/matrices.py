@@ -72,8 +72,8 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         matrices: A panel each; :func:`choose_matrices` finds telling ones.
         experts: Their names; thin lines.
     """
-    columns = min(len(matrices), 3)
-    rows = -(-len(matrices) // columns)
+    columns = max(1, min(len(matrices), 3))
+    rows = -(-max(len(matrices), 1) // columns)
     figure = Figure(WIDTH, 0.6 + 2.7 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for axes, matrix in zip(panels, matrices, strict=False):
@@ -95,7 +95,9 @@ def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -
         axes.set_xlabel("index")
         whole(axes.xaxis)
     for axes in panels[len(matrices) :]:
-        axes.remove()
+        axes.set_axis_off()
+    if not matrices:
+        panels[0].set_title("no matrix was compared")
     for axes in panels[::columns]:
         axes.set_ylabel("singular value")
     legend_below(figure, panels, 3)
@@ -174,7 +176,9 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
         plain_log(bar.ax.xaxis)
     for axes in panels[len(known) :]:
-        axes.remove()
+        axes.set_axis_off()
+    if not known:
+        panels[0].set_title("no matrix has a map: that takes two experts")
     return figure
 
 

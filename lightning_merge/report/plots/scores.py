@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, OWN_EXPERT, is_method
 from lightning_merge.evaluation.table import Table
@@ -132,8 +133,13 @@ def plot_sweep(table: Table) -> Figure:
 
     Args:
         table: What ``lightning-merge search`` evaluated: records with ``setting``.
+
+    Raises:
+        MergeError: If there is no such record.
     """
     settings = {r["row"]: r["setting"] for r in table.records if r.get("setting") is not None}
+    if not settings:
+        raise MergeError("There is no sweep to draw: no record has a setting; give the records of a search.")
     field = _swept_field(list(settings.values()))
     values = list(dict.fromkeys(setting[field] for setting in settings.values()))
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
