@@ -33,14 +33,14 @@ def benchmark_page(
         configuration: The YAML that makes it again.
         facts: What stands below the title.
     """
+    first, *others = table.grids()
     sections = [
         Section("Best method on each domain", [winners(table)]),
-        Section("Scores", table.grids()),
-        Section("Scores, drawn", _pictures(table)),
+        Section("Scores", [first, PLACES, *_pictures(table)]),
     ]
     if comparison is not None:
         sections += [agreement(comparison), layers(comparison, updates)]
-    sections += again(configuration)
+    sections += [Section("Scores by other metrics", others), *again(configuration)]
     return Page(
         f"{count(len(_methods(table)), 'method')}, {count(len(table.domains), 'domain')} left out in turn",
         [*_answers(table), *(experts_in_words(comparison) if comparison else ())],
@@ -56,7 +56,7 @@ def foundations_page(table: FoundationsTable, configuration: str = "", facts: Se
     pictures = [
         Picture(plot_tasks(table, method), f"{method}, by the number of tasks", table.caption) for method in methods
     ]
-    sections = [Section("Scores", table.grids()), Section("Scores, drawn", pictures)]
+    sections = [Section("Scores", [*table.grids(), *pictures])]
     sections += again(configuration)
     seeds = table.names("seed")
     return Page(
@@ -106,10 +106,6 @@ def _answers(table: Table) -> Iterator[str]:
     first = [row for row, value in ranked if value == best]
     where = f"the {count(len(table.domains), 'domain')} that none of its experts has seen"
     yield f"{listed(first)}: {percent(best)} % {_name(table)}, the best mean over {where}."
-    rest = [(row, value) for row, value in ranked if value != best]
-    if rest:
-        row, value = rest[0]
-        yield f"Next is {row} with {percent(value)} %, {points(abs(best - value))} points behind."
     against = {"the base": table.mean(BASE), "the domains' own experts": table.mean(OWN_EXPERT)}
     said = [
         f"{points(abs(best - value))} points {'above' if best >= value else 'below'} {what} ({percent(value)} %)"
@@ -118,6 +114,10 @@ def _answers(table: Table) -> Iterator[str]:
     ]
     if said:
         yield f"That is {listed(said)}."
+    rest = [(row, value) for row, value in ranked if value != best]
+    if rest:
+        row, value = rest[0]
+        yield f"Next is {row} with {percent(value)} %, {points(abs(best - value))} points behind."
     winners_of = {d: _ranked(table, lambda row, d=d: table.value(row, d)) for d in table.domains}
     others = [f"{found[0][0]} on {d} ({percent(found[0][1])} %)" for d, found in winners_of.items() if found]
     if len({found[0][0] for found in winners_of.values() if found}) > 1:
@@ -139,6 +139,10 @@ def _foundation_answers(table: FoundationsTable) -> Iterator[str]:
                 f"the most of {count(len(means), 'combination')}."
             )
 
+
+PLACES = (
+    "The best method of each column is bold, the second best underlined; what methods are compared with has no place."
+)
 
 _ONE_RUN = (
     "Every number is of one run with one seed; methods that lie within a point or two of each other may change places "

@@ -105,9 +105,10 @@ def agreement(comparison: Comparison) -> Section:
                 Picture(
                     plot_score_maps(maps),
                     "What SCORE makes of the experts, in three matrices",
-                    "Those with much alignment and little off the diagonal, with much of both, and with little alignment "
-                    "and much off the diagonal. The diagonal is what the experts have for themselves, a block each; entries off "
-                    "it couple their subspaces, and those that SCORE takes for conflicts are gone.",
+                    "Those with much alignment and little off the diagonal, with much of both, and with little "
+                    "alignment and much off the diagonal. The diagonal is what the experts have for themselves, a "
+                    "block each; entries off it couple their subspaces, and those that SCORE takes for conflicts are "
+                    "gone.",
                 )
             )
     if comparison.matrices:
