@@ -87,9 +87,9 @@ def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
     return Grid(
         ["matrix", "shape", "effective rank", "alignment", "angle", "off diagonal", "kept"],
         rows,
-        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts. Off diagonal: the "
-        "share of the experts' energy, in SCORE's common basis, that couples one's subspace to another's; kept: what "
-        "SCORE does not drop of it.",
+        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts. Off diagonal: "
+        "the share of the experts' energy, in SCORE's common basis, that couples one's subspace to another's; kept: "
+        "what SCORE does not drop of it.",
     )
 
 

@@ -1,0 +1,173 @@
+"""The report of a merge, of an analysis and of a search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_merge as lm
+from lightning_merge.analysis import compare_experts
+from lightning_merge.checkpoints import save_weights
+from lightning_merge.cli import main
+from lightning_merge.evaluation import Table
+from lightning_merge.models.metrics import METRICS
+from lightning_merge.report import render
+from lightning_merge.report.analysis_report import analysis_page
+from lightning_merge.report.experts import experts_grid, merged_grid
+from lightning_merge.report.merge_report import files_grid, merge_page, parameters_grid
+from lightning_merge.report.search_report import search_page
+from lightning_merge.report.writing import report_merge
+from tests.report.pages import NASTY
+from tests.toys import base_weights, expert_weights
+
+
+@pytest.fixture
+def merged() -> lm.Merged:
+    save_weights("base.safetensors", base_weights())
+    for i, name in enumerate(("photo", "sketch")):
+        save_weights(f"{name}.safetensors", expert_weights(base_weights(), i))
+    experts = {name: f"{name}.safetensors" for name in ("photo", "sketch")}
+    return lm.merge("base.safetensors", experts, lm.methods.TaskArithmetic(scale=0.5), output="merged.safetensors")
+
+
+def vector(weights) -> torch.Tensor:
+    """All parameters that are merged, flat."""
+    base, buffers = base_weights(), ("running_mean", "running_var", "num_batches_tracked")
+    return torch.cat([(weights[n].double() - base[n].double()).flatten() for n in base if not n.endswith(buffers)])
+
+
+def test_numbers_by_hand(merged):
+    """Norm, cosine, distance and length of the update: on the page as on whole vectors."""
+    photo, sketch = (vector(lm.open_weights(f"{name}.safetensors")) for name in ("photo", "sketch"))
+    update = vector(lm.open_weights("merged.safetensors"))
+    comparison = compare_experts(merged.base, merged.experts, {"Ours": merged.weights})
+    norm, cosine = experts_grid(comparison).rows[0][1:3]
+    assert norm.value == pytest.approx(float(photo.norm()), rel=1e-6)
+    assert cosine.value == pytest.approx(float(torch.cosine_similarity(photo, sketch, dim=0)), abs=1e-6)
+    row = merged_grid(comparison).rows[1]
+    assert [cell.text for cell in row[:2]] == ["Ours", "sketch"]
+    expected = [update.norm() / sketch.norm(), torch.cosine_similarity(update, sketch, dim=0)]
+    expected.append((update - sketch).norm() / sketch.norm())
+    assert [cell.value for cell in row[2:5]] == pytest.approx([float(value) for value in expected], rel=1e-5)
+    page = merge_page(merged, compare_experts(merged.base, merged.experts, {"TaskArithmetic": merged.weights}))
+    ratio = float(update.norm() / (photo.norm() + sketch.norm()) * 2)
+    assert f"lies {ratio:.2f} times as far from the base" in " ".join(page.summary)
+
+
+def test_what_went_in_and_what_happened_to_it(merged):
+    files = {row[0].text: row[2].text for row in files_grid(merged).rows}
+    for what in ("base", "expert photo", "expert sketch"):
+        path = Path(f"{what.split()[-1]}.safetensors")
+        assert files[what] == hashlib.sha256(path.read_bytes()).hexdigest()
+    happened = {row[0].text: row[1].value for row in parameters_grid(merged).rows}
+    assert happened == {
+        "merged by the method": 7,
+        "averaged (running statistics)": 2,
+        "copied from the base": 1,
+    }
+
+
+def test_the_page_of_a_merge(merged):
+    records = [
+        {"row": row, "domain": "photo", **dict.fromkeys(METRICS, value)}
+        for row, value in (("base", 0.25), ("merged", 0.75))
+    ]
+    page = report_merge(merged, "report.html", Table(records), "seed: 0")
+    assert "Accuracy on photo: base 25.0 % and merged 75.0 %." in page.summary
+    text = Path("report.html").read_text()
+    assert all(found in text for found in ("TaskArithmetic of 2 experts", "seed: 0", *page.summary[:1]))
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert data["records"] == records
+    assert data["manifest"]["method"] == merged.manifest["method"]
+
+
+def test_what_a_reader_must_know(merged):
+    save_weights("still.safetensors", base_weights())
+    still = lm.merge("base.safetensors", {"still": "still.safetensors"}, lm.methods.TIES())
+    comparison = compare_experts(still.base, still.experts, {"TIES": still.weights})
+    warnings = " ".join(merge_page(still, comparison).warnings)
+    assert "Experts that are the base itself: still" in warnings
+    assert "was not evaluated" in warnings
+    assert render(merge_page(still, comparison))
+
+
+def test_odd_names(merged):
+    experts = {name: expert_weights(base_weights(), i) for i, name in enumerate(NASTY)}
+    found = compare_experts(base_weights(), experts, {name: experts[name] for name in NASTY[:1]})
+    assert "<script>document.title" not in render(analysis_page(found))
+
+
+def test_one_expert_alone():
+    page = analysis_page(compare_experts(base_weights(), {"photo": expert_weights(base_weights(), 0)}))
+    assert page.title == "1 expert"
+    assert render(page)
+
+
+class TestAnalyze:
+    def test_files_in_report_out(self, merged, capsys):
+        command = [
+            "analyze",
+            "--base=base.safetensors",
+            "--experts={photo: photo.safetensors, sketch: sketch.safetensors}",
+        ]
+        main([*command, "--merged={ours: merged.safetensors}", "--output=out", "--matrices.exclude=[proj*]"])
+        shown = capsys.readouterr().out
+        assert "The report is out/report.html" in shown
+        assert Path("out/table.md").read_text().strip() in shown
+        grid = experts_grid(
+            compare_experts(
+                "base.safetensors",
+                {name: f"{name}.safetensors" for name in ("photo", "sketch")},
+                matrices=lm.Matrices(exclude=["proj*"]),
+            )
+        )
+        assert Path("out/table.csv").read_text() == grid.csv()
+        assert Path("out/table.tex").read_text() == grid.latex() + "\n"
+        stored = json.loads(Path("out/comparison.json").read_text())
+        assert stored["experts"] == ["photo", "sketch"]
+        assert "matrices:" in Path("out/report.html").read_text()  # the YAML that makes it again
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--base=base.safetensors"], "give the experts' checkpoints with --experts"),
+            (["--experts=[photo.safetensors]"], "give it with --base, or give the --model"),
+            (["--base=base.safetensors", "--experts=[gone.safetensors]"], "gone.safetensors"),
+        ],
+    )
+    def test_what_cannot_work_is_one_sentence(self, merged, arguments, sentence, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main(["analyze", *arguments])
+        assert ended.value.code == 1
+        assert sentence in capsys.readouterr().err
+        assert not Path("results").exists()
+
+    def test_a_report_of_a_merge_has_the_ending_of_a_page(self, merged, capsys):
+        command = ["merge", "--base=base.safetensors", "--experts=[photo.safetensors]", "--output=new.safetensors"]
+        with pytest.raises(SystemExit):
+            main([*command, "--report=report.pdf"])
+        assert "end its name in .html" in capsys.readouterr().err
+        assert not Path("new.safetensors").exists()
+        main([*command, "--report=report.html"])
+        assert "The report is report.html" in capsys.readouterr().out
+        assert "SCORE of 1 expert" in Path("report.html").read_text()
+
+
+def test_the_page_of_a_search():
+    values = {"own expert": 0.8, "scale 0.5": 0.4, "scale 1.0": 0.6, "scale 1.5": math.nan}
+    records = [
+        {"row": row, "domain": "photo", **dict.fromkeys(METRICS, value)}
+        | ({} if row == "own expert" else {"setting": {"scale": float(row[6:])}})
+        for row, value in values.items()
+    ]
+    page = search_page(Table(records))
+    assert page.summary == [
+        "scale 1.0: 75.0 % of the own experts' accuracy, the best of 2 settings.",
+        "The worst, scale 0.5, reaches 50.0 %.",
+    ]
+    assert render(page)

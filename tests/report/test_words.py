@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_merge.report.words import count, listed, percent, points
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["a"], "a"), (["a", "b"], "a and b"), (list("abcdef"), "a, b, c, d, e and f"), (list("abcdefgh"), "a, b, c, d, e and 3 more")],
+)  # fmt: skip
+def test_lists(words, expected):
+    assert listed(words) == expected
+
+
+def test_numbers():
+    assert (percent(0.68949), points(-0.0123)) == ("68.9", "-1.2")
+    assert [count(1, "method"), count(3, "method"), count(2, "matrix", "matrices")] == [
+        "1 method",
+        "3 methods",
+        "2 matrices",
+    ]
