@@ -105,7 +105,7 @@ class MergeCLI(LightningCLI):
         super().instantiate_classes()
         if self.subcommand is not None:
             parser, config = self._parser(self.subcommand), self.config[self.subcommand]
-            self.trainer.configuration = parser.dump(config, skip_none=False, skip_validation=True)
+            self.trainer.configuration = parser.dump(config, skip_validation=True)
 
     def after_merge(self) -> None:
         """Say what was merged, and show the evaluation of the merged model if there was one; or show the plan."""

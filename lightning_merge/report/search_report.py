@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from lightning_merge.evaluation.held_out import is_method
@@ -42,7 +43,8 @@ _CHOSEN = (
 
 
 def _answers(table: Table, settings: Sequence[str]) -> Iterator[str]:
-    found = {row: value for row in settings if (value := table.normalized(row)) is not None}
+    measured = {row: value for row in settings if (value := table.normalized(row)) is not None}
+    found = {row: value for row, value in measured.items() if math.isfinite(value)}
     if found:
         best = max(found.values())
         names = listed([row for row, value in found.items() if value == best])

@@ -7,10 +7,10 @@ from lightning_merge.report.words import count, listed, percent, points
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["a"], "a"), (["a", "b"], "a and b"), (list("abcdef"), "a, b, c, d, e and f"), (list("abcdefgh"), "a, b, c, d, e and 3 more")],
-)  # fmt: skip
+    [("a", "a"), ("ab", "a and b"), ("abcdef", "a, b, c, d, e and f"), ("abcdefgh", "a, b, c, d, e and 3 more")],
+)
 def test_lists(words, expected):
-    assert listed(words) == expected
+    assert listed(list(words)) == expected
 
 
 def test_numbers():
