@@ -463,7 +463,7 @@ def test_an_element_has_no_date_no_prolog_no_style_sheet_and_no_size():
     assert len(root.attrib["viewBox"].split()) == 4
     assert "currentColor" in text
     assert ">TIES</" in text
-    assert "font-family: 'DejaVu Sans', Verdana, sans-serif" in text
+    assert "'DejaVu Sans', Verdana, sans-serif" in text
 
 
 def test_what_an_element_refers_to_is_in_it():
