@@ -84,7 +84,7 @@ def test_a_folder_is_divided_into_shards_with_an_index(files):
     )
     for shard in shards:
         assert all(index["weight_map"][name] == shard for name in load_file(f"merged/{shard}"))
-    assert sorted(os.listdir("merged")) == sorted([*shards, "config.json", "model.safetensors.index.json"])
+    assert sorted(os.listdir("merged")) == sorted([*shards, "README.md", "config.json", "model.safetensors.index.json"])
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -300,7 +300,7 @@ class TestPlaces:
         (part / "model.safetensors.index.json").write_text("{}")
         (part / "model.safetensors.done7").write_text("[]")
         merged = lm.merge(*files, SCORE(), output="merged", resume=resume)
-        assert sorted(os.listdir("merged")) == ["config.json", "model.safetensors"]
+        assert sorted(os.listdir("merged")) == ["README.md", "config.json", "model.safetensors"]
         assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)
 
     def test_a_folder_that_was_moved_away_comes_back(self, files, monkeypatch):

@@ -51,7 +51,7 @@ class DCMerge(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Zhang et al.", "CVPR", 2026, "2603.06242")
-    formula: ClassVar[str] = "τ = U (blocks ∘ TIES(P_1, …, P_T)) Vᵀ; P_t = Uᵀ low_rank(Δ_t) V; U, V as in TSV-M"
+    formula: ClassVar[str] = "τ = U (blocks ∘ TIES(P_1, …, P_T)) Vᵀ; P_t = Uᵀ low_rank(Δ_t) V; U = polar([U_1 … U_T])"
     factorizes: ClassVar[bool] = True
 
     keep_fraction: float = 1e-3

@@ -98,7 +98,7 @@ class SCORE(MergeMethod):
     """
 
     paper: ClassVar[Paper] = Paper("Chaves et al.", "CVPR", 2026, "2603.05768")
-    formula: ClassVar[str] = "τ = U (Σ_t diag(P_t) + trim(P_t - diag(P_t))) Vᵀ; P_t = Uᵀ Δ_t V; U, V as in TSV-M"
+    formula: ClassVar[str] = "τ = U (Σ_t diag(P_t) + trim(P_t - diag(P_t))) Vᵀ; P_t = Uᵀ Δ_t V; U = polar([U_1 … U_T])"
     factorizes: ClassVar[bool] = True
 
     mode: Mode = "trimmed"

@@ -27,8 +27,8 @@ CARD = "README.md"
 _ROW = "merged"
 """The row of a table that is about the merged model."""
 _SYMBOLS = (
-    "`Δ_t` is what expert t of T changes of the base, `τ` the update, `θ` and `W` are weights, and the merged model is "
-    "the base + scale · `τ`."
+    "`Δ_t` is what expert t of T changes of the base, with the singular vectors `U_t`, `V_t` and values `σ_t`; `τ` is "
+    "the update, `θ` and `W` are weights; `∘` multiplies entry by entry. The merged model is the base + scale · `τ`."
 )
 
 
@@ -73,7 +73,7 @@ def check_card(path: str | os.PathLike[str]) -> None:
 
 
 def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Every method, the outer one first: its paper, formula and arguments."""
+    """Every method, the outer one first: its paper, what it does, its formula and arguments."""
     has_formula = False
     for method in layers(manifest["method"]):
         cls = method_class(method)
@@ -81,10 +81,13 @@ def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
         if cls is not None and cls.paper is not None:
             paper = f"{cls.paper.authors}, {cls.paper.venue} {cls.paper.year}"
             text += f" ([{paper}](https://arxiv.org/abs/{cls.paper.arxiv}))" if cls.paper.arxiv else f" ({paper})"
+        if cls is not None and cls.__doc__:
+            summary = " ".join(cls.__doc__.split("\n\n")[0].split())
+            text += f": {re.sub(r':[a-z]+:`', '`', summary)}"
+        yield text
         if cls is not None and cls.formula is not None:
             has_formula = True
-            text += f"\n\n{_fenced(cls.formula, 'text')}"
-        yield text
+            yield _fenced(cls.formula, "text")
         rows = [
             [Cell(key), Cell(f"{value['class_path']}, see below" if isinstance(value, Mapping) else _value(value))]
             for key, value in method["init_args"].items()

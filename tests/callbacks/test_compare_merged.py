@@ -168,10 +168,11 @@ def test_every_logger_has_the_rows():
 
 def test_tables_are_written_and_twice_in_one_trainer(capsys):
     save(1)
-    callback = CompareMerged({"a | b": "1.ckpt"}, output="tables/table.md")
+    callback = CompareMerged({"a | b": "1.ckpt"}, output="tables/table.tex")
     trainer, module = quiet(callbacks=[callback], fast_dev_run=True), Classifier()
     trainer.validate(module, loader(), verbose=False)
-    first = callback.table
+    first, callback.output = callback.table, "tables/table.md"
+    assert Path("tables/table.tex").read_text() == callback.grid().latex() + "\n"
     trainer.test(module, loader(seed=1), verbose=False)
     assert callback.table[0]["row"] == "current"
     assert "test/accuracy" in callback.table[1]

@@ -105,13 +105,13 @@ def test_experts_of_every_kind_and_statistics(folders):
 
 
 def test_what_the_hub_reads(folders):
-    lm.merge("base", ["expert0", "expert1"], DARE(TaskArithmetic()), output="merged")
+    lm.merge("base", ["expert0", "expert1"], DARE(TaskArithmetic())).save("merged")
     card = ModelCard.load("merged/README.md")
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "tags": ["merge", "lightning_merge", "DARE", "TaskArithmetic"],
     }
-    assert "https://arxiv.org/abs/2311.03099" in card.text
+    assert "https://arxiv.org/abs/2311.03099)): Drop and rescale: a random" in card.text
     assert DARE.formula in card.text
     assert TaskArithmetic.formula in card.text
     for weights in map(lm.open_weights, ("base", "expert0", "expert1")):
