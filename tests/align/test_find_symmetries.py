@@ -47,14 +47,9 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 @functools.cache
-@functools.cache
-def symmetries_of(name: str) -> Symmetries:
-    return find_symmetries(*ZOO[name][0](), verify=False)
-
-
 def found(name: str) -> tuple[nn.Module, Tensor, Symmetries]:
     module, inputs = ZOO[name][0]()
-    symmetries = symmetries_of(name)
+    symmetries = find_symmetries(module, inputs, verify=False)
     if inputs.is_floating_point():
         inputs = torch.randn(2, *inputs.shape[1:], generator=torch.Generator().manual_seed(2))
     return randomized(module), inputs, symmetries
