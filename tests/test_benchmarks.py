@@ -32,20 +32,20 @@ from tests.conftest import ROOT
 from tests.toys import tiny_vgg
 
 
+def in_process(command: list[str]) -> measure.Cost:
+    """Run what would be measured as a process in this one, where torch is imported already."""
+    assert command[1] == "-m", command
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        importlib.import_module(command[2]).main(command[3:])
+    lines = out.getvalue().splitlines() or ["{}"]
+    return measure.Cost(1.0, 1.0, 2e6, 1e6, json.loads(lines[-1]))
+
+
 @pytest.fixture
 def _in_process(monkeypatch):
-    """Run what would be measured as a process in this one, where torch is imported already."""
-
-    def run(command: list[str]) -> measure.Cost:
-        assert command[1] == "-m", command
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            importlib.import_module(command[2]).main(command[3:])
-        lines = out.getvalue().splitlines() or ["{}"]
-        return measure.Cost(1.0, 1.0, 2e6, 1e6, json.loads(lines[-1]))
-
     for script in (measure, speed, memory):
-        monkeypatch.setattr(script, "measure", run)
+        monkeypatch.setattr(script, "measure", in_process)
 
 
 def rows(text: str) -> list[list[str]]:
@@ -121,7 +121,8 @@ def test_memory(capsys):
     float(line[head.index("peak, models")])
 
 
-def test_scaling(capsys):
+def test_scaling(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "measure", in_process)  # makes the models; the merge is measured as two processes
     toy = ["--shape", "toy", "--shapes", "toy", "--experts", "2", "--repeat", "1", "--method", "IsoC"]
     scaling.main([*toy, "--questions", "ranks", "--counts", "2"])
     head, line = rows(capsys.readouterr().out)

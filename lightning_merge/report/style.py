@@ -112,7 +112,9 @@ class Figure(figure.Figure):
 
     def settle(self) -> None:
         """Lay it out once and for all, so that it looks the same however often it is saved."""
-        for _ in range(2):  # the second time the room that tilted names take is known
+        names = [label for axes in self.axes for label in axes.get_xticklabels()]
+        is_tilted = any(name.get_rotation() for name in names)
+        for _ in range(2 if is_tilted else 1):  # the second time the room that tilted names take is known
             self.get_layout_engine().execute(self)
         self.set_layout_engine("none")
 

@@ -19,7 +19,8 @@ def fit(model, *callbacks, **arguments) -> Trainer:
 
 def test_frozen_batchnorm_keeps_its_statistics_and_trains_its_weights():
     def resnet():
-        return lm.Expert("timm/resnet10t", 10, pretrained=False, backbone_args={"in_chans": 1}, learning_rate=1e-2)
+        narrow = {"in_chans": 1, "channels": [8, 8, 16, 16]}
+        return lm.Expert("timm/resnet10t", 10, pretrained=False, backbone_args=narrow, learning_rate=1e-2)
 
     model = resnet()
     torch.nn.init.normal_(model.head.weight)

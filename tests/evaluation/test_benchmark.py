@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_merge.collect_statistics import Recipe
 from lightning_merge.evaluation import evaluate_candidates, search_coefficients
 from lightning_merge.evaluation.benchmark import Pretrain
 from lightning_merge.methods import SCORE, ConsensusTA, Fisher, MaTS, RegMean, TaskArithmetic, WeightAverage
+from tests.conftest import isolated
 from tests.toys import image_folders, quiet_trainer, tiny_expert
 
 DOMAINS = ["rotated", "noisy", "thick"]
@@ -34,8 +36,30 @@ def run(methods=METHODS, **arguments):
     return trainer.benchmark(tiny_expert(**settings), lm.Digits(batch_size=64), methods=methods, **arguments)
 
 
-def test_every_number_is_that_of_a_merge_by_hand():
-    table = run()
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of a benchmark that was run once for all tests, and its table."""
+    folder = tmp_path_factory.mktemp("first")
+    with isolated(folder):
+        return folder / "out", run()
+
+
+@pytest.fixture
+def done(first):
+    """The table of a benchmark that has just written to ``out``: a copy of the first."""
+    shutil.copytree(first[0], "out")
+    return first[1]
+
+
+@pytest.fixture
+def fitted(first) -> None:
+    """A base and experts in ``out``, and nothing measured yet."""
+    for part in ("base", "experts"):
+        shutil.copytree(first[0] / part, Path("out") / part)
+
+
+def test_every_number_is_that_of_a_merge_by_hand(done):
+    table = done
     weights = {d: lm.open_weights(f"out/experts/{d}") for d in DOMAINS}
     others = {d: weights[d] for d in ("rotated", "thick")}
     by_hand = lm.merge("out/base", others, SCORE()).weights
@@ -53,10 +77,8 @@ def test_every_number_is_that_of_a_merge_by_hand():
     assert not torch.equal(base["head.weight"], weights["noisy"]["head.weight"])
 
 
-def test_the_same_seed_gives_the_same_numbers_and_an_interrupted_run_goes_on(monkeypatch):
-    whole = run()
-    whole_results = Path("out/results.jsonl").read_text()
-    Path("out").rename("first")
+def test_the_same_seed_gives_the_same_numbers_and_an_interrupted_run_goes_on(first, monkeypatch):
+    whole_results = (first[0] / "results.jsonl").read_text()
 
     from lightning_merge.evaluation import benchmark
 
@@ -77,7 +99,7 @@ def test_the_same_seed_gives_the_same_numbers_and_an_interrupted_run_goes_on(mon
     table = run()
     assert calls == ["rotated", "noisy", "noisy", "thick"]
     assert experts == {p: p.stat().st_mtime_ns for p in experts}
-    assert table.markdown() == whole.markdown()
+    assert table.markdown() == first[1].markdown()
     assert _without_times(Path("out/results.jsonl").read_text()) == _without_times(whole_results)
 
 
@@ -85,8 +107,8 @@ def _without_times(text: str) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k != "merge_seconds"} for line in text.splitlines()]
 
 
-def test_a_new_method_costs_only_itself(monkeypatch):
-    run()
+@pytest.mark.usefixtures("done")
+def test_a_new_method_costs_only_itself():
     before = _without_times(Path("out/results.jsonl").read_text())
     table = run({**METHODS, "arithmetic": TaskArithmetic()})
     after = _without_times(Path("out/results.jsonl").read_text())
@@ -98,18 +120,15 @@ def test_a_new_method_costs_only_itself(monkeypatch):
     assert "scale" in Path("out/results.jsonl").read_text()
 
 
-def test_jobs_do_not_depend_on_those_before_them():
-    run()
-    alone = lm.open_weights("out/experts/thick")
-    weights = {name: alone[name].clone() for name in alone}
-    Path("out").rename("first")
+def test_jobs_do_not_depend_on_those_before_them(first):
+    weights = dict(lm.open_weights(first[0] / "experts/thick"))
     run(domains=["thick", "noisy"])
     again = lm.open_weights("out/experts/thick")
     assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.usefixtures("done")
 def test_a_base_that_was_not_finished_is_fitted_from_the_start():
-    run()
     before = dict(lm.open_weights("out/base"))
     Path("out/base/done").unlink()
     run()
@@ -117,11 +136,9 @@ def test_a_base_that_was_not_finished_is_fitted_from_the_start():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
-def test_two_processes_give_the_table_of_one():
-    one = run()
-    Path("out").rename("one")
+def test_two_processes_give_the_table_of_one(first):
     two = run(trainer={"devices": 2, "strategy": "ddp_fork"})
-    assert two.markdown() == one.markdown()
+    assert two.markdown() == first[1].markdown()
 
 
 def test_the_checkpoint_that_was_monitored_is_the_expert():
@@ -147,6 +164,7 @@ def test_hyper_parameters_of_the_base_take_effect():
     assert not lm.open_weights("out/base")["head.weight"].any()
 
 
+@pytest.mark.usefixtures("fitted")
 def test_a_row_that_asks_for_it_is_searched_on_the_domains_that_are_merged(monkeypatch):
     read = []
     split = lm.Digits.split
@@ -179,8 +197,8 @@ def test_a_row_that_asks_for_it_is_searched_on_the_domains_that_are_merged(monke
     assert [r for r in again if r["row"] == "SCORE"] == [r for (row, _), r in records.items() if row == "SCORE"]
 
 
+@pytest.mark.usefixtures("done")
 def test_results_of_other_settings_are_never_mixed():
-    run()
     with pytest.raises(lm.MergeError, match=r"model\.learning_rate was 0\.003, is 0\.1.*another output folder"):
         run(model={"learning_rate": 0.1})
 
@@ -220,6 +238,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(arguments, message)
     assert not Path("out").exists()
 
 
+@pytest.mark.usefixtures("fitted")
 def test_methods_that_need_statistics_are_rows_like_any_other():
     methods = {"average": WeightAverage(), "RegMean": RegMean(), "Fisher": Fisher()}
     table = run(methods, statistics=Recipe(fisher="batch", labels="true", batches=3))

@@ -27,15 +27,14 @@ def _cluster():
     ray.shutdown()
 
 
-def test_a_killed_worker_costs_its_job_and_no_digit(monkeypatch, caplog):
-    table = run(output="alone")
-    Path("fits.txt").unlink()
+def test_a_killed_worker_costs_its_job_and_no_digit(alone, monkeypatch, caplog):
+    before, table = alone
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         on_ray = run("ray", Die())
     assert on_ray.markdown() == table.markdown()
-    assert results("out") == results("alone")
+    assert results("out") == results(before)
     for expert in ("experts/rotated", "experts/noisy"):
-        one, other = (dict(lm.open_weights(f"{output}/{expert}")) for output in ("alone", "out"))
+        one, other = (dict(lm.open_weights(output / expert)) for output in (before, Path("out")))
         assert all((one[name] == other[name]).all() for name in one)
     assert fits() == ["noisy", "noisy", "rotated"]
     assert "expert noisy has lost its worker and is handed out again (1 of 3)" in caplog.text
