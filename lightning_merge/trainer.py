@@ -256,7 +256,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 page = report_merge(merged, report, self.table, self.configuration, workers)
             self.report, figures = Path(report), page.figures
         if self.table is not None:
-            log_to_loggers(self._given_loggers, self.table, figures)
+            log_to_loggers(self.given_loggers, self.table, figures)
         cards = [card] if card is not None else []
         if self.table is not None and is_folder(output):
             cards.append(Path(output, CARD))  # the one there knows no scores
@@ -447,7 +447,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if output is not None and self.is_global_zero:
             self.table.save(output)
         if self.is_global_zero:
-            log_to_loggers(self._given_loggers, self.table, {})
+            log_to_loggers(self.given_loggers, self.table, {})
         return self.table
 
     def _evaluate(self, model, datamodule, rows, experts) -> Table:
@@ -530,12 +530,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         if self.is_global_zero:
             page = report(self.table, folder, configuration=self.configuration)
             self.report = folder / REPORT
-            log_to_loggers(self._given_loggers, self.table, page.figures)
-
-    @property
-    def _given_loggers(self) -> list[Logger]:
-        """The loggers that were asked for; not the one that Lightning makes by itself."""
-        return self.loggers if self.arguments.get("logger") else []
+            log_to_loggers(self.given_loggers, self.table, page.figures)
 
     def analyze(
         self,

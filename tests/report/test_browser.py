@@ -31,23 +31,31 @@ def wait(browser: Any, script: str, *args: Any) -> Any:
     return WebDriverWait(browser, 5, poll_frequency=0.02).until(lambda _: browser.execute_script(script, *args))
 
 
-def sort(browser: Any, column: int, key: str | None = None) -> str:
-    """Click the header of a column, or press a key on it; returns the direction."""
-    button = find(browser, "thead button", column)
+def texts_of(browser: Any, selector: str, table: int | None = None) -> list[str]:
+    """The texts of all that a selector finds, on the page or in one of its tables."""
+    root = browser if table is None else find(browser, "table", table)
+    return [element.text for element in root.find_elements("css selector", selector)]
+
+
+def sort(browser: Any, column: int, key: str | None = None, table: int = 0) -> str:
+    """Click the header of a column of a table, or press a key on it; returns the direction."""
+    table = find(browser, "table", table)
+    button = find(table, "thead button", column)
     browser.execute_script("document.addEventListener('sort-end', () => { window.isSorted = true; }, { once: true })")
     button.send_keys(key) if key else button.click()
     wait(browser, "const done = window.isSorted; window.isSorted = false; return done")
-    headers = browser.find_elements("css selector", "thead th")
+    headers = table.find_elements("css selector", "thead th")
     assert [i for i, header in enumerate(headers) if header.get_attribute("aria-sort")] == [column]
     return headers[column].get_attribute("aria-sort")
 
 
-def copied(browser: Any, name: str) -> str:
-    """What the clipboard holds after a click on a button."""
+def copied(browser: Any, name: str, table: int = 0) -> str:
+    """What the clipboard holds after a click on a button of a table."""
     permission = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.execute_cdp_cmd("Browser.grantPermissions", permission)
     browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
-    find(browser, f"[data-format={name}]").click()
+    browser.execute_script("document.getElementById('status').textContent = ''")
+    find(browser, f"[data-format={name}]", table).click()
     assert wait(browser, "return document.getElementById('status').textContent") == f"{name} copied"
     return browser.execute_async_script("navigator.clipboard.readText().then(arguments[0], arguments[0])")
 
