@@ -67,6 +67,9 @@ class Paper(NamedTuple):
     year: int
     arxiv: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.authors}, {self.venue} {self.year}"
+
 
 @dataclass(frozen=True)
 class MergeMethod(ABC):

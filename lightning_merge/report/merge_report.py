@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merged import Merged
 from lightning_merge.report.experts import agreement, experts_in_words, layers
 from lightning_merge.report.grid import Cell, Grid
-from lightning_merge.report.page import Page, Section, again
+from lightning_merge.report.page import Listing, Page, Section, again
+from lightning_merge.report.recipe import layers as layers_of
+from lightning_merge.report.recipe import method_class, models_grid, summary_of
 from lightning_merge.report.words import count, listed, percent
 
 
@@ -34,10 +37,11 @@ def merge_page(
     method = merged.manifest["method"]["class_path"]
     sections = [Section("Scores", table.grids())] if table else []
     sections += [
+        method_section(merged.manifest),
         layers(comparison),
         agreement(comparison),
         Section("What happened to the parameters", [parameters_grid(merged)]),
-        Section("What went in", [files_grid(merged)]),
+        Section("What went in", [models_grid(merged.manifest)]),
         *again(configuration),
     ]
     return Page(
@@ -68,16 +72,16 @@ def parameters_grid(merged: Merged) -> Grid:
     return Grid(["what happened", "parameters", "entries"], rows)
 
 
-def files_grid(merged: Merged) -> Grid:
-    """What went in, with the sha256 of every file."""
-    manifest = merged.manifest
-    sources = {"base": manifest["base"], **{f"expert {name}": own for name, own in manifest["experts"].items()}}
-    sources |= {f"statistics {name}": own for name, own in manifest.get("statistics", {}).items()}
-    rows = [
-        [Cell(name), Cell(str(own["path"] or "in memory")), Cell(str(own["sha256"] or ""))]
-        for name, own in sources.items()
-    ]
-    return Grid(["what", "file", "sha256"], rows, "In memory: weights that were read from no file.")
+def method_section(manifest: Mapping[str, Any]) -> Section:
+    """Every method, the outer one first: its paper, what it does, its formula and its arguments."""
+    parts: list[str | Listing] = []
+    for method in layers_of(manifest["method"]):
+        cls = method_class(method)
+        name, paper = method["class_path"], cls and cls.paper
+        parts.append(f"{name}{f' ({paper})' if paper else ''}: {summary_of(cls) if cls else 'a method of your own.'}")
+        if cls is not None and cls.formula is not None:
+            parts.append(Listing(cls.formula, "Formula"))
+    return Section("Method", parts)
 
 
 def _answers(merged: Merged, comparison: Comparison, table: Table | None) -> Iterator[str]:

@@ -15,7 +15,15 @@ from lightning_merge.checkpoints.hub import HUB
 from lightning_merge.errors import MergeError
 from lightning_merge.folders import is_folder, weights_name
 from lightning_merge.report.grid import Cell, Grid, as_markdown, one_line
-from lightning_merge.report.recipe import layers, method_class, obstacles, recipe, source_of
+from lightning_merge.report.recipe import (
+    layers,
+    method_class,
+    models_grid,
+    obstacles,
+    recipe_text,
+    source_of,
+    summary_of,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -53,7 +61,7 @@ def model_card(manifest: Mapping[str, Any], output: str | os.PathLike[str], scor
         "## Method",
         *_method(manifest),
         "## Models",
-        _models(manifest).markdown(),
+        models_grid(manifest).markdown(),
         *(["## Scores", scores.grid().markdown()] if scores is not None else []),
         "## How to make it again",
         *_recipe(manifest, name),
@@ -79,11 +87,10 @@ def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
         cls = method_class(method)
         text = f"**{as_markdown(method['class_path'])}**"
         if cls is not None and cls.paper is not None:
-            paper = f"{cls.paper.authors}, {cls.paper.venue} {cls.paper.year}"
-            text += f" ([{paper}](https://arxiv.org/abs/{cls.paper.arxiv}))" if cls.paper.arxiv else f" ({paper})"
-        if cls is not None and cls.__doc__:
-            summary = " ".join(cls.__doc__.split("\n\n")[0].split())
-            text += f": {re.sub(r':[a-z]+:`', '`', summary)}"
+            link = f"https://arxiv.org/abs/{cls.paper.arxiv}"
+            text += f" ([{cls.paper}]({link}))" if cls.paper.arxiv else f" ({cls.paper})"
+        if cls is not None:
+            text += f": {summary_of(cls)}"
         yield text
         if cls is not None and cls.formula is not None:
             has_formula = True
@@ -99,25 +106,8 @@ def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield "The merged model was then repaired: " + as_markdown(_value(manifest["repair"])) + "."
 
 
-def _models(manifest: Mapping[str, Any]) -> Grid:
-    """The base, the experts, and the statistics of their data, with the hashes of all files."""
-    models = [("base", "", manifest["base"])]
-    models += [("expert", name, expert) for name, expert in manifest["experts"].items()]
-    models += [("statistics", name, source) for name, source in manifest["statistics"].items()]
-    rows = []
-    for kind, name, provenance in models:
-        source = source_of(provenance) or ("the mean of the foundations" if "mean_of" in provenance else "in memory")
-        digests = provenance.get("sha256")
-        several = digests if isinstance(digests, Mapping) else {"": digests or ""}
-        for file, digest in several.items():
-            rows.append([Cell(kind), Cell(name), Cell(f"{source}: {file}" if file else source), Cell(digest)])
-    return Grid(["", "name", "from", "sha256"], rows)
-
-
 def _recipe(manifest: Mapping[str, Any], name: str) -> Iterator[str]:
     """The YAML and how to run it; or why there is none."""
-    import yaml
-
     reasons = obstacles(manifest)
     if reasons:
         yield f"No configuration alone makes this model again, because {as_markdown('; '.join(reasons))}."
@@ -126,7 +116,7 @@ def _recipe(manifest: Mapping[str, Any], name: str) -> Iterator[str]:
         "With this as `recipe.yaml`, in the folder that the paths start from, `lightning-merge merge --config "
         "recipe.yaml` makes it again:"
     )
-    yield _fenced(yaml.safe_dump(recipe(manifest, name), sort_keys=False, allow_unicode=True).rstrip(), "yaml")
+    yield _fenced(recipe_text(manifest, name).rstrip(), "yaml")
     if manifest["device"] != "cpu":
         yield f"It was computed on {manifest['device']}; on another kind of device the last bits may differ."
 

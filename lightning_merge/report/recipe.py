@@ -1,7 +1,8 @@
-"""The YAML that makes a merge again, from what its manifest says."""
+"""What a merge's manifest says: what went in, by which method, and the YAML that makes it again."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import PurePath
@@ -11,6 +12,7 @@ from lightning_merge import methods
 from lightning_merge.checkpoints.hub import HUB
 from lightning_merge.matrices import Matrices
 from lightning_merge.methods import MergeMethod
+from lightning_merge.report.grid import Cell, Grid
 
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -36,6 +38,13 @@ def recipe(manifest: Mapping[str, Any], output: str) -> dict[str, Any]:
     }
     given = {"base", "experts", "method", "seed", "output", *(["include"] if manifest["include"] is not None else [])}
     return _plain({name: value for name, value in arguments.items() if value or name in given})
+
+
+def recipe_text(manifest: Mapping[str, Any], output: str) -> str:
+    """The same as YAML."""
+    import yaml
+
+    return yaml.safe_dump(recipe(manifest, output), sort_keys=False, allow_unicode=True)
 
 
 def obstacles(manifest: Mapping[str, Any]) -> list[str]:
@@ -71,6 +80,26 @@ def source_of(provenance: Mapping[str, Any]) -> str | None:
         if part.startswith("models--") and path.parts[i + 1] == "snapshots":
             return f"{HUB}{part.removeprefix('models--').replace('--', '/', 1)}@{path.parts[i + 2]}"
     return str(path.parent if path.name in _ADAPTERS else path)
+
+
+def models_grid(manifest: Mapping[str, Any]) -> Grid:
+    """The base, the experts, and the statistics of their data, with the hashes of all files."""
+    models = [("base", "", manifest["base"])]
+    models += [("expert", name, expert) for name, expert in manifest["experts"].items()]
+    models += [("statistics", name, source) for name, source in manifest["statistics"].items()]
+    rows = []
+    for kind, name, provenance in models:
+        source = source_of(provenance) or ("the mean of the foundations" if "mean_of" in provenance else "in memory")
+        digests = provenance.get("sha256")
+        several = digests if isinstance(digests, Mapping) else {"": digests or ""}
+        for file, digest in several.items():
+            rows.append([Cell(kind), Cell(name), Cell(f"{source}: {file}" if file else source), Cell(digest)])
+    return Grid(["", "name", "from", "sha256"], rows)
+
+
+def summary_of(cls: type[MergeMethod]) -> str:
+    """What a method does, in the first words of its docstring."""
+    return re.sub(r":[a-z]+:`", "`", " ".join((cls.__doc__ or "").split("\n\n")[0].split()))
 
 
 def layers(method: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -19,6 +19,7 @@ from lightning_merge.evaluation.table import Table
 from lightning_merge.merged import Merged
 from lightning_merge.report.html import write_page
 from lightning_merge.report.page import Page
+from lightning_merge.report.recipe import obstacles, recipe_text
 
 REPORT = "report.html"
 COMPARISON = "comparison.json"
@@ -59,6 +60,8 @@ def report_merge(
     comparison = compare_experts(
         merged.base, merged.experts, {name: merged.weights}, include=merged.inventory.merged, workers=workers
     )
+    if not configuration and not obstacles(merged.manifest):
+        configuration = recipe_text(merged.manifest, "merged.safetensors")
     page = merge_page(merged, comparison, table, configuration, list(_facts(comparison)))
     records = list(table.records) if table else []
     data = {"manifest": merged.manifest, "records": records, "comparison": comparison.to_dict()}

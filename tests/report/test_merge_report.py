@@ -19,7 +19,8 @@ from lightning_merge.models.metrics import METRICS
 from lightning_merge.report import render
 from lightning_merge.report.analysis_report import analysis_page
 from lightning_merge.report.experts import experts_grid, merged_grid
-from lightning_merge.report.merge_report import files_grid, merge_page, parameters_grid
+from lightning_merge.report.merge_report import merge_page, parameters_grid
+from lightning_merge.report.recipe import models_grid
 from lightning_merge.report.search_report import search_page
 from lightning_merge.report.writing import report_merge
 from tests.report.pages import NASTY
@@ -60,10 +61,9 @@ def test_numbers_by_hand(merged):
 
 
 def test_what_went_in_and_what_happened_to_it(merged):
-    files = {row[0].text: row[2].text for row in files_grid(merged).rows}
-    for what in ("base", "expert photo", "expert sketch"):
-        path = Path(f"{what.split()[-1]}.safetensors")
-        assert files[what] == hashlib.sha256(path.read_bytes()).hexdigest()
+    digests = {row[1].text or "base": row[3].text for row in models_grid(merged.manifest).rows}
+    for name in ("base", "photo", "sketch"):
+        assert digests[name] == hashlib.sha256(Path(f"{name}.safetensors").read_bytes()).hexdigest()
     happened = {row[0].text: row[1].value for row in parameters_grid(merged).rows}
     assert happened == {
         "merged by the method": 7,
@@ -78,6 +78,7 @@ def test_the_page_of_a_merge(merged):
         for row, value in (("base", 0.25), ("merged", 0.75))
     ]
     page = report_merge(merged, "report.html", Table(records), "seed: 0")
+    assert [section.title for section in page.sections][:2] == ["Scores", "Method"]
     assert "Accuracy on photo: base 25.0 % and merged 75.0 %." in page.summary
     text = Path("report.html").read_text()
     assert all(found in text for found in ("TaskArithmetic of 2 experts", "seed: 0", *page.summary[:1]))
