@@ -24,6 +24,7 @@ from benchmarks import (
     measure,
     memory,
     models,
+    report,
     scaling,
     speed,
     startup,
@@ -35,16 +36,16 @@ from tests.toys import tiny_vgg
 def in_process(command: list[str]) -> measure.Cost:
     """Run what would be measured as a process in this one, where torch is imported already."""
     assert command[1] == "-m", command
-    out = io.StringIO()
+    out, name = io.StringIO(), command[2]
     with contextlib.redirect_stdout(out):
-        importlib.import_module(command[2]).main(command[3:])
-    lines = out.getvalue().splitlines() or ["{}"]
-    return measure.Cost(1.0, 1.0, 2e6, 1e6, json.loads(lines[-1]))
+        importlib.import_module(f"{name}.__main__" if name == "lightning_merge" else name).main(command[3:])
+    last = [*out.getvalue().splitlines(), "{}"][-2:][0]
+    return measure.Cost(1.0, 1.0, 2e6, 1e6, json.loads(last) if last.startswith("{") else {})
 
 
 @pytest.fixture
 def _in_process(monkeypatch):
-    for script in (measure, speed, memory):
+    for script in (measure, speed, memory, report):
         monkeypatch.setattr(script, "measure", in_process)
 
 
@@ -121,6 +122,14 @@ def test_memory(capsys):
     float(line[head.index("peak, models")])
 
 
+@pytest.mark.usefixtures("_in_process")
+def test_report(capsys):
+    report.main(["--shape", "toy", "--experts", "2"])
+    head, line = rows(capsys.readouterr().out)
+    assert line[:2] == ["2", "2"]
+    assert 0 < float(line[head.index("report MB")]) < 10
+
+
 def test_scaling(capsys, monkeypatch):
     monkeypatch.setattr(scaling, "measure", in_process)  # makes the models; the merge is measured as two processes
     toy = ["--shape", "toy", "--shapes", "toy", "--experts", "2", "--repeat", "1", "--method", "IsoC"]
@@ -147,7 +156,7 @@ def test_candidates(capsys):
 
 def test_every_script_stands_in_the_readme():
     told = re.findall(r"python -m benchmarks\.(\w+)", (ROOT / "benchmarks" / "README.md").read_text())
-    assert told == ["speed", "linalg", "memory", "scaling", "startup", "candidates", "foundations"]
+    assert told == ["speed", "linalg", "memory", "scaling", "startup", "report", "candidates", "foundations"]
 
 
 def test_peers_are_imported_when_asked_for():
