@@ -39,8 +39,9 @@ def in_process(command: list[str]) -> measure.Cost:
     out, name = io.StringIO(), command[2]
     with contextlib.redirect_stdout(out):
         importlib.import_module(f"{name}.__main__" if name == "lightning_merge" else name).main(command[3:])
-    last = [*out.getvalue().splitlines(), "{}"][-2:][0]
-    return measure.Cost(1.0, 1.0, 2e6, 1e6, json.loads(last) if last.startswith("{") else {})
+    lines = out.getvalue().splitlines()
+    said = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    return measure.Cost(1.0, 1.0, 2e6, 1e6, said)
 
 
 @pytest.fixture
