@@ -2,8 +2,8 @@
 
     python -m benchmarks.report
 
-Measures ``lightning-merge analyze`` on experts and a model merged of them by Task Arithmetic: files in, page out, imports
-included.
+Measures ``lightning-merge analyze`` on experts and a model merged of them by Task Arithmetic: files in, page out, with
+imports.
 """
 
 from __future__ import annotations
