@@ -14,6 +14,9 @@ from lightning_merge.checkpoints import open_weights
 from lightning_merge.errors import MergeError
 from lightning_merge.trainer import MergeTrainer
 
+_REPORTING = ("merge", "search", "benchmark", "analyze")
+"""The verbs that write reports, with the YAML that they were given."""
+
 
 class SaveFitConfig(SaveConfigCallback):
     """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
@@ -103,7 +106,7 @@ class MergeCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build trainer, model and data, and tell the trainer what it was configured by."""
         super().instantiate_classes()
-        if self.subcommand is not None:
+        if self.subcommand in _REPORTING:
             parser, config = self._parser(self.subcommand), self.config[self.subcommand]
             self.trainer.configuration = parser.dump(config, skip_validation=True)
 

@@ -120,7 +120,7 @@ class _Lines(Count):
 
     def _show(self, cost: float) -> None:
         self._spent += cost
-        quarter = 4 if self.done == self.pieces else int(4 * self._spent / self.total)
+        quarter = 4 if self.done == self.pieces or not self.total else int(4 * self._spent / self.total)
         seconds = time.monotonic() - self._started
         if quarter > self._told and seconds >= _PATIENCE:
             _logger.info(f"{self.what}: {25 * quarter} %, {self} after {tqdm.format_interval(seconds)}")

@@ -249,19 +249,18 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         return merged
 
     def _describe(self, merged: Merged, output: str, report: str | None, card: str | None, workers: int | None) -> None:
-        """Write what people read of a merged model: its report, and its model card."""
-        figures = {}
-        if report is not None:
-            with self.progress_shown():
-                page = report_merge(merged, report, self.table, self.configuration, workers)
-            self.report, figures = Path(report), page.figures
-        if self.table is not None:
-            log_to_loggers(self.given_loggers, self.table, figures)
+        """Write what people read of a merged model: its model card, and its report."""
         cards = [card] if card is not None else []
         if self.table is not None and is_folder(output):
             cards.append(Path(output, CARD))  # the one there knows no scores
         for path in cards:
             write_text(Path(path).expanduser(), str(merged.card(self.table, output)))
+        figures = {}
+        if report is not None:
+            with self.progress_shown():
+                figures = report_merge(merged, report, self.table, self.configuration, workers).figures
+            self.report = Path(report)
+        log_to_loggers(self.given_loggers, self.table, figures)
 
     def _join_processes(self) -> bool:
         """Start the other processes of this run, or meet them, and say whether there are any to share work with.
@@ -400,9 +399,9 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 workers=workers,
             )
         self.merged, self.table = self.found.merged, self.found.table
-        self._publish(report_search, Path(results))
         if self.is_global_zero:
             self.merged.save(output)
+        self._publish(report_search, Path(results))
         return self.found
 
     def evaluate(
@@ -574,6 +573,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             raise MergeError("There is nothing to look at: give the experts' checkpoints with --experts.")
         if base is None and model is None:
             raise MergeError("Experts are compared as differences to a base; give it with --base, or give the --model.")
+        check_report(Path(output) / REPORT)
         with self.progress_shown():
             comparison = compare_experts(
                 base if base is not None else model.state_dict(),
@@ -587,8 +587,9 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             )
         self.table = experts_grid(comparison).markdown()
         if self.is_global_zero:
-            report_analysis(comparison, output, self.configuration)
+            page = report_analysis(comparison, output, self.configuration)
             self.report = Path(output) / REPORT
+            log_to_loggers(self.given_loggers, None, page.figures)
         return comparison
 
     def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):

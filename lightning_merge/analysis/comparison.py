@@ -6,15 +6,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_merge.analysis import agreement
 from lightning_merge.analysis.groups import GROUPS, grouped
-
-Level = Literal["high", "low"]
 
 
 @dataclass(frozen=True)
@@ -183,18 +181,6 @@ class Comparison:
     def mean_merged_alignment(self, merged: str) -> Tensor:
         """The mean over the matrices of every expert's alignment with a merged model ``(T,)``."""
         return self._mean([matrix.merged_alignment[merged] for matrix in self.matrices], 1)
-
-    def agreement_and_conflict(self) -> dict[str, tuple[Level, Level]]:
-        """Which matrices agree and fight, compared with each other, in the way of Figure 3 of SCORE's paper.
-
-        The paper shows layers of high agreement and low conflict, of both, and of conflict alone, without a rule. Here
-        a matrix is high if it is above the median of the matrices that were compared.
-        """
-        found = [m for m in self.matrices if m.agreement is not None and m.conflict is not None]
-        values = torch.tensor([[m.agreement, m.conflict] for m in found], dtype=torch.float64).reshape(-1, 2)
-        high = values > values.nanquantile(0.5, dim=0) if found else values
-        levels = [tuple("high" if is_high else "low" for is_high in row) for row in high.tolist()]
-        return dict(zip((m.name for m in found), levels, strict=True))
 
     def profile(self, pattern: str = GROUPS) -> dict[str, GroupProfile]:
         """What was found for every group of parameters, in the order of the model.

@@ -57,6 +57,7 @@ from lightning_merge.recording import record_statistics
 from lightning_merge.report.writing import COMPARISON, save_comparison
 from lightning_merge.statistics import statistics_file
 from lightning_merge.sweeping import Grid
+from lightning_merge.trainers import processes_of_run
 
 if TYPE_CHECKING:
     from lightning_merge.trainer import MergeTrainer
@@ -140,10 +141,10 @@ class Benchmark(JobList):
 
     def compare(self) -> None:
         """Compare the experts with each other, for the report."""
-        if self.trainer.is_global_zero:
-            experts = {name: self._expert(name) for name in self.domains}
-            save_comparison(compare_experts(self._base(), experts), self.output)
-        self.trainer.strategy.barrier()
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                experts = {name: self._expert(name) for name in self.domains}
+                save_comparison(compare_experts(self._base(), experts), self.output)
 
     def collect(self, domain: str) -> None:
         """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
@@ -180,10 +181,11 @@ class Benchmark(JobList):
             if row in chosen:
                 record |= {"grid": self.search[row], "chosen": chosen[row]}
         records = [record for record in done if record["row"] not in missing] + measured
-        if self.trainer.is_global_zero:
-            updates = self._updates(domain) | update_ratios(base, others, {name: candidates[name] for name in missing})
-            mark_done(self.output / "held_out" / domain, {"records": records, "updates": updates})
-        self.trainer.strategy.barrier()
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                kept = {name: own for name, own in self._updates(domain).items() if name not in missing}
+                updates = kept | update_ratios(base, others, {name: candidates[name] for name in missing})
+                mark_done(self.output / "held_out" / domain, {"records": records, "updates": updates})
 
     # What is on disk
 

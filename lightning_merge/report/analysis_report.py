@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.report.experts import agreement, experts_in_words, layers
 from lightning_merge.report.page import Page, again
-from lightning_merge.report.words import count
+from lightning_merge.report.words import count, extremes
 
 
 def analysis_page(comparison: Comparison, configuration: str = "", facts: Sequence[tuple[str, str]] = ()) -> Page:
@@ -29,12 +29,9 @@ def analysis_page(comparison: Comparison, configuration: str = "", facts: Sequen
 
 
 def _lengths(comparison: Comparison) -> Iterator[str]:
-    norms = dict(zip(comparison.norms().tolist(), comparison.experts, strict=True))
-    if len(norms) > 1:
-        longest, shortest = max(norms), min(norms)
-        yield (
-            f"{norms[longest]} went farthest from the base (norm {longest:.3g}), {norms[shortest]} least far "
-            f"({shortest:.3g})."
-        )
+    norms = comparison.norms().tolist()
+    ends = extremes(norms, comparison.experts)
+    if ends:
+        yield f"{ends[1]} went farthest from the base (norm {max(norms):.3g}), {ends[0]} least far ({min(norms):.3g})."
     for name in comparison.merged:
         yield f"{name} lies {comparison.update_ratio(name):.2f} times as far from the base as an expert on average."

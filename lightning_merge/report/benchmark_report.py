@@ -73,10 +73,8 @@ def winners(table: Table) -> Grid:
     own = table.mean(OWN_EXPERT) is not None
     header = ["domain", "best method", _name(table), "ahead of the next", "over the base"]
     header += ["below the own expert"] if own else []
-    columns: dict[str, Callable[[str], float | None]] = {
-        domain: lambda row, domain=domain: table.value(row, domain) for domain in table.domains
-    }
-    rows = [_winner(table, name, value, own) for name, value in {**columns, "mean": table.mean}.items()]
+    columns = [(domain, lambda row, domain=domain: table.value(row, domain)) for domain in table.domains]
+    rows = [_winner(table, name, value, own) for name, value in [*columns, ("mean", table.mean)]]
     caption = f"{_name(table).capitalize()} in %, differences in points; of equally good methods all are named."
     return Grid(header, [row for row in rows if row], caption)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_merge.analysis.comparison import Comparison, MatrixComparison
+from lightning_merge.analysis.comparison import Comparison, MatrixComparison, mean_of_pairs
 from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Picture, Section
 from lightning_merge.report.plots import (
@@ -74,11 +74,10 @@ def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
     """What was found for every matrix whose subspaces were compared."""
     rows = []
     for matrix in matrices:
-        others = ~torch.eye(len(matrix.alignment), dtype=torch.bool)
         numbers = [
             None if matrix.effective_ranks is None else float(matrix.effective_ranks.double().mean()),
-            float(matrix.alignment[others].double().nanmean()),
-            float(matrix.angles[others].double().nanmean()),
+            mean_of_pairs(matrix.alignment),
+            mean_of_pairs(matrix.angles),
             matrix.off_diagonal,
             matrix.kept,
         ]
@@ -151,10 +150,11 @@ def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[st
     parts: list[str | Grid | Picture] = []
     if comparison.merged:
         parts.append(merged_grid(comparison))
-    if updates:
+    lengths = _mean_over_domains(updates or {})
+    if lengths:
         parts.append(
             Picture(
-                plot_updates(_mean_over_domains(updates)),
+                plot_updates(lengths),
                 "How far each method moves each layer",
                 "The norm of a method's update, divided by the mean norm of the task vectors that it was made of; the "
                 "mean over the domains that were left out. 1 is as far as an expert went, and the average of experts "
@@ -228,7 +228,9 @@ def _effective_ranks(comparison: Comparison) -> Tensor:
 def _left_out(comparison: Comparison) -> list[str]:
     if not comparison.left_out:
         return []
-    looked, all_of_them = len(comparison.matrices), len(comparison.matrices) + len(comparison.left_out)
+    known = comparison.by_name  # a parameter that is seen as several matrices is one
+    looked = len({m.name if m.name in known else m.name.rpartition("[")[0] for m in comparison.matrices})
+    all_of_them = looked + len(comparison.left_out)
     return [
         f"Subspaces were compared in {looked} of {all_of_them} matrices, evenly spread over the model, to save time; "
         "`lightning-merge analyze --every_matrix true` looks at all. Norms, cosines and signs are of all parameters."

@@ -32,7 +32,7 @@ def write_page(page: Page, path: str | Path, *, data: Mapping[str, Any] | None =
     Returns:
         The file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     text = render(page, data=data)
     write_text(path, text)
     return path

@@ -36,7 +36,9 @@ class _Row:
     metrics: Mapping[str, float]
 
 
-def log_to_loggers(loggers: Iterable[Logger], table: Table | FoundationsTable, figures: Mapping[str, Figure]) -> None:
+def log_to_loggers(
+    loggers: Iterable[Logger], table: Table | FoundationsTable | None, figures: Mapping[str, Figure]
+) -> None:
     """Write what an evaluation has found to loggers, in the first process alone.
 
     TensorBoard gets a run below its own for each row of the table, ``rows/ROW``, with the arguments of the method as
@@ -46,12 +48,14 @@ def log_to_loggers(loggers: Iterable[Logger], table: Table | FoundationsTable, f
 
     Args:
         loggers: The loggers that the user asked for.
-        table: The table.
+        table: The table, if there is one.
         figures: Figures by their titles; they stay open.
     """
     if rank_zero_only.rank:
         return
-    rows = _rows_of_foundations(table) if isinstance(table, FoundationsTable) else _rows(table)
+    rows = []
+    if table is not None:
+        rows = _rows_of_foundations(table) if isinstance(table, FoundationsTable) else _rows(table)
     names = safe_names(row.name for row in rows)
     tags = safe_names(figures)
     for logger in loggers:
@@ -63,7 +67,8 @@ def log_to_loggers(loggers: Iterable[Logger], table: Table | FoundationsTable, f
             logger.experiment.flush()
         else:
             every = {f"{names[row.name]}/{tag}": value for row in rows for tag, value in row.metrics.items()}
-            logger.log_metrics(every, step=0)
+            if every:
+                logger.log_metrics(every, step=0)
             if hasattr(logger, "log_image"):
                 for title, figure in figures.items():
                     logger.log_image(key=tags[title], images=[figure])

@@ -14,7 +14,7 @@ from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Listing, Page, Section, again
 from lightning_merge.report.recipe import layers as layers_of
 from lightning_merge.report.recipe import method_class, models_grid, summary_of
-from lightning_merge.report.words import count, listed, percent
+from lightning_merge.report.words import count, extremes, listed, percent
 
 
 def merge_page(
@@ -91,14 +91,13 @@ def _answers(merged: Merged, comparison: Comparison, table: Table | None) -> Ite
         said = [f"{row} {percent(mean)} %" for row, mean in means.items()]
         if said:
             yield f"{table.metric.capitalize()} on {listed(table.domains)}: {listed(said)}."
-    (name,) = comparison.merged
-    ratio, distances = comparison.update_ratio(name), comparison.distances(name).tolist()
-    if math.isfinite(ratio):
-        yield f"The merged model lies {ratio:.2f} times as far from the base as the experts do on average."
-    if len(distances) > 1:
-        nearest, farthest = min(distances), max(distances)
-        names = dict(zip(distances, comparison.experts, strict=True))
-        yield f"It is nearest to {names[nearest]} and farthest from {names[farthest]}."
+    for name in comparison.merged:
+        ratio, distances = comparison.update_ratio(name), comparison.distances(name).tolist()
+        if math.isfinite(ratio):
+            yield f"The merged model lies {ratio:.2f} times as far from the base as the experts do on average."
+        ends = extremes(distances, comparison.experts)
+        if ends:
+            yield f"It is nearest to {ends[0]} and farthest from {ends[1]}."
 
 
 def _warnings(merged: Merged, comparison: Comparison, table: Table | None) -> Iterator[str]:
@@ -109,5 +108,5 @@ def _warnings(merged: Merged, comparison: Comparison, table: Table | None) -> It
         yield f"Experts that are the base itself: {listed(still)}. Was the right checkpoint given?"
     if any(merged.inventory.private.values()):
         yield "Every expert keeps parameters of its own (its head); the merged model has those of the base."
-    if merged.manifest.get("allow_non_finite"):
-        yield "Weights that are not finite were allowed."
+    if not comparison.merged:
+        yield "The merged weights hold values that are not finite; what follows is about the experts alone."

@@ -26,3 +26,9 @@ def listed(words: Sequence[str], most: int = 6) -> str:
     if len(words) > most:
         words = [*words[: most - 1], f"{len(words) - most + 1} more"]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def extremes(values: Sequence[float], names: Sequence[str]) -> tuple[str, str] | None:
+    """The names of the smallest and the largest value; None where they hardly differ."""
+    (least, first), *_, (most, last) = [*sorted(zip(values, names, strict=True), key=lambda pair: pair[0])] * 2
+    return (first, last) if most - least > 1e-3 * abs(most) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -12,10 +13,12 @@ from typing import Any
 from lightning_merge import __version__
 from lightning_merge.analysis.compare_experts import compare_experts
 from lightning_merge.analysis.comparison import Comparison
-from lightning_merge.checkpoints import write_text
+from lightning_merge.checkpoints import check_parent, write_text
 from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
+from lightning_merge.linalg import is_finite
+from lightning_merge.matrices import Matrices
 from lightning_merge.merged import Merged
 from lightning_merge.report.html import write_page
 from lightning_merge.report.page import Page
@@ -27,8 +30,12 @@ COMPARISON = "comparison.json"
 
 def check_report(path: str | Path | None) -> None:
     """Raise a :class:`MergeError` if no report can be written to this file."""
-    if path is not None and Path(path).suffix not in (".html", ".htm"):
-        raise MergeError(f"The report is an HTML file; end its name in .html, got {str(path)!r}.")
+    if path is None:
+        return
+    path = Path(path).expanduser()
+    if path.suffix not in (".html", ".htm") or path.is_dir():
+        raise MergeError(f"The report is an HTML file, and {path} is not the name of one; end it in .html.")
+    check_parent(path)
 
 
 def report_analysis(comparison: Comparison, folder: str | Path, configuration: str = "") -> Page:
@@ -36,7 +43,7 @@ def report_analysis(comparison: Comparison, folder: str | Path, configuration: s
     from lightning_merge.report.analysis_report import analysis_page
     from lightning_merge.report.experts import experts_grid
 
-    folder, grid = Path(folder), experts_grid(comparison)
+    folder, grid = Path(folder).expanduser(), experts_grid(comparison)
     write_text(folder / "table.md", grid.markdown() + "\n")
     write_text(folder / "table.csv", grid.csv())
     write_text(folder / "table.tex", grid.latex() + "\n")
@@ -56,9 +63,15 @@ def report_merge(
     """Compare the experts and what was merged of them, and write a page about it into a file."""
     from lightning_merge.report.merge_report import merge_page
 
-    name = merged.manifest["method"]["class_path"]
+    shared, manifest = merged.inventory.merged, merged.manifest
+    is_whole = all(is_finite(merged.weights[name]) for name in shared)
     comparison = compare_experts(
-        merged.base, merged.experts, {name: merged.weights}, include=merged.inventory.merged, workers=workers
+        merged.base,
+        merged.experts,
+        {manifest["method"]["class_path"]: merged.weights} if is_whole else None,
+        include=[glob.escape(name) for name in shared],
+        matrices=Matrices(**manifest["matrices"]),
+        workers=workers,
     )
     if not configuration and not obstacles(merged.manifest):
         configuration = recipe_text(merged.manifest, "merged.safetensors")
@@ -106,7 +119,10 @@ def save_comparison(comparison: Comparison, folder: Path) -> None:
 def read_comparison(folder: Path) -> Comparison | None:
     """Read the ``comparison.json`` of a folder; None if there is none."""
     path = folder / COMPARISON
-    return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    try:
+        return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"{path} cannot be read ({error}); delete it, and the same command makes it again.") from error
 
 
 def _facts(comparison: Comparison | None = None) -> Iterator[tuple[str, str]]:

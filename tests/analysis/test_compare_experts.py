@@ -125,18 +125,6 @@ def test_profile_of_groups(base, experts, merged):
     assert found.left_out == ["mlp.weight", "proj.weight", "head.weight"]
 
 
-def test_which_matrices_agree_and_fight_more_than_others(base, experts):
-    found = compare_experts(base, experts)
-    order = {
-        measure: sorted(found.matrices, key=lambda m: getattr(m, measure)) for measure in ("agreement", "conflict")
-    }
-    levels = found.agreement_and_conflict()
-    assert levels[order["agreement"][-1].name][0] == levels[order["conflict"][-1].name][1] == "high"
-    assert [levels[m.name][0] for m in order["agreement"][:2]] == ["low", "low"]
-    assert [levels[m.name][1] for m in order["conflict"][:2]] == ["low", "low"]
-    assert compare_experts(base, experts, subspaces=False).agreement_and_conflict() == {}
-
-
 def test_any_number_of_workers_and_files_give_the_same(base, experts, merged):
     for name, weights in {"base": base, **experts, **merged}.items():
         lm.save_weights(f"{name}.safetensors", weights)

@@ -132,3 +132,17 @@ def test_several_foundations():
     ]
     assert "one seed" in texts(page)
     assert render(page)
+
+
+@pytest.mark.parametrize("updates", [{}, {"photo": {}}, {"photo": {"TIES": {}}}])
+def test_nothing_is_known_of_updates(updates):
+    """As of benchmarks that were run before there were any, or whose experts are the base itself."""
+    base = base_weights()
+    comparison = compare_experts(base, {"photo": base, "sketch": base})
+    page = benchmark_page(table(ROWS, ["photo", "sketch"]), comparison, updates)
+    assert "How far each method moves each layer" not in page.figures
+    assert render(page)
+
+
+def test_a_domain_that_is_called_mean():
+    assert [row[0].text for row in winners(table(ROWS, ["mean", "sketch"])).rows] == ["mean", "sketch", "mean"]

@@ -16,13 +16,13 @@ from lightning_merge.checkpoints import save_weights
 from lightning_merge.cli import main
 from lightning_merge.evaluation import Table
 from lightning_merge.models.metrics import METRICS
-from lightning_merge.report import render
+from lightning_merge.report import Grid, render
 from lightning_merge.report.analysis_report import analysis_page
 from lightning_merge.report.experts import experts_grid, merged_grid
 from lightning_merge.report.merge_report import merge_page, parameters_grid
 from lightning_merge.report.recipe import models_grid
 from lightning_merge.report.search_report import search_page
-from lightning_merge.report.writing import report_merge
+from lightning_merge.report.writing import read_comparison, report_merge
 from tests.report.pages import NASTY
 from tests.toys import base_weights, expert_weights
 
@@ -109,6 +109,29 @@ def test_one_expert_alone():
     assert render(page)
 
 
+def test_matrices_are_those_of_the_merge_whatever_their_names(tmp_path):
+    base = {"m[0].weight": torch.randn(6, 4), "m*": torch.randn(4, 4)}
+    experts = {name: {key: torch.randn_like(own) for key, own in base.items()} for name in "ab"}
+    merged = lm.merge(base, experts, lm.methods.TIES(), matrices=lm.Matrices(exclude=["m[*]"]))
+    page = report_merge(merged, "report.html")
+    compared = next(g for s in page.sections for g in s.parts if isinstance(g, Grid) and g.header[0] == "matrix")
+    assert [row[0].text for row in compared.rows] == ["m[0].weight"]
+
+
+def test_what_came_out_is_not_finite():
+    bad = expert_weights(base_weights(), 0) | {"mlp.bias": torch.full((12,), 3e38)}
+    experts = {"a": bad, "b": bad}
+    merged = lm.merge(base_weights(), experts, lm.methods.TaskArithmetic(scale=1.0), include=["mlp*"])
+    page = report_merge(merged, "report.html")
+    assert "not finite" in " ".join(page.warnings)
+
+
+def test_a_comparison_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "comparison.json").write_text('{"experts": ["a"]')
+    with pytest.raises(lm.MergeError, match=r"comparison.json cannot be read .*; delete it"):
+        read_comparison(tmp_path)
+
+
 class TestAnalyze:
     def test_files_in_report_out(self, merged, capsys):
         command = [
@@ -139,6 +162,7 @@ class TestAnalyze:
             (["--base=base.safetensors"], "give the experts' checkpoints with --experts"),
             (["--experts=[photo.safetensors]"], "give it with --base, or give the --model"),
             (["--base=base.safetensors", "--experts=[gone.safetensors]"], "gone.safetensors"),
+            (["--base=base.safetensors", "--experts=[photo.safetensors]", "--output=photo.safetensors"], "no folder"),
         ],
     )
     def test_what_cannot_work_is_one_sentence(self, merged, arguments, sentence, capsys):
@@ -150,10 +174,11 @@ class TestAnalyze:
 
     def test_a_report_of_a_merge_has_the_ending_of_a_page(self, merged, capsys):
         command = ["merge", "--base=base.safetensors", "--experts=[photo.safetensors]", "--output=new.safetensors"]
-        with pytest.raises(SystemExit):
-            main([*command, "--report=report.pdf"])
-        assert "end its name in .html" in capsys.readouterr().err
-        assert not Path("new.safetensors").exists()
+        for path, sentence in (("report.pdf", "end it in .html"), ("base.safetensors/r.html", "is no folder")):
+            with pytest.raises(SystemExit):
+                main([*command, f"--report={path}"])
+            assert sentence in capsys.readouterr().err
+            assert not Path("new.safetensors").exists()
         main([*command, "--report=report.html"])
         assert "The report is report.html" in capsys.readouterr().out
         assert "SCORE of 1 expert" in Path("report.html").read_text()

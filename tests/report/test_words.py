@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_merge.report.words import count, listed, percent, points
+from lightning_merge.report.words import count, extremes, listed, percent, points
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,9 @@ def test_numbers():
         "3 methods",
         "2 matrices",
     ]
+
+
+def test_extremes_where_there_are_some():
+    assert extremes([2.0, 1.0, 3.0], ["a", "b", "c"]) == ("b", "c")
+    assert extremes([1.0, 1.0 + 1e-6], ["a", "b"]) is None
+    assert extremes([0.0], ["a"]) is None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib.colors import LogNorm
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from lightning_merge.analysis.comparison import MatrixComparison
+from lightning_merge.analysis.comparison import MatrixComparison, mean_of_pairs
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     DIVERGING,
@@ -122,7 +122,7 @@ def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> lis
     """
     known = [matrix for matrix in matrices if matrix.resolved is not None]
     agreement, conflict = (
-        _ranks([_mean_of_pairs(m.alignment) for m in known]),
+        _ranks([mean_of_pairs(m.alignment) for m in known]),
         _ranks([m.off_diagonal or 0 for m in known]),
     )
     chosen: list[int] = []
@@ -135,14 +135,9 @@ def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> lis
 
 
 def _ranks(values: Sequence[float]) -> list[int]:
-    order = sorted(range(len(values)), key=lambda i: values[i])
+    """Their places in ascending order; what is no number comes first."""
+    order = sorted(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
     return [order.index(i) for i in range(len(values))]
-
-
-def _mean_of_pairs(matrix: Tensor) -> float:
-    """The mean of the entries off the diagonal that are numbers; 0 if there are none."""
-    off_diagonal = matrix[~torch.eye(len(matrix), dtype=torch.bool)]
-    return float(off_diagonal.nanmean().nan_to_num())
 
 
 @drawn
@@ -190,5 +185,5 @@ def _title(matrix: MatrixComparison) -> str:
 
 
 def _shares(matrix: MatrixComparison) -> str:
-    parts = {"alignment": _mean_of_pairs(matrix.alignment), "off diagonal": matrix.off_diagonal}
+    parts = {"alignment": mean_of_pairs(matrix.alignment), "off diagonal": matrix.off_diagonal}
     return "\n" + ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
