@@ -29,7 +29,7 @@ from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.evaluation.jobs import quiet_lightning
 from lightning_merge.evaluation.merge_data import module_and_data
-from lightning_merge.evaluation.search import Found, search_coefficients
+from lightning_merge.evaluation.search import Found, row_name, search_coefficients
 from lightning_merge.evaluation.several_foundations import SeveralFoundations
 from lightning_merge.evaluation.task_models import evaluate_merged
 from lightning_merge.folders import is_folder
@@ -401,7 +401,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         self.merged, self.table = self.found.merged, self.found.table
         if self.is_global_zero:
             self.merged.save(output)
-        self._publish(report_search, Path(results))
+        chosen = {"chosen": row_name(self.found.setting), "method": type(self.found.method).__name__}
+        self._publish(partial(report_search, **chosen), Path(results))
         return self.found
 
     def evaluate(
@@ -481,7 +482,8 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             datamodule: The data of all domains. With ``test_on: all`` a held-out domain is evaluated as a whole.
             methods: The methods to compare, by the name of their row.
             output: The folder for experts, results.jsonl, table.md, table.tex and table.csv.
-            domains: The domains to leave out in turn; by default all but those of the base.
+            domains: The domains that take part: each has an expert, and is left out in turn while the experts of the
+                others are merged; by default all but those of the base.
             pretrain: Fit the base first, on domains of its own; by default the model as it is configured is the base.
             statistics: How the experts' statistics are collected, for methods that need them; the kinds are theirs.
             search: Methods whose fields are chosen first, on the validation splits of the domains that are merged: the
@@ -537,7 +539,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         datamodule: LightningDataModule | None = None,
         experts: dict[str, str] | list[str] | None = None,
         base: str | None = None,
-        merged: dict[str, str] | None = None,
+        merged: dict[str, str] | list[str] | None = None,
         output: str = "results/analysis",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -555,7 +557,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             experts: The experts' checkpoints, run folders, LoRA adapters or task vectors: a list, or a mapping from a
                 name (domain) to a path.
             base: The checkpoint that the experts started from; by default the model as it is configured.
-            merged: Merged models to look at, by name.
+            merged: Merged models to look at: a list, or a mapping from a name to a path.
             output: The folder for report.html, the experts' table.md, table.csv and table.tex, and comparison.json.
             include: Look only at the parameters whose name matches one of these shell patterns.
             exclude: Do not look at the parameters that match one of these shell patterns.

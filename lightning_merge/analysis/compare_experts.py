@@ -20,6 +20,7 @@ from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.inventory import take_inventory
 from lightning_merge.linalg import is_finite
 from lightning_merge.matrices import Matrices
+from lightning_merge.merged import Merged
 from lightning_merge.merging import Experts, open_experts, widest
 from lightning_merge.task_vectors import Scratch, TaskVectors
 
@@ -27,7 +28,7 @@ from lightning_merge.task_vectors import Scratch, TaskVectors
 def compare_experts(
     base: Source,
     experts: Experts,
-    merged: Source | Experts | None = None,
+    merged: Source | Experts | Merged | Mapping[str, Merged] | None = None,
     *,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -54,7 +55,8 @@ def compare_experts(
         base: The model that the experts started from.
         experts: The experts: a sequence of sources, or a mapping from a name to a source; adapters and task vectors are
             experts, too.
-        merged: Merged models: a mapping from a name to a source, a sequence of files, or one.
+        merged: Merged models: a mapping from a name to a source (or to what :func:`lightning_merge.merge` returned), a
+            sequence of files, or one.
         include: Look only at the parameters whose name matches one of these shell patterns.
         exclude: Do not look at those that match one of these.
         matrices: Which parameters count as matrices.
@@ -193,14 +195,28 @@ class _Models:
         return [matrices.record(*parts) for matrices, *parts in zip(found, names, merged, strict=True)]
 
 
-def _open_merged(merged: Source | Experts | None, base: Weights, names: Sequence[str]) -> dict[str, Weights]:
+def _open_merged(
+    merged: Source | Experts | Merged | Mapping[str, Merged] | None, base: Weights, names: Sequence[str]
+) -> dict[str, Weights]:
     """Open merged models, and see that they have the parameters that are compared."""
     if merged is None or (isinstance(merged, (Mapping, Sequence)) and not merged):
         return {}
     is_one = isinstance(merged, (str, os.PathLike, Weights)) or (
         isinstance(merged, Mapping) and any(isinstance(value, Tensor) for value in merged.values())
     )
+    if isinstance(merged, Merged):
+        merged, is_one = merged.weights, True
+    if isinstance(merged, Mapping):
+        merged = {name: own.weights if isinstance(own, Merged) else own for name, own in merged.items()}
     found = open_experts({"merged": merged} if is_one else merged, base)
+    raise_all(
+        [
+            f"The merged model {name} has none of the {len(names)} parameters that the experts share; give one "
+            "that was merged of them."
+            for name, weights in found.items()
+            if not any(key in weights for key in names)
+        ]
+    )
     raise_all(
         [
             f"The merged model {name} lacks {key!r}, which the experts share; give a model that was merged of them, or "

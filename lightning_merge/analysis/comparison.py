@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_merge.analysis import agreement
 from lightning_merge.analysis.groups import GROUPS, grouped
+from lightning_merge.errors import MergeError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class MatrixComparison:
     conflict: float | None = None
 
     @property
+    def chance(self) -> float:
+        """The alignment of an expert whose entries are independent: ``sqrt(k / m)`` in a subspace of k dimensions."""
+        shares = [math.sqrt(rank / self.shape[0]) for rank in self.ranks if rank]
+        return sum(shares) / len(shares) if shares else math.nan
+
+    @property
     def pruned(self) -> float | None:
         """The share of the experts' off-diagonal energy that SCORE drops."""
         return None if self.kept is None else 1 - self.kept
@@ -101,7 +108,7 @@ class GroupProfile:
     update_ratios: Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What :func:`compare_experts` found.
 
@@ -127,6 +134,12 @@ class Comparison:
     def by_name(self) -> Mapping[str, ParameterComparison]:
         """What was found for each parameter."""
         return {parameter.name: parameter for parameter in self.parameters}
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({', '.join(self.experts)}; merged: {', '.join(self.merged) or 'none'}; "
+            f"{len(self.parameters)} parameters, {len(self.matrices)} matrices)"
+        )
 
     def products(self, names: Collection[str] | None = None) -> Tensor:
         """The inner products of the experts' task vectors ``(T, T)``."""
@@ -174,6 +187,11 @@ class Comparison:
         """The mean over the matrices of ``alignment`` ``(T, T)``; where an expert's matrix is zero it is left out."""
         return self._mean([matrix.alignment for matrix in self.matrices])
 
+    def chance_alignment(self) -> float:
+        """The mean over the matrices of what ``alignment`` is for experts that have nothing to do with each other."""
+        found = [chance for matrix in self.matrices if math.isfinite(chance := matrix.chance)]
+        return sum(found) / len(found) if found else math.nan
+
     def mean_angles(self) -> Tensor:
         """The mean over the matrices of ``angles``, in radians ``(T, T)``; zero matrices are left out."""
         return self._mean([matrix.angles for matrix in self.matrices])
@@ -216,6 +234,8 @@ class Comparison:
         return self.parameters if names is None else (self.by_name[name] for name in names)
 
     def _square(self, merged: str, names: Collection[str] | None) -> float:
+        if merged not in self.merged:
+            raise MergeError(f"There is no merged model {merged!r}; there are {', '.join(self.merged) or 'none'}.")
         return math.fsum(parameter.merged_squares[merged] for parameter in self._of(names))
 
     def _merged_products(self, merged: str, names: Collection[str] | None) -> Tensor:

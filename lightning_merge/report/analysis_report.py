@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lightning_merge.analysis.comparison import Comparison
-from lightning_merge.report.experts import agreement, experts_in_words, layers
+from lightning_merge.report.experts import agreement, experts_in_words, layers, suspicions
 from lightning_merge.report.page import Page, again
 from lightning_merge.report.words import count, extremes
 
@@ -23,7 +23,7 @@ def analysis_page(comparison: Comparison, configuration: str = "", facts: Sequen
         f"{count(len(comparison.experts), 'expert')}{beside}",
         [*_lengths(comparison), *experts_in_words(comparison)],
         [agreement(comparison), layers(comparison), *again(configuration)],
-        ["Weights alone say nothing of how good a model is; benchmark or evaluate them."],
+        ["Weights alone say nothing of how good a model is; benchmark or evaluate them.", *suspicions(comparison)],
         facts,
     )
 

@@ -10,7 +10,7 @@ from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, OWN_EXPERT, is_method
 from lightning_merge.evaluation.table import Table
-from lightning_merge.report.experts import agreement, experts_in_words, layers
+from lightning_merge.report.experts import agreement, experts_in_words, layers, suspicions
 from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Page, Picture, Section, again
 from lightning_merge.report.plots import plot_domains, plot_heat_map, plot_tasks
@@ -45,7 +45,7 @@ def benchmark_page(
         f"{count(len(_methods(table)), 'method')}, {count(len(table.domains), 'domain')} left out in turn",
         [*_answers(table), *(experts_in_words(comparison) if comparison else ())],
         sections,
-        list(_warnings(table)),
+        [*_warnings(table), *(suspicions(comparison) if comparison else ())],
         facts,
     )
 
@@ -75,7 +75,9 @@ def winners(table: Table) -> Grid:
     header += ["below the own expert"] if own else []
     columns = [(domain, lambda row, domain=domain: table.value(row, domain)) for domain in table.domains]
     rows = [_winner(table, name, value, own) for name, value in [*columns, ("mean", table.mean)]]
-    caption = f"{_name(table).capitalize()} in %, differences in points; of equally good methods all are named."
+    caption = (
+        f"{_name(table).capitalize()} in %, differences in points; of many equally good methods the first are named."
+    )
     return Grid(header, [row for row in rows if row], caption)
 
 
@@ -151,6 +153,8 @@ _ONE_RUN = (
 def _warnings(table: Table) -> Iterator[str]:
     yield _ONE_RUN
     rows = table.row_names
+    if len(table.domains) == 2:
+        yield "With two domains every merge is of one expert alone; more domains make a merge of several."
     broken = [row for row in rows if any(math.isnan(value) for value in table.values(row))]
     if broken:
         yield f"Scores that are not numbers: {listed(broken)}. The merged weights or the metric were not finite there."
@@ -183,7 +187,7 @@ def _pictures(table: Table) -> list[Picture]:
         Picture(
             plot_domains(table),
             "Domain by domain",
-            "The best methods beside what they are compared with, in percent of the domain's own expert.",
+            "Some of the best methods beside what they are compared with, in percent of the domain's own expert.",
         ),
     ]
 

@@ -28,7 +28,7 @@ def experts_grid(comparison: Comparison) -> Grid:
     columns = {
         "norm": comparison.norms(),
         "cosine": _mean_of_others(comparison.cosines(), others),
-        "alignment": _mean_of_others(comparison.mean_alignment(), others),
+        "alignment": _mean_of_others(_alignment(comparison), others),
         "angle": _mean_of_others(comparison.mean_angles(), others),
         "effective rank": _effective_ranks(comparison),
     }
@@ -38,9 +38,10 @@ def experts_grid(comparison: Comparison) -> Grid:
             [Cell(name), *(_number(float(values[i])) for values in columns.values())]
             for i, name in enumerate(comparison.experts)
         ],
-        "Norm: of the expert's difference to the base. Cosine, alignment (the share of its task matrices that lies in "
-        "another expert's leading subspace) and angle (the mean principal angle between leading subspaces, in "
-        "radians): means over the other experts. Alignment, angle and effective rank: means over the matrices.",
+        "Norm: of the expert's difference to the base. Cosine, alignment and angle: means over the other experts. "
+        "Alignment: how much of its task matrices lies in the leading left (output) subspace of another expert's. "
+        "Angle: the mean principal angle between both subspaces, in radians. Alignment, angle and effective rank are "
+        f"means over the matrices{_by_chance(comparison)}.",
     )
 
 
@@ -77,6 +78,7 @@ def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
         numbers = [
             None if matrix.effective_ranks is None else float(matrix.effective_ranks.double().mean()),
             mean_of_pairs(matrix.alignment),
+            matrix.chance,
             mean_of_pairs(matrix.angles),
             matrix.off_diagonal,
             matrix.kept,
@@ -84,11 +86,12 @@ def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
         shape = f"{matrix.shape[0]} × {matrix.shape[1]}"
         rows.append([Cell(matrix.name), Cell(shape), *map(_number, numbers)])
     return Grid(
-        ["matrix", "shape", "effective rank", "alignment", "angle", "off diagonal", "kept"],
+        ["matrix", "shape", "effective rank", "alignment", "by chance", "angle", "off diagonal", "kept"],
         rows,
-        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts. Off diagonal: "
-        "the share of the experts' energy, in SCORE's common basis, that couples one's subspace to another's; kept: "
-        "what SCORE does not drop of it.",
+        "Effective rank: the mean over the experts. Alignment and angle: means over pairs of experts; by chance: the "
+        "alignment of experts whose entries are independent, which is high where a leading subspace has many of the "
+        "matrix's dimensions. Off diagonal: the share of the experts' energy, in SCORE's common basis, that couples "
+        "one's subspace to another's; kept: what SCORE does not drop of it.",
     )
 
 
@@ -106,8 +109,8 @@ def agreement(comparison: Comparison) -> Section:
                     "What SCORE makes of the experts, in three matrices",
                     "Those with much alignment and little off the diagonal, with much of both, and with little "
                     "alignment and much off the diagonal. The diagonal is what the experts have for themselves, a "
-                    "block each; entries off it couple their subspaces, and those that SCORE takes for conflicts are "
-                    "gone.",
+                    "block each in their order; entries off it couple their subspaces. Black are those that SCORE has "
+                    "dropped of every expert as conflicts.",
                 )
             )
     if comparison.matrices:
@@ -120,18 +123,19 @@ def _pairs(comparison: Comparison) -> Iterator[Picture]:
     names = comparison.experts
     if comparison.matrices:
         yield Picture(
-            plot_alignment(comparison.mean_alignment(), names),
+            plot_alignment(_alignment(comparison), names),
             "Subspace alignment of two experts",
-            f"How much of the row's expert lies in the leading subspace of the column's, the mean over "
-            f"{count(len(comparison.matrices), 'matrix', 'matrices')} ({comparison.rank_rule}). Experts that share "
-            "their subspaces collide there when they are added.",
+            f"How much of the row's expert lies in the leading left subspace of the column's (singular vectors: "
+            f"{comparison.rank_rule}, hence not 1 on the diagonal), the mean over "
+            f"{count(len(comparison.matrices), 'matrix', 'matrices')}{_by_chance(comparison)}. What goes beyond chance "
+            "is shared: there experts add up or collide when they are merged.",
         )
         angles = comparison.mean_angles()
         highest = math.pi / 2
         yield Picture(
             plot_alignment(angles, names, "mean principal angle in radians", (0.0, highest), directed=False),
             "Angles between the subspaces of two experts",
-            "Zero: the same subspace; π/2 = 1.57: nothing in common.",
+            "Zero: the same subspace; π/2 = 1.57: orthogonal, as two of more than half the dimensions cannot be.",
         )
     yield Picture(
         plot_alignment(comparison.cosines(), names, "cosine", (-1.0, 1.0), directed=False),
@@ -148,8 +152,6 @@ def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[st
         updates: For each held-out domain, method and group of layers the length of the update.
     """
     parts: list[str | Grid | Picture] = []
-    if comparison.merged:
-        parts.append(merged_grid(comparison))
     lengths = _mean_over_domains(updates or {})
     if lengths:
         parts.append(
@@ -176,9 +178,15 @@ def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[st
                 plot_spectra(shown, comparison.experts),
                 "Singular values, before and after merging" if comparison.merged else "Singular values of the experts",
                 "Thin lines: the experts' task matrices. A steep line is a change of low rank."
-                + (" Thick lines: the merged updates." if comparison.merged else ""),
+                + (
+                    " Thick lines: the merged updates; one that ends early is of a method that keeps fewer directions."
+                    if comparison.merged
+                    else ""
+                ),
             )
         )
+    if comparison.merged:
+        parts.append(merged_grid(comparison))
     return Section("What happened to each layer", parts)
 
 
@@ -187,21 +195,42 @@ def experts_in_words(comparison: Comparison) -> Iterator[str]:
     names = comparison.experts
     if len(names) < 2:
         return
-    conflict = comparison.sign_conflict()
+    conflict, chance = comparison.sign_conflict(), 1 - 2.0 ** (1 - len(names))
     if math.isfinite(conflict):
-        yield f"Experts pull in opposite directions in {100 * conflict:.0f} % of the entries that several have moved."
-    alignment = comparison.mean_alignment()
-    both = (alignment + alignment.T) / 2
-    pairs = [(float(both[i, j]), names[i], names[j]) for i in range(len(names)) for j in range(i)]
-    pairs = [pair for pair in pairs if math.isfinite(pair[0])]
-    if len(pairs) > 1:
-        (most, a, b), (least, c, d) = max(pairs), min(pairs)
         yield (
-            f"The subspaces of {listed([b, a])} have most in common (alignment {most:.2f}), those of {listed([d, c])} "
-            f"least ({least:.2f})."
+            f"In {100 * conflict:.0f} % of the entries that several experts have moved, two of them pull in opposite "
+            f"directions; with {count(len(names), 'expert')} of random signs it would be {100 * chance:.0f} %."
         )
-    elif pairs:
-        yield f"The subspaces of {listed(names)} have an alignment of {pairs[0][0]:.2f}."
+    alignment = _alignment(comparison)
+    both = (alignment + alignment.T) / 2
+    pairs = {(names[j], names[i]): float(both[i, j]) for i in range(len(names)) for j in range(i)}
+    pairs = {pair: value for pair, value in pairs.items() if math.isfinite(value)}
+    if not pairs:
+        return
+    most, least = max(pairs, key=pairs.get), min(pairs, key=pairs.get)
+    known = f"{comparison.chance_alignment():.2f} by chance"
+    if pairs[most] - pairs[least] > _TELLING:
+        yield (
+            f"The subspaces of {listed(most)} have most in common (alignment {pairs[most]:.2f}, {known}), those of "
+            f"{listed(least)} least ({pairs[least]:.2f})."
+        )
+    else:
+        yield f"The subspaces of two experts have an alignment of about {pairs[most]:.2f} ({known})."
+
+
+_TELLING = 0.02  # a smaller difference of alignments is none to speak of
+
+
+def suspicions(comparison: Comparison) -> Iterator[str]:
+    """What is wrong with the experts, as far as weights tell, in sentences."""
+    norms, cosines, names = comparison.norms(), comparison.cosines(), comparison.experts
+    still = [name for name, norm in zip(names, norms.tolist(), strict=True) if norm == 0]
+    if still:
+        yield f"The base itself is among the experts: {listed(still)}. Was the right checkpoint given?"
+    for i in range(len(names)):
+        for j in range(i):
+            if cosines[i, j] > 1 - 1e-9 and torch.isclose(norms[i], norms[j], rtol=1e-6):
+                yield f"{names[j]} and {names[i]} have the same weights."
 
 
 def _mean_over_domains(updates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -212,6 +241,17 @@ def _mean_over_domains(updates: Mapping[str, Mapping[str, Mapping[str, float]]])
             for group, value in groups.items():
                 found.setdefault(method, {}).setdefault(group, []).append(value)
     return {m: {g: sum(values) / len(values) for g, values in groups.items()} for m, groups in found.items()}
+
+
+def _alignment(comparison: Comparison) -> Tensor:
+    """The mean alignment of two experts ``(T, T)``; NaN for one that is the base itself and has no subspace."""
+    return comparison.mean_alignment().masked_fill(comparison.norms() == 0, math.nan)
+
+
+def _by_chance(comparison: Comparison) -> str:
+    """What alignment would be by chance, in words."""
+    chance = comparison.chance_alignment()
+    return f"; by chance the alignment would be {chance:.2f}" if math.isfinite(chance) else ""
 
 
 def _mean_of_others(values: Tensor, others: Tensor) -> Tensor:

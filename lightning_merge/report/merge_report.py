@@ -9,7 +9,7 @@ from typing import Any
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merged import Merged
-from lightning_merge.report.experts import agreement, experts_in_words, layers
+from lightning_merge.report.experts import agreement, experts_in_words, layers, suspicions
 from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Listing, Page, Section, again
 from lightning_merge.report.recipe import layers as layers_of
@@ -56,19 +56,21 @@ def merge_page(
 def parameters_grid(merged: Merged) -> Grid:
     """What happened to how many parameters."""
     found = merged.inventory
-    private = sorted({name for names in found.private.values() for name in names})
+    base = merged.base.meta
     kinds = {
-        "merged by the method": found.merged,
-        "averaged (running statistics)": found.averaged,
-        "copied from the base": found.copied,
-        "tied to another one": list(found.tied),
-        "kept by each expert (heads)": private,
+        "merged by the method": [base[name] for name in found.merged],
+        "averaged (running statistics)": [base[name] for name in found.averaged],
+        "copied from the base": [base[name] for name in found.copied],
+        "tied to another one": [base[found.tied[name]] for name in found.tied],
+        "kept by the experts (heads)": [
+            expert.meta[name] for expert in merged.experts.values() for name in found.private[expert.name]
+        ],
     }
     rows = []
-    for kind, names in kinds.items():
-        if names:
-            entries = sum(merged.base.meta[name].numel() for name in names if name in merged.base.meta)
-            rows.append([Cell(kind), Cell(f"{len(names)}", len(names)), Cell(f"{entries:,}", entries)])
+    for kind, tensors in kinds.items():
+        if tensors:
+            entries = sum(tensor.numel() for tensor in tensors)
+            rows.append([Cell(kind), Cell(f"{len(tensors)}", len(tensors)), Cell(f"{entries:,}", entries)])
     return Grid(["what happened", "parameters", "entries"], rows)
 
 
@@ -92,20 +94,18 @@ def _answers(merged: Merged, comparison: Comparison, table: Table | None) -> Ite
         if said:
             yield f"{table.metric.capitalize()} on {listed(table.domains)}: {listed(said)}."
     for name in comparison.merged:
-        ratio, distances = comparison.update_ratio(name), comparison.distances(name).tolist()
+        ratio, distances = comparison.update_ratio(name), (comparison.distances(name) / comparison.norms()).tolist()
         if math.isfinite(ratio):
             yield f"The merged model lies {ratio:.2f} times as far from the base as the experts do on average."
         ends = extremes(distances, comparison.experts)
         if ends:
-            yield f"It is nearest to {ends[0]} and farthest from {ends[1]}."
+            yield f"In relation to how far each expert went, it is nearest to {ends[0]} and farthest from {ends[1]}."
 
 
 def _warnings(merged: Merged, comparison: Comparison, table: Table | None) -> Iterator[str]:
     if table is None:
         yield "This model was not evaluated here: what follows is about weights, and says nothing of what it can do."
-    still = [name for name, norm in zip(comparison.experts, comparison.norms().tolist(), strict=True) if norm == 0]
-    if still:
-        yield f"Experts that are the base itself: {listed(still)}. Was the right checkpoint given?"
+    yield from suspicions(comparison)
     if any(merged.inventory.private.values()):
         yield "Every expert keeps parameters of its own (its head); the merged model has those of the base."
     if not comparison.merged:

@@ -12,11 +12,15 @@ from lightning_merge.report.plots import plot_sweep
 from lightning_merge.report.words import count, listed, percent
 
 
-def search_page(table: Table, configuration: str = "", facts: Sequence[tuple[str, str]] = ()) -> Page:
+def search_page(
+    table: Table, chosen: str, method: str, configuration: str = "", facts: Sequence[tuple[str, str]] = ()
+) -> Page:
     """What a search found, as a page.
 
     Args:
         table: A row for every setting, and the domains' own experts.
+        chosen: The row that was merged.
+        method: The name of the method.
         configuration: The YAML that makes it again.
         facts: What stands below the title.
     """
@@ -28,8 +32,8 @@ def search_page(table: Table, configuration: str = "", facts: Sequence[tuple[str
         "of the other fields.",
     )
     return Page(
-        f"{count(len(settings), 'setting')} on {count(len(table.domains), 'domain')}",
-        list(_answers(table, settings)),
+        f"{method}: {count(len(settings), 'setting')} on {count(len(table.domains), 'domain')}",
+        [*_answers(table, settings), f"Merged was {chosen}."],
         [Section("Scores, drawn", [picture]), Section("Scores", table.grids()), *again(configuration)],
         [_CHOSEN],
         facts,

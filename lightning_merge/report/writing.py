@@ -102,11 +102,11 @@ def report_benchmark(
     return page
 
 
-def report_search(table: Table, folder: Path, configuration: str = "") -> Page:
+def report_search(table: Table, folder: Path, chosen: str, method: str, configuration: str = "") -> Page:
     """Write ``report.html`` into the folder of a search, from what was measured there."""
     from lightning_merge.report.search_report import search_page
 
-    page = search_page(table, configuration, list(_facts()))
+    page = search_page(table, chosen, method, configuration, list(_facts()))
     write_page(page, folder / REPORT, data={"records": list(table.records)})
     return page
 
@@ -126,7 +126,7 @@ def read_comparison(folder: Path) -> Comparison | None:
 
 
 def _facts(comparison: Comparison | None = None) -> Iterator[tuple[str, str]]:
-    yield "Made", f"{datetime.now():%Y-%m-%d %H:%M}"
+    yield "Made", f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
     yield "With", f"lightning_merge {__version__}"
     if comparison is not None:
         yield "Experts", ", ".join(comparison.experts)

@@ -316,3 +316,15 @@ def test_what_is_stored_of_a_large_matrix_is_small():
     assert again.matrices[1].spectra.shape == (2, 256)
     assert again.matrices[1].resolved.shape == (64, 64)
     close(again.matrices[1].effective_ranks, found.matrices[1].effective_ranks, 1e-3)
+
+
+def test_what_a_merge_returned_is_a_merged_model(base, experts):
+    ours = lm.merge(base, experts, lm.methods.TaskArithmetic())
+    found, same = (compare_experts(base, experts, given) for given in ({"ours": ours}, {"ours": ours.weights}))
+    assert torch.equal(found.distances("ours"), same.distances("ours"))
+    assert compare_experts(base, experts, ours).merged == ["merged"]
+    assert repr(found).startswith("Comparison(")
+    with pytest.raises(lm.MergeError, match="no merged model 'theirs'; there are ours"):
+        found.distances("theirs")
+    with pytest.raises(lm.MergeError, match="The merged model other has none of the"):
+        compare_experts(base, experts, {"other": {"x": torch.zeros(2)}})

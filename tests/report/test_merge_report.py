@@ -70,6 +70,10 @@ def test_what_went_in_and_what_happened_to_it(merged):
         "averaged (running statistics)": 2,
         "copied from the base": 1,
     }
+    heads = {name: {"head": torch.zeros(size, 2)} for name, size in (("a", 3), ("b", 5))}
+    ours = lm.merge({"w": torch.zeros(2, 2)}, {n: {"w": torch.ones(2, 2), **own} for n, own in heads.items()},
+                    lm.methods.TIES(), exclude=["head"])  # fmt: skip
+    assert [cell.text for cell in parameters_grid(ours).rows[-1]] == ["kept by the experts (heads)", "2", "16"]
 
 
 def test_the_page_of_a_merge(merged):
@@ -92,9 +96,30 @@ def test_what_a_reader_must_know(merged):
     still = lm.merge("base.safetensors", {"still": "still.safetensors"}, lm.methods.TIES())
     comparison = compare_experts(still.base, still.experts, {"TIES": still.weights})
     warnings = " ".join(merge_page(still, comparison).warnings)
-    assert "Experts that are the base itself: still" in warnings
+    assert "The base itself is among the experts: still" in warnings
     assert "was not evaluated" in warnings
     assert render(merge_page(still, comparison))
+
+
+def test_experts_that_are_the_same():
+    one = expert_weights(base_weights(), 0)
+    page = analysis_page(compare_experts(base_weights(), {"a": one, "b": dict(one), "base": base_weights()}))
+    assert "a and b have the same weights." in page.warnings
+    assert any(sentence.startswith("The base itself is among the experts: base") for sentence in page.warnings)
+    assert any("The subspaces of two experts have an alignment of about" in sentence for sentence in page.summary)
+    assert not any("farthest" in sentence for sentence in page.summary) or "base least far" in " ".join(page.summary)
+
+
+def test_what_would_be_by_chance():
+    """Independent Gaussian task matrices have the alignment sqrt(k / m), and signs that differ in 1 - 2^(1 - T)."""
+    draw = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(40, 60)}
+    found = compare_experts(base, {name: {"w": torch.randn(40, 60, generator=draw)} for name in "abc"})
+    (matrix,) = found.matrices
+    assert matrix.chance == pytest.approx(math.sqrt(matrix.ranks[0] / 40), abs=0.02)
+    assert float(found.mean_alignment()[0, 1]) == pytest.approx(found.chance_alignment(), abs=0.03)
+    assert found.sign_conflict() == pytest.approx(0.75, abs=0.03)
+    assert "of random signs it would be 75 %." in " ".join(analysis_page(found).summary)
 
 
 def test_odd_names(merged):
@@ -191,9 +216,11 @@ def test_the_page_of_a_search():
         | ({} if row == "own expert" else {"setting": {"scale": float(row[6:])}})
         for row, value in values.items()
     ]
-    page = search_page(Table(records))
+    page = search_page(Table(records), "scale 1.0", "TIES")
+    assert page.title == "TIES: 3 settings on 1 domain"
     assert page.summary == [
         "scale 1.0: 75.0 % of the own experts' accuracy, the best of 2 settings.",
         "The worst, scale 0.5, reaches 50.0 %.",
+        "Merged was scale 1.0.",
     ]
     assert render(page)

@@ -47,7 +47,7 @@ def plot_layers(comparison: Comparison, pattern: str = GROUPS) -> Figure:
         panels.append(_draw_conflicts)
     if len(comparison.experts) > 1 or comparison.merged:
         panels.append(_draw_cosines)
-    columns = min(len(panels), 2)
+    columns = {3: 3}.get(len(panels), min(len(panels), 2))
     rows = -(-len(panels) // columns)
     figure = Figure(WIDTH, 1.2 + 2.2 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True).reshape(-1)
@@ -103,7 +103,7 @@ def _draw_merged(axes: Axes, comparison: Comparison, layers: Sequence[Names]) ->
 
 def _draw_conflicts(axes: Axes, comparison: Comparison, layers: Sequence[Names]) -> None:
     axes.bar(range(len(layers)), [100 * comparison.sign_conflict(names) for names in layers], color=MUTED)
-    axes.set_title("sign conflicts, % of what two experts moved")
+    axes.set_title("opposite signs, % of entries")
 
 
 def _draw_cosines(axes: Axes, comparison: Comparison, layers: Sequence[Names]) -> None:
@@ -114,4 +114,4 @@ def _draw_cosines(axes: Axes, comparison: Comparison, layers: Sequence[Names]) -
         cosines = [float(comparison.merged_cosines(name, names).nanmean()) for names in layers]
         axes.plot(cosines, marker="o", label=shown(name, 28), **look)
     axes.axhline(0, color=INK, linewidth=1, linestyle="--")
-    axes.set_title("mean cosine with the experts")
+    axes.set_title("mean cosine with the experts" if comparison.merged else "mean cosine between experts")

@@ -168,7 +168,7 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         bare(axes)
         whole(axes.xaxis)
         whole(axes.yaxis)
-        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min")
+        bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min", label="|entry|")
         plain_log(bar.ax.xaxis)
     for axes in panels[len(known) :]:
         axes.set_axis_off()
