@@ -106,17 +106,24 @@ def agreement(comparison: Comparison) -> Section:
             parts.append(
                 Picture(
                     plot_score_maps(maps),
-                    "What SCORE makes of the experts, in three matrices",
-                    "Those with much alignment and little off the diagonal, with much of both, and with little "
-                    "alignment and much off the diagonal. The diagonal is what the experts have for themselves, a "
-                    "block each in their order; entries off it couple their subspaces. Black are those that SCORE has "
-                    "dropped of every expert as conflicts.",
+                    f"What SCORE makes of the experts, in {count(len(maps), 'matrix', 'matrices')}",
+                    (_FARTHEST if len(maps) == 3 else "") + _MAP,
                 )
             )
     if comparison.matrices:
         parts.append(matrices_grid(comparison.matrices))
     parts += _left_out(comparison)
     return Section("Where the experts agree and fight", parts)
+
+
+_FARTHEST = (
+    "Those with much alignment and little off the diagonal, with much of both, and with little alignment and much off the "
+    "diagonal. "
+)
+_MAP = (
+    "The diagonal is what the experts have for themselves, a block each in their order; entries off it couple their "
+    "subspaces. Black are those that SCORE has dropped of every expert as conflicts."
+)
 
 
 def _pairs(comparison: Comparison) -> Iterator[Picture]:
