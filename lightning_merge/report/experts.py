@@ -117,8 +117,8 @@ def agreement(comparison: Comparison) -> Section:
 
 
 _FARTHEST = (
-    "Those with much alignment and little off the diagonal, with much of both, and with little alignment and much off the "
-    "diagonal. "
+    "Those with much alignment and little off the diagonal, with much of both, and with little alignment and much off "
+    "the diagonal. "
 )
 _MAP = (
     "The diagonal is what the experts have for themselves, a block each in their order; entries off it couple their "
