@@ -57,6 +57,7 @@ def test_on_the_command_line_and_in_a_file(monkeypatch, arguments, engine):
     )
     seen = []
     monkeypatch.setattr(Benchmark, "run", lambda self: seen.append(self.engine))
+    monkeypatch.setattr(lm.MergeTrainer, "_publish", lambda *_: None)  # there is no table
     main(["benchmark", f"--config={ROOT / 'configs/benchmark/digits.yaml'}", *arguments])
     assert seen == [engine]
 
