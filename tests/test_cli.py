@@ -566,7 +566,7 @@ def test_another_method_on_the_command_line_has_its_own_defaults(first, capsys):
     assert method == {"class_path": "lightning_merge.methods.MagMax", "init_args": {"scale": 0.5}}
 
 
-@pytest.mark.parametrize("verb", ["fit", "merge", "search", "statistics", "evaluate", "benchmark"])
+@pytest.mark.parametrize("verb", ["fit", "merge", "search", "statistics", "evaluate", "benchmark", "analyze"])
 def test_every_verb_prints_a_config_that_it_reads(verb, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--model=Expert", "--model.backbone=timm/resnet18", "--model.num_classes=3", "--print_config"])
