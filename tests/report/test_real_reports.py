@@ -16,7 +16,7 @@ from tests.conftest import ROOT, isolated
 from tests.report.browser import console_errors, open_page, outside_requests, screenshot
 from tests.report.test_browser import WIDTHS, copied, sort, texts_of
 
-RESULTS = Path(__file__).parent / "results"
+MEASURED = Path(__file__).parent / "measured"
 FEW = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--pretrain.max_epochs=1"]
 
 
@@ -39,10 +39,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pacs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``configs/benchmark/pacs.yaml`` measured on PACS with timm's ``tf_efficientnet_lite0`` at 96 pixels."""
     folder = tmp_path_factory.mktemp("pacs")
-    table = read(RESULTS / "pacs")
+    table = read(MEASURED / "pacs")
     table.save(folder)
-    (folder / "comparison.json").write_text((RESULTS / "pacs" / "comparison.json").read_text())
-    updates = json.loads((RESULTS / "pacs" / "updates.json").read_text())
+    (folder / "comparison.json").write_text((MEASURED / "pacs" / "comparison.json").read_text())
+    updates = json.loads((MEASURED / "pacs" / "updates.json").read_text())
     report_benchmark(table, folder, updates)
     return folder
 
