@@ -468,6 +468,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         search: dict[str, dict[str, list[GridValue]]] | None = None,
         foundations: Foundations | None = None,
         engine: Literal["ray", "slurm"] | Engine | None = None,
+        report: bool = True,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Table | FoundationsTable:
@@ -492,6 +493,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 fitted from the foundations in turn, merge them in several ways, and test on the tasks of the experts.
             engine: Who does the jobs: ``ray``, ``slurm``, or one of these with options (``Ray`` and ``Slurm``, such as
                 ``--engine Ray --engine.gpus 1``); by default this process, one after another.
+            report: Also write report.html: the tables, figures, and what the experts have in common.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -506,7 +508,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
                 self.table = self._benchmark_foundations(
                     model, datamodule, methods, output, domains, foundations, others, engine
                 )
-            self._publish(report_benchmark, Path(output))
+            self._publish(report_benchmark if report else None, Path(output))
             return self.table
         base_domains = pretrain.domains if pretrain else ()
         job_list = Benchmark(
@@ -523,15 +525,17 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
         )
         with self.progress_shown():
             self.table = job_list.run()
-        self._publish(partial(report_benchmark, updates=job_list.updates()), Path(output))
+        self._publish(partial(report_benchmark, updates=job_list.updates()) if report else None, Path(output))
         return self.table
 
-    def _publish(self, report: Callable[..., Page], folder: Path) -> None:
+    def _publish(self, report: Callable[..., Page] | None, folder: Path) -> None:
         """Write the report of a table into its folder, and both to the loggers that were given."""
         if self.is_global_zero:
-            page = report(self.table, folder, configuration=self.configuration)
-            self.report = folder / REPORT
-            log_to_loggers(self.given_loggers, self.table, page.figures)
+            figures = {}
+            if report is not None:
+                figures = report(self.table, folder, configuration=self.configuration).figures
+                self.report = folder / REPORT
+            log_to_loggers(self.given_loggers, self.table, figures)
 
     def analyze(
         self,

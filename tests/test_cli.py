@@ -282,6 +282,7 @@ class TestEveryConfigRuns:
             main(
                 ["benchmark", "--config=c.yaml", *TINY_DIGITS, "--pretrain.max_epochs=1"]
                 + ["--domains=[noisy, thick, slanted]", "--statistics.batches=1"]
+                + [f"--report={json.dumps(name == 'digits_all_methods')}"]
             )
             shown = capsys.readouterr().out
             assert all(f"| {row} " in shown for row in config["methods"])

@@ -32,7 +32,7 @@ def run(methods=METHODS, **arguments):
     settings = {"learning_rate": 3e-3, "warmup_steps": 5} | arguments.pop("model", {})
     pretrain = Pretrain(["upright"], max_epochs=2, hparams={"learning_rate": 0.01})
     trainer = quiet_trainer(**{"max_epochs": 1, "limit_train_batches": 10, **arguments.pop("trainer", {})})
-    arguments = {"domains": DOMAINS, "pretrain": pretrain, "output": "out", **arguments}
+    arguments = {"domains": DOMAINS, "pretrain": pretrain, "output": "out", "report": False, **arguments}
     return trainer.benchmark(tiny_expert(**settings), lm.Digits(batch_size=64), methods=methods, **arguments)
 
 
@@ -150,7 +150,7 @@ def test_the_checkpoint_that_was_monitored_is_the_expert():
 
 
 def test_a_start_with_other_weights_is_another_setting():
-    settings = {"methods": METHODS, "output": "out", "domains": ["noisy", "thick"]}
+    settings = {"methods": METHODS, "output": "out", "domains": ["noisy", "thick"], "report": False}
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=2)
     torch.manual_seed(1)
     trainer.benchmark(tiny_expert(), lm.Digits(), **settings)
@@ -209,6 +209,7 @@ def test_a_held_out_domain_as_a_whole():
         lm.Digits(test_on="all"),
         methods={"average": WeightAverage()},
         output="out",
+        report=False,
         domains=["noisy", "thick"],
     )
     tested = {(r["row"], r["test_on"]) for r in map(json.loads, Path("out/results.jsonl").read_text().splitlines())}

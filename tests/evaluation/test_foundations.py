@@ -44,6 +44,7 @@ def run(tmp_path: Path, methods=METHODS, tasks=None, **changes):
         methods=methods,
         output=str(tmp_path / "out"),
         domains=tasks,
+        report=False,
         foundations=Foundations(**{**options, **changes}),
     )
 

@@ -72,6 +72,7 @@ def test_a_benchmark_never_reads_the_domain_that_is_left_out(monkeypatch):
         lm.Digits(),
         methods={"average": WeightAverage(), "AdaMerging": METHODS[0], "RegMean++": METHODS[1]},
         output="out",
+        report=False,
         domains=["rotated", "noisy", "thick"],
     )
     assert asked == [d for d in (["noisy", "thick"], ["rotated", "thick"], ["rotated", "noisy"]) for _ in range(2)]

@@ -24,7 +24,7 @@ from lightning_merge.report.recipe import models_grid
 from lightning_merge.report.search_report import search_page
 from lightning_merge.report.writing import read_comparison, report_merge
 from tests.report.pages import NASTY
-from tests.toys import base_weights, expert_weights
+from tests.toys import base_weights, expert_weights, quiet_trainer, tiny_expert
 
 
 @pytest.fixture
@@ -207,6 +207,16 @@ class TestAnalyze:
         main([*command, "--report=report.html"])
         assert "The report is report.html" in capsys.readouterr().out
         assert "SCORE of 1 expert" in Path("report.html").read_text()
+
+
+def test_a_benchmark_without_a_report(tmp_path):
+    trainer, model = quiet_trainer(max_epochs=1, limit_train_batches=1), tiny_expert()
+    methods = {"average": lm.methods.WeightAverage()}
+    given = {"methods": methods, "domains": ["noisy", "thick"], "output": str(tmp_path / "out")}
+    for report in (False, True):  # and with one, later on
+        trainer.benchmark(model, lm.Digits(), report=report, **given)
+        assert (tmp_path / "out" / "report.html").exists() == report
+        assert (trainer.report is not None) == report
 
 
 def test_the_page_of_a_search():

@@ -190,6 +190,7 @@ def test_several_foundations_are_sent_as_well(tmp_path):
             output=type(engine).__name__,
             foundations=options,
             engine=engine,
+            report=False,
         )
         .records
         for engine in (None, Here())

@@ -53,6 +53,7 @@ def run(engine=None, callback: Callback | None = None):
         statistics=Recipe(batches=2),
         output="out",
         engine=engine,
+        report=False,
     )
 
 
