@@ -12,8 +12,8 @@ from lightning_merge.merged import Merged
 from lightning_merge.report.experts import agreement, experts_in_words, layers, suspicions
 from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Listing, Page, Section, again
+from lightning_merge.report.recipe import SYMBOLS, method_class, models_grid, summary_of
 from lightning_merge.report.recipe import layers as layers_of
-from lightning_merge.report.recipe import method_class, models_grid, summary_of
 from lightning_merge.report.words import count, extremes, listed, percent
 
 
@@ -83,6 +83,10 @@ def method_section(manifest: Mapping[str, Any]) -> Section:
         parts.append(f"{name}{f' ({paper})' if paper else ''}: {summary_of(cls) if cls else 'a method of your own.'}")
         if cls is not None and cls.formula is not None:
             parts.append(Listing(cls.formula, "Formula"))
+        arguments = {key: value for key, value in method["init_args"].items() if not isinstance(value, Mapping)}
+        parts.append(f"Arguments: {', '.join(f'{key} = {value}' for key, value in arguments.items())}.")
+    if any(isinstance(part, Listing) for part in parts):
+        parts.append(SYMBOLS.replace("`", ""))
     return Section("Method", parts)
 
 

@@ -16,6 +16,7 @@ from lightning_merge.errors import MergeError
 from lightning_merge.folders import is_folder, weights_name
 from lightning_merge.report.grid import Cell, Grid, as_markdown, one_line
 from lightning_merge.report.recipe import (
+    SYMBOLS,
     layers,
     method_class,
     models_grid,
@@ -34,10 +35,6 @@ CARD = "README.md"
 """The name of a model card in a folder."""
 _ROW = "merged"
 """The row of a table that is about the merged model."""
-_SYMBOLS = (
-    "`Δ_t` is what expert t of T changes of the base, with the singular vectors `U_t`, `V_t` and values `σ_t`; `τ` is "
-    "the update, `θ` and `W` are weights; `∘` multiplies entry by entry. The merged model is the base + scale · `τ`."
-)
 
 
 def model_card(manifest: Mapping[str, Any], output: str | os.PathLike[str], scores: Table | None = None) -> ModelCard:
@@ -101,7 +98,7 @@ def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
         ]
         yield Grid(["argument", "value"], rows).markdown()
     if has_formula:
-        yield _SYMBOLS
+        yield SYMBOLS
     if "repair" in manifest:
         yield "The merged model was then repaired: " + as_markdown(_value(manifest["repair"])) + "."
 

@@ -14,6 +14,11 @@ from lightning_merge.matrices import Matrices
 from lightning_merge.methods import MergeMethod
 from lightning_merge.report.grid import Cell, Grid
 
+SYMBOLS = (
+    "`Δ_t` is what expert t of T changes of the base, with the singular vectors `U_t`, `V_t` and values `σ_t`; `τ` is "
+    "the update, `θ` and `W` are weights; `∘` multiplies entry by entry. The merged model is the base + scale · `τ`."
+)
+"""What stands in the formulas of methods, in Markdown."""
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 

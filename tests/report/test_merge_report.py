@@ -83,6 +83,7 @@ def test_the_page_of_a_merge(merged):
     ]
     page = report_merge(merged, "report.html", Table(records), "seed: 0")
     assert [section.title for section in page.sections][:2] == ["Scores", "Method"]
+    assert "Arguments: scale = 0.5." in page.sections[1].parts
     assert "Accuracy on photo: base 25.0 % and merged 75.0 %." in page.summary
     text = Path("report.html").read_text()
     assert all(found in text for found in ("TaskArithmetic of 2 experts", "seed: 0", *page.summary[:1]))
