@@ -482,7 +482,7 @@ class MergeTrainer(_KnowsItsArguments, Trainer):
             model: The module of every expert, as it is before any fit.
             datamodule: The data of all domains. With ``test_on: all`` a held-out domain is evaluated as a whole.
             methods: The methods to compare, by the name of their row.
-            output: The folder for experts, results.jsonl, table.md, table.tex and table.csv.
+            output: The folder for experts, results.jsonl, report.html, table.md, table.tex and table.csv.
             domains: The domains that take part: each has an expert, and is left out in turn while the experts of the
                 others are merged; by default all but those of the base.
             pretrain: Fit the base first, on domains of its own; by default the model as it is configured is the base.

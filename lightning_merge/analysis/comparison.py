@@ -164,6 +164,10 @@ class Comparison:
         moved = sum(parameter.moved for parameter in found)
         return sum(parameter.conflicts for parameter in found) / moved if moved else math.nan
 
+    def chance_conflict(self) -> float:
+        """What :meth:`sign_conflict` is where all T experts change entries in random directions, ``1 - 2^(1 - T)``."""
+        return 1 - 2.0 ** (1 - len(self.experts))
+
     def distances(self, merged: str, names: Collection[str] | None = None) -> Tensor:
         """The distances of a merged model to the experts ``(T,)``."""
         return agreement.distances(

@@ -6,8 +6,9 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
     output/base/                    the common start, if it is fitted first
     output/experts/DOMAIN/          one expert each: expert.ckpt, logs
     output/experts/DOMAIN/expert.statistics.safetensors   of their data, where a method needs them
-    output/held_out/DOMAIN/done     what was measured on that domain
-    output/results.jsonl, table.md, table.tex, table.csv
+    output/comparison.json          what the experts have in common
+    output/held_out/DOMAIN/done     what was measured on that domain, and how far each method moved each layer
+    output/results.jsonl, table.md, table.tex, table.csv, report.html
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Every job leaves a ``done`` marker in its folder, so that a benchmark that was i
     output/seed 0/foundations/a/expert.ckpt      the foundations a, b, …, from different seeds
     output/seed 0/experts/TASK/expert.ckpt       an expert for each task, from the foundations in turn
     output/seed 0/merged/2/done                  what was measured when the first two tasks' experts are merged
-    output/results.jsonl, table.md, table.tex, table.csv
+    output/results.jsonl, table.md, table.tex, table.csv, report.html
 """
 
 from __future__ import annotations

@@ -127,10 +127,10 @@ def _answers(table: Table) -> Iterator[str]:
 def _foundation_answers(table: FoundationsTable) -> Iterator[str]:
     for merged in table.names("merged"):
         means = {
-            (arm, method): sum(cell.average) / len(cell.average)
+            (arm, method): cell.mean
             for arm in table.names("arm")
             for method in table.names("method")
-            if (cell := table.cell(merged, arm, method)).average
+            if (cell := table.cell(merged, arm, method)).average and math.isfinite(cell.mean)
         }
         if means:
             (arm, method), value = max(means.items(), key=lambda item: item[1])

@@ -202,7 +202,7 @@ def experts_in_words(comparison: Comparison) -> Iterator[str]:
     names = comparison.experts
     if len(names) < 2:
         return
-    conflict, chance = comparison.sign_conflict(), 1 - 2.0 ** (1 - len(names))
+    conflict, chance = comparison.sign_conflict(), comparison.chance_conflict()
     if math.isfinite(conflict):
         yield (
             f"In {100 * conflict:.0f} % of the entries that several experts have moved, two of them pull in opposite "

@@ -111,6 +111,9 @@ def _warnings(merged: Merged, comparison: Comparison, table: Table | None) -> It
         yield "This model was not evaluated here: what follows is about weights, and says nothing of what it can do."
     yield from suspicions(comparison)
     if any(merged.inventory.private.values()):
-        yield "Every expert keeps parameters of its own (its head); the merged model has those of the base."
+        yield (
+            "Experts keep parameters of their own (heads), which are not in the merged model; where the base has some "
+            "of that name, it has the base's."
+        )
     if not comparison.merged:
         yield "The merged weights hold values that are not finite; what follows is about the experts alone."

@@ -112,16 +112,16 @@ def _ranked(spectrum: Tensor) -> tuple[range, list[float]]:
 def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> list[MatrixComparison]:
     """The matrices that lie farthest out, as in Figure 3 of SCORE (arXiv 2603.05768).
 
-    Agreement is the mean subspace alignment of two experts, conflict the share of the energy off the diagonal; both are
-    taken as ranks. The first one has much agreement and little conflict, the second one much of both, the third one
-    little agreement and much conflict; further ones fill up in the order of the model.
+    By the mean subspace alignment of two experts, and the share of their energy off the diagonal in SCORE's basis, both
+    taken as ranks: the first one has much alignment and little off the diagonal, the second one much of both, the third
+    one little alignment and much off the diagonal; further ones fill up in the order of the model.
 
     Args:
         matrices: What was found for each.
         count: How many; fewer if there are no more with a map.
     """
     known = [matrix for matrix in matrices if matrix.resolved is not None]
-    agreement, conflict = (
+    alignment, off_diagonal = (
         _ranks([mean_of_pairs(m.alignment) for m in known]),
         _ranks([m.off_diagonal or 0 for m in known]),
     )
@@ -129,7 +129,7 @@ def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> lis
     for signs in ((1, -1), (1, 1), (-1, 1)):
         left = [i for i in range(len(known)) if i not in chosen]
         if left:
-            chosen.append(max(left, key=lambda i: signs[0] * agreement[i] + signs[1] * conflict[i]))
+            chosen.append(max(left, key=lambda i: signs[0] * alignment[i] + signs[1] * off_diagonal[i]))
     chosen += [i for i in range(len(known)) if i not in chosen]
     return [known[i] for i in chosen[:count]]
 

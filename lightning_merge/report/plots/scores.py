@@ -14,6 +14,7 @@ from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, OWN_EXPERT, is_method
 from lightning_merge.evaluation.table import Table
+from lightning_merge.report.grid import places
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     INK,
@@ -60,9 +61,11 @@ def plot_heat_map(table: Table) -> Figure:
 def _best_methods(values: np.ndarray, rows: Sequence[str], lowest: bool) -> np.ndarray:
     """Where the best of several methods stand in each column."""
     methods = np.array([is_method(row) for row in rows])
-    candidates = np.where(methods[:, None] & np.isfinite(values), -values if lowest else values, -np.inf)
-    best = candidates.max(axis=0)
-    return (candidates == best) & np.isfinite(best) & (methods.sum() > 1)
+    best = np.zeros(values.shape, dtype=bool)
+    if methods.sum() > 1:
+        columns = [places(column, lower_is_better=lowest) for column in values[methods].T.tolist()]
+        best[methods] = np.array([[place == 1 for place in column] for column in columns]).T
+    return best
 
 
 def best_rows(table: Table, count: int = 4) -> list[str]:
