@@ -27,7 +27,6 @@ from torch import Tensor
 import lightning_merge as lm
 from lightning_merge.align import find_symmetries
 from lightning_merge.align.foundations import Aligned
-from lightning_merge.aligning import Align, align, example_images
 from lightning_merge.analysis import (
     compare_activations,
     embed,
@@ -37,16 +36,17 @@ from lightning_merge.analysis import (
     project,
     task_plane,
 )
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.merge_data import calibration_images
 from lightning_merge.evaluation.task_models import model_of_task
+from lightning_merge.merging.aligning import Align, align, example_images
+from lightning_merge.merging.repairing import Repair, repair
 from lightning_merge.methods import TaskArithmetic
 from lightning_merge.repair import corrected_weights, find_head, find_sites, probe_head, tact
-from lightning_merge.repairing import Repair, repair
 from lightning_merge.report import Cell, Grid
 from lightning_merge.report.plots import plot_embeddings, plot_landscapes, plot_tasks, plot_variance_ratio
 from lightning_merge.report.style import house_style
-from lightning_merge.sites import Site
+from lightning_merge.utilities.sites import Site
 
 SCALE = 0.4
 Weights = Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""How exact and how fast is ``lightning_merge.linalg``, beside ``torch.linalg.svd`` in float32?
+"""How exact and how fast is ``lightning_merge.utilities.linalg``, beside ``torch.linalg.svd`` in float32?
 
     python -m benchmarks.linalg
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import machine, say, table
-from lightning_merge import linalg
+from lightning_merge.utilities import linalg
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 Solve = Callable[[Tensor], tuple[Tensor, ...]]

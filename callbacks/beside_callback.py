@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_merge.callbacks.merging_callback import MergingCallback
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
-from lightning_merge.evaluation.beside import Beside
-from lightning_merge.evaluation.repeats import check_enough, loaders_of
-from lightning_merge.trainers import processes_of_run
+from lightning_merge.evaluation.beside.beside import Beside
+from lightning_merge.evaluation.beside.repeats import check_enough, loaders_of
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 
 
 class BesideCallback(MergingCallback, ABC):

@@ -12,14 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_merge.callbacks.beside_callback import BesideCallback
 from torch import Tensor
 
-from lightning_merge.checkpoints import Weights, open_weights, write_text
-from lightning_merge.errors import MergeError, problems_of, raise_all
+from lightning_merge.checkpoints import Weights, match_names, open_weights, write_text
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.methods import MergeMethod
-from lightning_merge.prefixes import match_names
-from lightning_merge.report.grid import Cell, Grid
-from lightning_merge.sharing import Processes
-from lightning_merge.trainers import check_whole, processes_of_run
+from lightning_merge.models.fitted import check_whole
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.grid import Cell, Grid
+from lightning_merge.utilities.processes import Processes, processes_of_run
 
 CURRENT = "current"
 """The row of the module's own weights."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from lightning_merge.analysis.alignment import leading_subspace, projected_ratio
 from lightning_merge.analysis.groups import GROUPS, check_pattern, group_of
 from lightning_merge.checkpoints import Weights, open_weights
-from lightning_merge.errors import problems_of, raise_all
 from lightning_merge.evaluation.merge_data import module_and_data
-from lightning_merge.matrices import Matrices
-from lightning_merge.merging import merge
+from lightning_merge.merging.merge import merge
 from lightning_merge.methods import MergeMethod, TaskArithmetic
-from lightning_merge.task_vectors import wide
-from lightning_merge.trainers import processes_of_run
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.utilities.errors import problems_of, raise_all
+from lightning_merge.utilities.processes import processes_of_run
+from lightning_merge.utilities.tensors import wide
 
 
 class LogAlignment(MergingCallback):

@@ -11,10 +11,11 @@ from lightning_merge.callbacks.merging_callback import MergingCallback, makes_la
 from torch import Tensor
 
 from lightning_merge.checkpoints import check_output, checkpoint_of, open_weights, save_checkpoint
-from lightning_merge.errors import MergeError, problems_of, raise_all
-from lightning_merge.merged import Merged
+from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.trainers import Which, check_which, check_whole, fitted_weights, misses_last, processes_of_run
+from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, misses_last
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.processes import processes_of_run
 
 
 class MergeAfterFit(MergingCallback):

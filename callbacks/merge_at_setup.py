@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning_merge.callbacks.merging_callback import MergingCallback
 
-from lightning_merge.errors import MergeError
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.trainers import processes_of_run
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 
 Stage = Literal["fit", "validate", "test", "predict"]
 

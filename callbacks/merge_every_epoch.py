@@ -11,8 +11,8 @@ from lightning_merge.callbacks.beside_callback import BesideCallback
 from torch import Tensor
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError
 from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.utilities.errors import MergeError
 
 
 class MergeEveryEpoch(BesideCallback):

@@ -13,22 +13,22 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_merge.callbacks.record_statistics import RecordStatistics
 from torch import Tensor
 
-from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.checkpoints import Weights, open_experts, open_statistics, open_weights
+from lightning_merge.checkpoints.names import is_left_out, matches
+from lightning_merge.checkpoints.views import Completed, under_names_of
 from lightning_merge.checkpoints.weights import plain_names
-from lightning_merge.completion import Completed
 from lightning_merge.data import DomainDataModule
-from lightning_merge.errors import MergeError, problems_of, raise_all
 from lightning_merge.evaluation.merge_data import check_named_after_domains, module_and_data
-from lightning_merge.inventory import compare, is_left_out
-from lightning_merge.matrices import Matrices, matches
-from lightning_merge.merged import Merged
-from lightning_merge.merging import check_arguments, merge, open_experts
+from lightning_merge.merging.checks import check_arguments
+from lightning_merge.merging.inventory import compare
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import MergeMethod
-from lightning_merge.prefixes import under_names_of
-from lightning_merge.progress import show_progress
-from lightning_merge.sharing import Processes
-from lightning_merge.statistics import open_statistics
-from lightning_merge.trainers import check_whole, processes_of_run
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.models.fitted import check_whole
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.processes import Processes, processes_of_run
+from lightning_merge.utilities.progress import show_progress
 
 _MODULE = "the running module"
 """What the module's own weights are called in messages where they are no expert."""

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_merge.checkpoints import check_output, open_weights
-from lightning_merge.collect_statistics import Kind, Recipe
-from lightning_merge.completion import Completed
+from lightning_merge.checkpoints import check_output, open_weights, statistics_file
+from lightning_merge.checkpoints.views import Completed
 from lightning_merge.data.each_once import each_once
-from lightning_merge.errors import MergeError
-from lightning_merge.recording import record, statistics_batches
-from lightning_merge.statistics import statistics_file
-from lightning_merge.trainers import best_checkpoint, check_whole, last_checkpoint, processes_of_run
+from lightning_merge.evaluation.statistics.collect import Kind, Recipe
+from lightning_merge.evaluation.statistics.record import record, statistics_batches
+from lightning_merge.models.fitted import best_checkpoint, check_whole, last_checkpoint
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 
 
 class RecordStatistics(Callback):

@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_merge.callbacks.merging_callback import makes_layers_late
 
-from lightning_merge.checkpoints import TASK_VECTOR, Weights, open_weights, save_tensors
-from lightning_merge.errors import MergeError
-from lightning_merge.prefixes import match_names
-from lightning_merge.task_vector_files import check_task_vector, take_task_vector, task_vector_file
-from lightning_merge.trainers import Which, check_which, check_whole, fitted_weights, processes_of_run
+from lightning_merge.checkpoints import TASK_VECTOR, Weights, match_names, open_weights, save_tensors
+from lightning_merge.checkpoints.task_vector_files import task_vector_file
+from lightning_merge.checkpoints.task_vector_writing import check_task_vector, take_task_vector
+from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 
 
 class SaveTaskVector(Callback):

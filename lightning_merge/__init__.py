@@ -22,24 +22,35 @@ _HOME = {
     "DomainDataModule": "lightning_merge.data",
     "DomainFolders": "lightning_merge.data",
     "Expert": "lightning_merge.models",
-    "Matrices": "lightning_merge.matrices",
-    "MergeCLI": "lightning_merge.cli",
-    "MergeError": "lightning_merge.errors",
+    "Matrices": "lightning_merge.methods.base.matrices",
+    "MergeCLI": "lightning_merge.trainer",
+    "MergeError": "lightning_merge.utilities.errors",
     "MergeMethod": "lightning_merge.methods",
     "MergeTrainer": "lightning_merge.trainer",
-    "Merged": "lightning_merge.merged",
-    "Plan": "lightning_merge.plans",
+    "Merged": "lightning_merge.merging.merged",
+    "Plan": "lightning_merge.merging.plan",
     "TaskArrays": "lightning_merge.data",
-    "merge": "lightning_merge.merging",
-    "open_task_vector": "lightning_merge.task_vector_files",
+    "merge": "lightning_merge.merging.merge",
+    "open_task_vector": "lightning_merge.checkpoints",
     "open_weights": "lightning_merge.checkpoints",
-    "plan": "lightning_merge.planning",
-    "save_task_vector": "lightning_merge.task_vector_files",
+    "plan": "lightning_merge.merging.planning",
+    "save_task_vector": "lightning_merge.checkpoints",
     "save_weights": "lightning_merge.checkpoints",
-    "show_progress": "lightning_merge.progress",
-    "sweep": "lightning_merge.sweeping",
+    "show_progress": "lightning_merge.utilities.progress",
+    "sweep": "lightning_merge.merging.sweeping",
 }
-_MODULES = ("align", "analysis", "callbacks", "data", "evaluation", "linalg", "methods", "models", "repair", "testing")
+_MODULES = {
+    "align": "lightning_merge.align",
+    "analysis": "lightning_merge.analysis",
+    "callbacks": "lightning_merge.callbacks",
+    "data": "lightning_merge.data",
+    "evaluation": "lightning_merge.evaluation",
+    "linalg": "lightning_merge.utilities.linalg",
+    "methods": "lightning_merge.methods",
+    "models": "lightning_merge.models",
+    "repair": "lightning_merge.repair",
+    "testing": "lightning_merge.testing",
+}
 
 __all__ = sorted([*_HOME, *_MODULES])
 
@@ -48,7 +59,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if name in _MODULES:
-        return import_module(f"lightning_merge.{name}")
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'lightning_merge' has no attribute {name!r}")
 
 

@@ -9,11 +9,11 @@ def main(args: list[str] | None = None) -> None:
     """Run ``lightning-merge``; ``methods`` needs neither Lightning nor a model, and does not wait for their import."""
     given = sys.argv[1:] if args is None else args
     if given[:1] == ["methods"]:
-        from lightning_merge.catalog import main as show_methods
+        from lightning_merge.methods.catalog import main as show_methods
 
         show_methods(given[1:])
     else:
-        from lightning_merge.cli import main as run
+        from lightning_merge.trainer.cli import main as run
 
         run(args)
 

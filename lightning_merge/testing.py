@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.checkpoints import open_weights
-from lightning_merge.inventory import take_inventory
-from lightning_merge.merging import merge
+from lightning_merge.checkpoints import open_statistics, open_weights
+from lightning_merge.merging.inventory import take_inventory
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.toy_models import State, ToyModule, make_data, make_models, make_statistics
 from lightning_merge.methods import MergeMethod
-from lightning_merge.statistics import open_statistics
-from lightning_merge.task_data import TaskData
-from lightning_merge.task_vectors import TaskVectors
-from lightning_merge.toy_models import State, ToyModule, make_data, make_models, make_statistics
+from lightning_merge.methods.base.task_data import TaskData
+from lightning_merge.methods.base.task_vectors import TaskVectors
 
 
 def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
@@ -116,7 +115,7 @@ def _check_rule(method: MergeMethod, tolerance: float) -> None:
     inventory = take_inventory(origin, [*sources.values()])
     copied = {name: base[name] for name in inventory.copied}
     for dtype, device in product((torch.float32, torch.float64), devices):
-        tasks = TaskData(ToyModule().to(device), make_data(experts), copied, sources, inventory)
+        tasks = TaskData(ToyModule().to(device), make_data(experts), copied, sources, inventory.tied, inventory.private)
         task_vectors = TaskVectors(
             origin, [*sources.values()], names, dtype, device, statistics=statistics, tasks=tasks
         )

@@ -180,7 +180,7 @@ def test_contenders_say_what_they_took(tmp_path, capsys):
 def test_foundations_draws_its_figures(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks import foundations
-    from tests.evaluation.test_foundations import run
+    from tests.evaluation.benchmark.test_foundations import run
 
     run(tmp_path, merged=[2])
     model = {"init_args": dict(tiny_vgg().hparams)}

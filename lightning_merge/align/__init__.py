@@ -4,7 +4,7 @@ from lightning_merge.align.activation_matching import groups_without_features, m
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum
 from lightning_merge.align.correlations import CrossMoments
 from lightning_merge.align.find_symmetries import describe, find_symmetries
-from lightning_merge.align.many import match_many
+from lightning_merge.align.match_many import match_many
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.straight_through import refine_straight_through
 from lightning_merge.align.symmetries import Group, Symmetries

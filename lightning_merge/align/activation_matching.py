@@ -24,11 +24,11 @@ from lightning_merge.align.entries import Entries, Key, aligned_but, entries_alo
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
-from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.running import common_dtype, complete_state, device_of, evaluating, read_images, seeded
-from lightning_merge.sharing import Processes
-from lightning_merge.sites import Site, at_sites, split_name
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain, seeded
+from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.sites import Site, at_sites, split_name
 
 TASK = "the alignment"  # what the data are called in messages
 AT_ONCE = 32  # samples: all watched activations of so many are in memory

@@ -1,8 +1,8 @@
 """Find the permutation groups of any module that ``torch.export`` can trace.
 
 Every axis of every parameter gets a dimension, and the operators of the graph say which dimensions must be ordered
-alike (:mod:`.rules`): what a layer writes and the next one reads, the two sides of a residual sum, queries and keys.
-What remains free is a permutation group. Nothing is known about architectures.
+alike (:mod:`lightning_merge.align.rules`): what a layer writes and the next one reads, the two sides of a residual sum,
+queries and keys. What remains free is a permutation group. Nothing is known about architectures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_merge.align.symmetries import Group, Symmetries
 from lightning_merge.align.tracing import batch_of_two, copied, decomposed, exported, marks, run
 from lightning_merge.align.trees import Dependent, tree
 from lightning_merge.align.verification import verified
-from lightning_merge.errors import raise_all
+from lightning_merge.utilities.errors import raise_all
 
 
 def find_symmetries(

@@ -17,11 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_merge.align.permutation import Permutation
-from lightning_merge.checkpoints import Source, Weights, open_weights
-from lightning_merge.computation import mean_of
-from lightning_merge.errors import raise_all
-from lightning_merge.lora import open_expert
-from lightning_merge.prefixes import Renamed, match_names, own_names
+from lightning_merge.checkpoints import Source, Weights, match_names, open_expert, open_weights
+from lightning_merge.checkpoints.views import Mean, Renamed, own_names
+from lightning_merge.utilities.errors import raise_all
 
 Match = Callable[[Mapping[str, Weights]], Mapping[str, Permutation]]
 """Finds the permutation of every foundation, by its name."""
@@ -45,33 +43,6 @@ class Permuted(Weights):
     def provenance(self) -> dict[str, Any]:
         """Where the model is from, and which permutation it is seen through."""
         return self.original.provenance() | {"permutation": self.permutation.digest()}
-
-
-class Mean(Weights):
-    """The mean of several models, computed when it is read. What is no floating point number is the first one's."""
-
-    def __init__(self, name: str, models: Mapping[str, Weights]) -> None:
-        first, *others = models.values()
-        shared = {key for key in first if all(key in o and o.meta[key].shape == first.meta[key].shape for o in others)}
-
-        def read(key: str) -> Tensor:
-            if key not in shared or not first.meta[key].is_floating_point():
-                return first[key]
-            return mean_of(key, first, models)
-
-        super().__init__(
-            name,
-            {key: lambda key=key: read(key) for key in first},
-            first.meta,
-            header=first.header,
-            tied=first.tied,
-            inputs=tuple(file for model in models.values() for file in model.inputs),
-        )
-        self.models = dict(models)
-
-    def provenance(self) -> dict[str, Any]:
-        """What the mean is of."""
-        return {"mean_of": {name: model.provenance() for name, model in self.models.items()}}
 
 
 @dataclass(frozen=True)
@@ -104,8 +75,8 @@ def align_experts(
         foundations: The foundations by name. The common order is that of the first one, unless ``match`` moves it, too.
         experts: The experts by name.
         foundation_of: For every expert the name of the foundation it was fine-tuned from.
-        match: Finds the permutations of the foundations, see :func:`match_foundations`; None leaves all channels where
-            they are (naive merging, the control).
+        match: Finds the permutations of the foundations, such as :func:`lightning_merge.align.match_many`; None leaves
+            all channels where they are (naive merging, the control).
         like: A state dict with the names of the module that the channels are of; models whose names have another prefix
             are seen under these.
 

@@ -18,9 +18,9 @@ from lightning_merge.align.descent import Descent
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
-from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.running import common_dtype, complete_state, device_of, evaluating, read_images, seeded
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain, seeded
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,7 +52,7 @@ def refine_straight_through(
         other: The model whose channels are put into order.
         symmetries: The groups of both.
         batches: ``(images, labels)``, read again in every epoch.
-        permutation: Where to start, such as what :func:`match_weights` finds.
+        permutation: Where to start, such as what :func:`lightning_merge.align.match_weights` finds.
         loss: Of ``(outputs, labels)``, a mean over the samples.
         learning_rate: Of SGD on the guide; the authors' is 0.01.
         momentum: Of SGD on the guide.

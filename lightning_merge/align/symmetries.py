@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
-from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.matrices import matches
+from lightning_merge.checkpoints.names import matches
+from lightning_merge.utilities.errors import MergeError, raise_all
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Symmetries:
     Args:
         groups: The groups by name.
         axes: For every parameter and buffer that a group orders, its axes.
-        features: The same for activations, by the name of their site, see :class:`lightning_merge.sites.Site`. The
-            first axis, that of the samples, is ``Fixed(-1)``: any number of them.
+        features: The same for activations, by the name of their site, see
+            :class:`lightning_merge.utilities.sites.Site`. The first axis, that of the samples, is ``Fixed(-1)``: any
+            number of them.
         statistics: Names of what is permuted with the rest, but not compared: running means and variances.
         fixed: What keeps channels from being permuted: the number of axes by operator or reason.
     """

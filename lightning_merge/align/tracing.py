@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 BY_HAND = "Describe its groups by hand with Symmetries.from_axes or Symmetries.from_json."
 

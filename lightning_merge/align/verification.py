@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 FAILED = "failed verification"
 EXACT, ROUNDED = 1e-8, 1e-4

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_merge.align.descent import Descent, compared, inner_product
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
-from lightning_merge.errors import raise_all
+from lightning_merge.utilities.errors import raise_all
 
 
 def match_weights(

@@ -12,13 +12,14 @@ from lightning_merge.analysis.alignment import (
 from lightning_merge.analysis.angles import pairwise_angles, principal_angles
 from lightning_merge.analysis.barrier import Barrier, interpolate, loss_barrier
 from lightning_merge.analysis.compare_experts import compare_experts
-from lightning_merge.analysis.comparison import Comparison, GroupProfile, MatrixComparison, ParameterComparison
+from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.analysis.embeddings import embed, project
 from lightning_merge.analysis.groups import GROUPS, group_of, grouped
 from lightning_merge.analysis.landscape import Landscape, Plane, landscape, task_plane
+from lightning_merge.analysis.losses import loss_and_accuracy
 from lightning_merge.analysis.normalized import NormalizedAccuracy, normalized_accuracy
 from lightning_merge.analysis.probe import linear_probe
-from lightning_merge.analysis.running import loss_and_accuracy
+from lightning_merge.analysis.records import GroupProfile, MatrixComparison, ParameterComparison
 from lightning_merge.analysis.score_map import ScoreMap, score_map
 from lightning_merge.analysis.spectra import effective_rank, energy_share, singular_values, stable_rank
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.analysis.running import check_weights, read_batches, run
-from lightning_merge.errors import raise_all
-from lightning_merge.running import device_of, evaluating
-from lightning_merge.sites import Site, at_sites
+from lightning_merge.analysis.losses import check_weights, read_batches, run
+from lightning_merge.utilities.errors import raise_all
+from lightning_merge.utilities.modules import device_of, evaluating
+from lightning_merge.utilities.sites import Site, at_sites
 
 
 @dataclass(frozen=True)

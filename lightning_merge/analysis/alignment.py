@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
-from lightning_merge.linalg import svd
-from lightning_merge.task_vectors import wide
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.linalg import svd
+from lightning_merge.utilities.tensors import wide
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.analysis.alignment import OF_PAIRS, RankRule
-from lightning_merge.errors import MergeError
-from lightning_merge.linalg import gram, svd
-from lightning_merge.task_vectors import wide
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.linalg import gram, svd
+from lightning_merge.utilities.tensors import wide
 
 
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_merge.analysis.running import check_same
-from lightning_merge.errors import MergeError
+from lightning_merge.analysis.losses import check_same
+from lightning_merge.utilities.errors import MergeError
 
 Weights = Mapping[str, Tensor]
 

@@ -11,18 +11,19 @@ from torch import Tensor
 from lightning_merge.analysis.agreement import inner_products, sign_conflicts
 from lightning_merge.analysis.alignment import OF_PAIRS, RankRule
 from lightning_merge.analysis.choosing import choose, operations
-from lightning_merge.analysis.comparison import Comparison, MatrixComparison, ParameterComparison
+from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.analysis.expert_matrices import ExpertMatrices, MergedMatrix
-from lightning_merge.analysis.groups import by_depth
-from lightning_merge.checkpoints import Source, Weights, open_weights
-from lightning_merge.computation import count_workers, run_each
-from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.inventory import take_inventory
-from lightning_merge.linalg import is_finite
-from lightning_merge.matrices import Matrices
-from lightning_merge.merged import Merged
-from lightning_merge.merging import Experts, open_experts, widest
-from lightning_merge.task_vectors import Scratch, TaskVectors
+from lightning_merge.analysis.groups import by_depth, grouped
+from lightning_merge.analysis.records import MatrixComparison, ParameterComparison
+from lightning_merge.checkpoints import Experts, Source, Weights, open_experts, open_weights
+from lightning_merge.checkpoints.weights import widest
+from lightning_merge.merging.inventory import take_inventory
+from lightning_merge.merging.merged import Merged
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.tensors import Scratch, is_finite
+from lightning_merge.utilities.workers import count_workers, run_each
 
 
 def compare_experts(
@@ -230,3 +231,17 @@ def _open_merged(
         ]
     )
     return found
+
+
+def update_ratios(
+    base: Source, experts: Mapping[str, Source], merged: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """How far merged models move each group of layers: their update's norm, divided by the mean of the experts'.
+
+    Merged models that hold values that are not finite, and groups that no expert has moved, are left out.
+    """
+    whole = {name: weights for name, weights in merged.items() if all(map(is_finite, weights.values()))}
+    comparison = compare_experts(base, experts, whole, subspaces=False)
+    groups = grouped(comparison.by_name)
+    ratios = {name: {group: comparison.update_ratio(name, own) for group, own in groups.items()} for name in whole}
+    return {name: {g: ratio for g, ratio in own.items() if math.isfinite(ratio)} for name, own in ratios.items()}

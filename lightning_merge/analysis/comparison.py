@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,104 +13,14 @@ from torch import Tensor
 
 from lightning_merge.analysis import agreement
 from lightning_merge.analysis.groups import GROUPS, grouped
-from lightning_merge.errors import MergeError
-
-
-@dataclass(frozen=True)
-class ParameterComparison:
-    """What was found for one parameter; T experts, and merged models by name.
-
-    Args:
-        name: The parameter.
-        shape: Its shape.
-        products: The inner products of the experts' task vectors, float64 ``(T, T)``.
-        moved: Entries that at least two experts have changed.
-        conflicts: Those of them where two experts have changed it in different directions.
-        merged_squares: For each merged model the squared norm of its update.
-        merged_products: For each merged model the inner products of its update with every task vector, ``(T,)``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    products: Tensor
-    moved: int
-    conflicts: int
-    merged_squares: Mapping[str, float] = field(default_factory=dict)
-    merged_products: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class MatrixComparison:
-    """What was found for one task matrix, or one of the blocks that a parameter consists of.
-
-    Args:
-        name: The parameter, and ``[i]`` behind it where it is seen as several matrices.
-        shape: ``(m, n)``; ``r`` is the smaller one.
-        spectra: The singular values of every expert's task matrix ``(T, r)``; what was stored are the leading ones.
-        alignment: ``[i, j]``: the subspace alignment ratio of expert i in the leading subspace of expert j, ``(T, T)``.
-        angles: ``[i, j]``: the mean principal angle between the experts' leading subspaces, in radians ``(T, T)``.
-        merged_spectra: For each merged model the singular values of its update ``(r,)``.
-        merged_alignment: For each merged model the subspace alignment ratio of every expert in its update ``(T,)``.
-        resolved: The sum over the experts of what SCORE keeps of their projections, ``Σ_score (qT, qT)`` with ``q = r
-            // T``, if there are two experts or more; a large one is reduced, see
-            :func:`~lightning_merge.analysis.score_map.pool`.
-        kept: The share of the experts' off-diagonal energy that SCORE keeps.
-        off_diagonal: The share of the experts' projected energy that lies off the diagonal.
-        ranks: The dimensions of every expert's leading subspace, T of them.
-        effective_ranks: The effective rank of every expert's task matrix ``(T,)``.
-        merged_effective_ranks: For each merged model that of its update.
-        agreement: The energy on the diagonal of ``Σ_score``, as a share of that of the task matrices.
-        conflict: The energy off the diagonal of ``Σ_score``, as a share of that of the task matrices.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    spectra: Tensor
-    alignment: Tensor
-    angles: Tensor
-    merged_spectra: Mapping[str, Tensor] = field(default_factory=dict)
-    merged_alignment: Mapping[str, Tensor] = field(default_factory=dict)
-    resolved: Tensor | None = None
-    kept: float | None = None
-    off_diagonal: float | None = None
-    ranks: Sequence[int] = ()
-    effective_ranks: Tensor | None = None
-    merged_effective_ranks: Mapping[str, float] = field(default_factory=dict)
-    agreement: float | None = None
-    conflict: float | None = None
-
-    @property
-    def chance(self) -> float:
-        """The alignment of an expert whose entries are independent: ``sqrt(k / m)`` in a subspace of k dimensions."""
-        shares = [math.sqrt(rank / self.shape[0]) for rank in self.ranks if rank]
-        return sum(shares) / len(shares) if shares else math.nan
-
-    @property
-    def pruned(self) -> float | None:
-        """The share of the experts' off-diagonal energy that SCORE drops."""
-        return None if self.kept is None else 1 - self.kept
-
-
-@dataclass(frozen=True)
-class GroupProfile:
-    """What was found for a group of parameters.
-
-    Args:
-        norms: The norm of every expert's task vector there ``(T,)``.
-        cosine: The mean cosine between the task vectors of two experts; NaN for a single expert.
-        sign_conflict: The share of the entries moved by two experts or more where two go different ways.
-        update_ratios: For each merged model the norm of its update, divided by the mean of the experts'.
-    """
-
-    norms: Tensor
-    cosine: float
-    sign_conflict: float
-    update_ratios: Mapping[str, float]
+from lightning_merge.analysis.records import GroupProfile, MatrixComparison, ParameterComparison
+from lightning_merge.analysis.stored import from_plain, to_plain
+from lightning_merge.utilities.errors import MergeError
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What :func:`compare_experts` found.
+    """What :func:`lightning_merge.analysis.compare_experts` found.
 
     The functions take the names of the parameters to sum over; by default all.
 
@@ -223,16 +133,12 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold, see :mod:`lightning_merge.analysis.stored`."""
-        from lightning_merge.analysis.stored import to_plain
-
-        return to_plain(self)
+        return to_plain(self.experts, self.merged, self.parameters, self.matrices, self.left_out, self.rank_rule)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Comparison:
         """Read what :meth:`to_dict` gave."""
-        from lightning_merge.analysis.stored import from_plain
-
-        return from_plain(plain)
+        return cls(**from_plain(plain))
 
     def _of(self, names: Collection[str] | None) -> Iterable[ParameterComparison]:
         return self.parameters if names is None else (self.by_name[name] for name in names)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.analysis.activations import activations_at
-from lightning_merge.analysis.running import check_weights, read_batches
-from lightning_merge.errors import MergeError, raise_all
-from lightning_merge.running import device_of
-from lightning_merge.sites import Site
+from lightning_merge.analysis.losses import check_weights, read_batches
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import device_of
+from lightning_merge.utilities.sites import Site
 
 
 def embed(

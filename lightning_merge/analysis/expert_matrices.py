@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_merge.analysis.alignment import RankRule, ratio_of_overlap
 from lightning_merge.analysis.angles import mean_angle
-from lightning_merge.analysis.comparison import MatrixComparison
+from lightning_merge.analysis.records import MatrixComparison
 from lightning_merge.analysis.score_map import ScoreMap, pool, score_map
 from lightning_merge.analysis.spectra import effective_rank
-from lightning_merge.linalg import Factorizations, svd
+from lightning_merge.utilities.factorization_cache import Factorizations
+from lightning_merge.utilities.linalg import svd
 
 _LARGEST_MAP = 256
 """A larger map of SCORE is reduced to this, which is more than a figure shows."""

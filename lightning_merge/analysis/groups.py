@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 GROUPS = r".*?\.\d+(?=\.)|[^.]+"
 """Everything up to the first number (``backbone.blocks.3``), else the first part of a name."""

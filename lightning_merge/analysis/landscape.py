@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_merge.analysis.losses import check_same
 from lightning_merge.analysis.normalized import normalized_accuracy
-from lightning_merge.analysis.running import check_same
-from lightning_merge.errors import MergeError
-from lightning_merge.inventory import is_running_statistic
+from lightning_merge.checkpoints.names import is_running_statistic
+from lightning_merge.utilities.errors import MergeError
 
 Weights = Mapping[str, Tensor]
 Point = tuple[float, float]

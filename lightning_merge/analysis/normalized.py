@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_merge.errors import raise_all
+from lightning_merge.utilities.errors import raise_all
 
 
 @dataclass(frozen=True)

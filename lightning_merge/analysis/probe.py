@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_merge.errors import raise_all
+from lightning_merge.utilities.errors import raise_all
 
 Features = tuple[Tensor, Tensor]
 """Features ``(N, channels)`` and labels ``(N,)``, as :func:`~lightning_merge.analysis.embed` returns them."""

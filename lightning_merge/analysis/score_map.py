@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_merge.errors import MergeError
 from lightning_merge.methods.score import SCORE, project, prune
 from lightning_merge.methods.tsv_m import task_singular_basis
-from lightning_merge.task_vectors import wide
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.tensors import wide
 
 
 @dataclass(frozen=True)

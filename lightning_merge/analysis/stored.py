@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.analysis.comparison import Comparison, MatrixComparison, ParameterComparison
+from lightning_merge.analysis.records import MatrixComparison, ParameterComparison
 from lightning_merge.analysis.score_map import pool
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 _VALUES = 256
 """The most singular values of a spectrum; those that follow are left out."""
@@ -24,36 +24,52 @@ _DIGITS = {"products": 12, "merged_products": 12, "merged_squares": 12}
 """Significant digits, where it is not four: distances are differences of these."""
 
 
-def to_plain(comparison: Comparison) -> dict[str, Any]:
-    """Make plain values of a comparison, which JSON can hold: NaN is None."""
-    with_map = [i for i, matrix in enumerate(comparison.matrices) if matrix.resolved is not None]
+def to_plain(
+    experts: Sequence[str],
+    merged: Sequence[str],
+    parameters: Sequence[ParameterComparison],
+    matrices: Sequence[MatrixComparison],
+    left_out: Sequence[str],
+    rank_rule: str,
+) -> dict[str, Any]:
+    """Make plain values of the fields of a comparison, which JSON can hold: NaN is None.
+
+    Args:
+        experts: The names of the experts.
+        merged: The names of the merged models.
+        parameters: What was measured of every parameter.
+        matrices: What was measured of every matrix.
+        left_out: The matrices whose subspaces were not compared.
+        rank_rule: How the rank of an expert's leading subspace was chosen.
+    """
+    with_map = [i for i, matrix in enumerate(matrices) if matrix.resolved is not None]
     count = min(len(with_map), _MAPS)
     kept = {with_map[i * (len(with_map) - 1) // max(count - 1, 1)] for i in range(count)}
     return {
-        "experts": list(comparison.experts),
-        "merged": list(comparison.merged),
-        "rank_rule": comparison.rank_rule,
-        "left_out": list(comparison.left_out),
-        "parameters": [_record(parameter) for parameter in comparison.parameters],
-        "matrices": [_record(_reduced(matrix, i in kept)) for i, matrix in enumerate(comparison.matrices)],
+        "experts": list(experts),
+        "merged": list(merged),
+        "rank_rule": rank_rule,
+        "left_out": list(left_out),
+        "parameters": [_record(parameter) for parameter in parameters],
+        "matrices": [_record(_reduced(matrix, i in kept)) for i, matrix in enumerate(matrices)],
     }
 
 
-def from_plain(plain: Mapping[str, Any]) -> Comparison:
-    """Make a comparison of plain values.
+def from_plain(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of a comparison from what :func:`to_plain` gave.
 
     Raises:
         MergeError: If they are none.
     """
     try:
-        return Comparison(
-            plain["experts"],
-            plain["merged"],
-            [ParameterComparison(**_read(record)) for record in plain["parameters"]],
-            [MatrixComparison(**_read(record)) for record in plain["matrices"]],
-            plain["left_out"],
-            plain["rank_rule"],
-        )
+        return {
+            "experts": plain["experts"],
+            "merged": plain["merged"],
+            "parameters": [ParameterComparison(**_read(record)) for record in plain["parameters"]],
+            "matrices": [MatrixComparison(**_read(record)) for record in plain["matrices"]],
+            "left_out": plain["left_out"],
+            "rank_rule": plain["rank_rule"],
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise MergeError(
             f"This is no comparison of experts as Comparison.to_dict() gives it ({type(error).__name__}: {error}); "

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def exchange(new: Path, path: Path) -> None:
+def swap(new: Path, path: Path) -> None:
     """Put a new folder in the place of another one, which is removed; or of none.
 
     Linux exchanges two names in one step. Elsewhere the old folder is moved away first, and back if that fails.
@@ -94,7 +94,7 @@ def exchange(new: Path, path: Path) -> None:
 
 
 def restore(path: Path) -> None:
-    """Bring back the folder that :func:`exchange` had moved away when it was killed."""
+    """Bring back the folder that :func:`swap` had moved away when it was killed."""
     if not path.exists() and _aside(path).exists():
         _aside(path).rename(path)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 _BLOCK = 1 << 20  # bytes that are hashed at a time
 _DIGESTS: dict[tuple[str, int, int, int], str] = {}  # (path, size, mtime_ns, inode) -> sha256

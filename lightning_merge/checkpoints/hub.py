@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_merge.checkpoints.files import first_line
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 HUB = "hf-hub:"
 """What stands before the name of a model on the Hub, as in timm and open_clip."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints.safetensors_format import LENGTH, SAFETENSORS_DTYPES
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 try:
     import fcntl

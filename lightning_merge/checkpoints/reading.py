@@ -15,7 +15,7 @@ from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, load_jso
 from lightning_merge.checkpoints.sharded import check_consolidated, check_no_part
 from lightning_merge.checkpoints.torch_format import open_torch
 from lightning_merge.checkpoints.weights import Weights, from_memory, plain_names
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 Source = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 """Where weights come from: a file, a folder, or a state dict."""

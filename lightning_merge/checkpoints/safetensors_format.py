@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.weights import Weights, plain_names
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 TIED = "tied:"
 """In the metadata, ``tied:<alias>`` -> the name under which the shared tensor is stored."""

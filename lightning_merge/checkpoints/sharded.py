@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 _CONSOLIDATE = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
 

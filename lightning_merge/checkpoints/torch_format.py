@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints.files import InputFile, first_line
-from lightning_merge.checkpoints.weights import Weights, find_tied, from_memory, named_tensors
-from lightning_merge.errors import MergeError
+from lightning_merge.checkpoints.weights import Weights, from_memory, named_tensors
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.tensors import find_tied
 
 _MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30  # bytes that stand before every record of a zip archive, followed by its name and an extra field

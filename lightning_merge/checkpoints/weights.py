@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints.files import InputFile
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.tensors import tied_names
 
 
 class Weights(Mapping[str, Tensor]):
@@ -130,18 +131,13 @@ def from_memory(
 ) -> Weights:
     """See a state dict as weights; entries that are no tensors are left out, names that share a tensor are noted."""
     tensors = named_tensors(name, state)
-    places = {
-        key: (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        for key, tensor in tensors.items()
-        if tensor.numel() and tensor.device.type != "meta"
-    }
     return Weights(
         name,
         readers={key: lambda tensor=tensor: tensor for key, tensor in tensors.items()},
         meta={key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()},
         path=path,
         header=header,
-        tied=find_tied(places),
+        tied=tied_names(tensors),
     )
 
 
@@ -164,13 +160,6 @@ def named_tensors(name: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {plain: found[key] for plain, key in plain_names(name, found).items()}
 
 
-def find_tied(places: Mapping[str, Hashable]) -> dict[str, str]:
-    """Which names share a tensor, ``{alias: name}``, given where the values of each are and how they are laid out."""
-    first: dict[Hashable, str] = {}
-    owners = {key: first.setdefault(place, key) for key, place in places.items()}
-    return {key: owner for key, owner in owners.items() if key != owner}
-
-
 def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
     """The keys of a model under the names of its parameters: without what ``torch.compile`` puts into them.
 
@@ -184,3 +173,9 @@ def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
             raise MergeError(f"{name} holds {names[plain]!r} and {key!r}, which are the same parameter; remove one.")
         names[plain] = key
     return names
+
+
+def widest(base: Weights) -> torch.dtype:
+    """Float64 where some of the weights are, else float32."""
+    dtypes = {tensor.dtype for tensor in base.meta.values()}
+    return torch.float64 if torch.float64 in dtypes else torch.float32

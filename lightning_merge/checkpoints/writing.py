@@ -16,7 +16,7 @@ from lightning_merge.checkpoints.files import first_line
 from lightning_merge.checkpoints.reading import TORCH_SUFFIXES, Weights
 from lightning_merge.checkpoints.safetensors_format import SAFETENSORS_DTYPES, TIED
 from lightning_merge.checkpoints.weights import from_memory
-from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.utilities.errors import MergeError, raise_all
 
 
 def save_weights(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 Collate = Callable[[list[Any]], Any]
 

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_merge.data.batches import batch_loader
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 Split = Literal["train", "val", "test", "all"]
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from lightning_merge.data.domain_data import DomainDataModule
 from lightning_merge.data.transforms import eval_transform, train_transform
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.models.backbones import Preprocessing
+from lightning_merge.utilities.errors import MergeError, raise_all
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 

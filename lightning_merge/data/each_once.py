@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from lightning_merge.data.batches import batch_loader
-from lightning_merge.trainers import processes_of_run
+from lightning_merge.utilities.processes import processes_of_run
 
 
 def each_once(loaders: Any) -> Iterable[Any]:

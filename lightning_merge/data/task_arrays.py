@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_merge.data.domain_data import DomainDataModule, Split
 from lightning_merge.data.task_files import Part, ShiftedImages, Task, draw_by_class, read_task, resized
-from lightning_merge.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 
 
 class TaskArrays(DomainDataModule):

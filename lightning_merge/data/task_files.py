@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.utilities.errors import MergeError, raise_all
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_merge.models.backbones import Preprocessing
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lightning_merge.models.backbones import Preprocessing
 
 Transform = Callable[["Image"], Tensor]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import raise_all
 from lightning_merge.models.metrics import classification_metrics
-from lightning_merge.running import distinct_names
+from lightning_merge.utilities.errors import raise_all
+from lightning_merge.utilities.modules import distinct_names
 
 Record = dict[str, Any]
 """One measurement: ``row``, ``domain``, and a value in [0, 1] for every metric."""
@@ -58,7 +58,7 @@ def evaluate_candidates(
 
 
 def check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise a :class:`MergeError` unless every candidate has exactly the module's parameters."""
+    """Raise a :class:`lightning_merge.MergeError` unless every candidate has exactly the module's parameters."""
     own = open_weights(module.state_dict(), "the model").meta
     problems = []
     for name, weights in candidates.items():

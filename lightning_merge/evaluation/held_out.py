@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
+from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.candidates import Record, evaluate_candidates
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-    from lightning_merge.data import DomainDataModule
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.utilities.errors import MergeError
 
 BASE, OWN_EXPERT, ENSEMBLE = "base", "own expert", "logit ensemble"
 _OTHER_EXPERT = "expert "
@@ -35,7 +31,7 @@ def check_names(rows: Iterable[str]) -> None:
 
 
 def evaluate_domain(
-    trainer: MergeTrainer,
+    trainer: RepeatableTrainer,
     model: LightningModule,
     datamodule: DomainDataModule,
     domain: str,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
@@ -25,11 +24,9 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from lightning_merge.checkpoints import open_weights, save_weights, write_text
 from lightning_merge.data import DomainDataModule
-from lightning_merge.errors import MergeError
-from lightning_merge.trainers import best_checkpoint
-
-if TYPE_CHECKING:
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.models.fitted import best_checkpoint
+from lightning_merge.utilities.errors import MergeError
 
 _DONE = "done"
 _ELSEWHERE = (
@@ -75,7 +72,7 @@ class JobList(ABC):
     It can be sent to another process, where its trainer is built anew from the same arguments.
     """
 
-    trainer: MergeTrainer
+    trainer: RepeatableTrainer
     output: Path
 
     @abstractmethod
@@ -91,7 +88,7 @@ class JobList(ABC):
         self.__dict__.update(state | {"trainer": trainer(*positional, **arguments)})
 
 
-def do(job: Job, seed: int) -> float:
+def do_job(job: Job, seed: int) -> float:
     """Do a job that is not done, from a seed, so that it does not depend on those that ran before it in this process.
 
     Returns:
@@ -114,7 +111,7 @@ def names_of(*jobs: Iterable[Job]) -> list[str]:
 
 
 def fit_expert(
-    trainer: MergeTrainer,
+    trainer: RepeatableTrainer,
     model: LightningModule,
     datamodule: DomainDataModule,
     domains: Sequence[str],
@@ -164,7 +161,7 @@ def read_done(folder: Path) -> dict[str, Any]:
     return json.loads((folder / _DONE).read_text()) if is_done(folder) else {}
 
 
-def settings_of(trainer: MergeTrainer, model: LightningModule, datamodule: DomainDataModule) -> dict[str, Any]:
+def settings_of(trainer: RepeatableTrainer, model: LightningModule, datamodule: DomainDataModule) -> dict[str, Any]:
     """What results depend on: the model and its weights, the data, the trainer and its callbacks."""
     positional = {"positional": list(trainer.positional)} if trainer.positional else {}
     return {
@@ -176,7 +173,7 @@ def settings_of(trainer: MergeTrainer, model: LightningModule, datamodule: Domai
     }
 
 
-def claim(output: Path, settings: Mapping[str, Any], write: bool) -> None:
+def claim_output(output: Path, settings: Mapping[str, Any], write: bool) -> None:
     """Note the settings in the output folder, or make sure that what is there was made with the same ones.
 
     Raises:
@@ -213,15 +210,6 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def rebuild(model: LightningModule, hparams: Mapping[str, Any]) -> LightningModule:
-    """The same model with other hyper-parameters, and the same weights."""
-    accepted = inspect.signature(type(model).__init__).parameters
-    arguments = {name: value for name, value in model.hparams.items() if name in accepted}
-    rebuilt = type(model)(**{**arguments, **hparams})
-    rebuilt.load_state_dict(model.state_dict())
-    return rebuilt
 
 
 def _fingerprint(model: LightningModule) -> str:

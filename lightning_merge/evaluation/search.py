@@ -7,27 +7,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_merge.checkpoints import Source, open_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.checkpoints import Source, open_experts, open_weights
+from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.candidates import Record, evaluate_candidates
 from lightning_merge.evaluation.held_out import OWN_EXPERT
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.evaluation.table import Table
-from lightning_merge.merged import Merged
-from lightning_merge.merging import open_experts
+from lightning_merge.merging.greedy_soup import greedy_soup
+from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.sweeping import SearchGrid, Setting, list_settings, sweep, with_setting
 from lightning_merge.methods import MergeMethod
-from lightning_merge.methods.soup import greedy_soup
-from lightning_merge.progress import counted
-from lightning_merge.sweeping import Grid, Setting, list_settings, sweep, with_setting
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
-    from lightning_merge.data import DomainDataModule
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.progress import counted
 
 
 @dataclass(frozen=True)
@@ -55,13 +51,13 @@ class Found:
 
 
 def search_coefficients(
-    trainer: MergeTrainer,
+    trainer: RepeatableTrainer,
     model: LightningModule,
     datamodule: DomainDataModule,
     base: Source,
     experts: Mapping[str, Source],
     method: MergeMethod,
-    grid: Grid | None = None,
+    grid: SearchGrid | None = None,
     patience: int | None = 3,
     at_once: int = 4,
     output: str | Path | None = None,
@@ -134,7 +130,7 @@ def search_coefficients(
 
 
 def greedy_soup_on_validation(
-    trainer: MergeTrainer,
+    trainer: RepeatableTrainer,
     model: LightningModule,
     datamodule: DomainDataModule,
     base: Source,
@@ -152,13 +148,13 @@ def greedy_soup_on_validation(
         options: What else :func:`lightning_merge.merge` takes, such as ``exclude``.
 
     Returns:
-        The soup, see :func:`lightning_merge.methods.soup.greedy_soup`.
+        The soup, see :func:`lightning_merge.merging.greedy_soup.greedy_soup`.
     """
     validation = Validation(trainer, model, datamodule, base, experts)
     return greedy_soup(base, experts, validation.score, **options)
 
 
-def check_search(method: MergeMethod, grid: Grid | None, patience: int | None = None, at_once: int = 1) -> None:
+def check_search(method: MergeMethod, grid: SearchGrid | None, patience: int | None = None, at_once: int = 1) -> None:
     """Raise a :class:`MergeError` unless the grid fits the method and the numbers are positive."""
     list_settings(method, grid)
     for name, value in (("patience", patience), ("at_once", at_once)):
@@ -210,7 +206,7 @@ class Validation:
 
     def __init__(
         self,
-        trainer: MergeTrainer,
+        trainer: RepeatableTrainer,
         model: LightningModule,
         datamodule: DomainDataModule,
         base: Source,

@@ -13,7 +13,7 @@ from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
 from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT, is_method
 from lightning_merge.models.metrics import METRICS
-from lightning_merge.report.grid import Cell, Grid, Place, places
+from lightning_merge.utilities.grid import Cell, Grid, Place, places
 
 _LOWER_IS_BETTER = ("calibration_error",)
 

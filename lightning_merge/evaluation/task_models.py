@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_merge.checkpoints.names import matches
 from lightning_merge.data import DomainDataModule
-from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.held_out import BASE, evaluate_domain
-from lightning_merge.matrices import matches
-from lightning_merge.merged import Merged
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.repairing import ALL_TASKS
 from lightning_merge.repair import Correction, fold, insert
 from lightning_merge.repair.corrections import state_of
-from lightning_merge.repairing import ALL_TASKS
-
-if TYPE_CHECKING:
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.utilities.errors import MergeError
 
 _TASK_KNOWN = "merged, task known"
 
@@ -67,7 +65,7 @@ def start_from(model: LightningModule, weights: Mapping[str, Tensor], private: S
 
 
 def evaluate_merged(
-    trainer: MergeTrainer,
+    trainer: RepeatableTrainer,
     model: LightningModule,
     datamodule: DomainDataModule,
     base: Mapping[str, Tensor],

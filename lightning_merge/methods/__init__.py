@@ -2,6 +2,7 @@
 
 from lightning_merge.methods.adamerging import AdaMerging
 from lightning_merge.methods.base import Context, MergeMethod
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.consensus_ta import ConsensusTA
@@ -38,7 +39,6 @@ from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_c import TSVC
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.weight_average import WeightAverage
-from lightning_merge.methods.wrapper import Wrapper
 from lightning_merge.methods.wudi import WUDI
 
 __all__ = [

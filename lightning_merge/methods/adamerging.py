@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_merge.methods import ties
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
-
-if TYPE_CHECKING:
-    from lightning_merge.task_data import TaskData
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_data import TaskData
+from lightning_merge.methods.base.task_vectors import TaskVectors
 
 
 class Survey(NamedTuple):

@@ -12,9 +12,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.magnitude import largest
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.wrapper import Wrapper
 
 
 def breadcrumbs(rows: Tensor, beta: float = 0.2, gamma: float = 0.1, remove_first: bool = True) -> Tensor:

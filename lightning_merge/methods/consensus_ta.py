@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.tall_masks import tall_masks
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.wrapper import Wrapper
-from lightning_merge.pieces import indicator
+from lightning_merge.utilities.tiling import indicator
 
 
 def consensus(deltas: Tensor, merged: Tensor, mask_threshold: float = 0.4, k: int = 2) -> Tensor:

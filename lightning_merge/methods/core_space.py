@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import isotropize, svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.methods.base.blocks import Blocks
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.tsv_m import TSVM
-from lightning_merge.methods.wrapper import Wrapper
-
-if TYPE_CHECKING:
-    from lightning_merge.blocks import Blocks
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.linalg import isotropize, svd
 
 
 class Survey(NamedTuple):
@@ -103,8 +101,6 @@ class CoreSpace(Wrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Find the reference bases of every matrix, and have the method inside survey the core matrices."""
-        from lightning_merge.blocks import Blocks  # which needs the methods' base class
-
         rule = task_vectors.matrices.whole()
 
         def matrices(name: str, stack: Tensor) -> Tensor | None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.magnitude import largest
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.wrapper import Wrapper
 
 
 def dare(deltas: Tensor, keep: Tensor, drop: float, rescale: bool = True) -> Tensor:

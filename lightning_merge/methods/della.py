@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.magnitude import match_l1
 from lightning_merge.methods.ties import TIES
-from lightning_merge.methods.wrapper import Wrapper
 
 
 def keep_probabilities(deltas: Tensor, density: float, epsilon: float) -> Tensor:

@@ -6,17 +6,15 @@ Wei et al., "Modeling Multi-Task Model Merging as Adaptive Projective Gradient D
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
-from lightning_merge.order_statistics import kth_magnitude
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.utilities.linalg import svd
+from lightning_merge.utilities.order_statistics import kth_magnitude
 
 
 def shared_subspace(deltas: Tensor, subspace: int) -> Tensor:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper
-from lightning_merge.pieces import indicator, pieces
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.utilities.tiling import indicator, pieces
 
 
 def emr(deltas: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Matena and Raffel, "Merging Models with Fisher-Weighted Averaging".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from lightning_merge.methods.base import (
     check_weight_count,
     check_weights,
 )
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import TaskVectors
 
 
 def fisher_average(deltas: Tensor, fishers: Tensor, weights: Tensor) -> Tensor:

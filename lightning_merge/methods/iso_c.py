@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_merge.linalg import isotropize
 from lightning_merge.methods.base import Context, MergeMethod, Paper
+from lightning_merge.utilities.linalg import isotropize
 
 
 def iso_c(deltas: Tensor) -> Tensor:

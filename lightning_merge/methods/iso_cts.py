@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import polar, svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.iso_c import iso_c
+from lightning_merge.utilities.linalg import polar, svd
 
 
 def split_rank(rank: int, num_experts: int, common_fraction: float) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Paper, check_range
-from lightning_merge.methods.weight_space import WeightSpaceMethod
+from lightning_merge.methods.base.weight_space import WeightSpaceMethod
 
 
 def karcher_mean(vectors: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tensor:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import sign_of_largest, svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
+from lightning_merge.methods.base.blocks import Blocks
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.ties import TIES
-from lightning_merge.methods.wrapper import Wrapper
-
-if TYPE_CHECKING:
-    from lightning_merge.blocks import Blocks
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.linalg import sign_of_largest, svd
 
 
 class Layer(NamedTuple):
@@ -126,8 +124,6 @@ class KnOTS(Wrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Find the layers and their bases, and have the method inside survey the coordinates."""
-        from lightning_merge.blocks import Blocks  # which needs the methods' base class
-
         shapes = {name: task_vectors.context(name).base.shape for name in task_vectors}
         if self.layers == "official":
             layers = find_layers(shapes)

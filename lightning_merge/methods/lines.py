@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.wrapper import Wrapper
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
 
 
 class Survey(NamedTuple):

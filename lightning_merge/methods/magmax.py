@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper
-from lightning_merge.pieces import indicator
+from lightning_merge.utilities.tiling import indicator
 
 
 def magmax(deltas: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import per_expert
-from lightning_merge.methods.wrapper import Wrapper
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, Paper, check_choice, check_weight_count, check_weights
-from lightning_merge.methods.weight_space import WeightSpaceMethod
-
-if TYPE_CHECKING:
-    pass
+from lightning_merge.methods.base.weight_space import WeightSpaceMethod
 
 
 def multi_slerp(vectors: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:

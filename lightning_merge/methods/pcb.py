@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.ties import per_expert
-from lightning_merge.order_statistics import kth_magnitude, kth_value, sample
-from lightning_merge.pieces import pieces
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.order_statistics import kth_magnitude, kth_value, sample
+from lightning_merge.utilities.tiling import pieces
 
 Variant = Literal["es", "vision", "readme"]
 

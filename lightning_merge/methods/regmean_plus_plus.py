@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_merge.layer_inputs import watch_inputs
 from lightning_merge.methods.base import Context, Paper, check_range
+from lightning_merge.methods.base.task_data import TaskData
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.regmean import RegMean
-
-if TYPE_CHECKING:
-    from lightning_merge.task_data import TaskData
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.layer_inputs import watch_inputs
 
 
 def layer_of(name: str) -> str:

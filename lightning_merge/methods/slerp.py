@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Paper, check_range
-from lightning_merge.methods.weight_space import WeightSpaceMethod
+from lightning_merge.methods.base.weight_space import WeightSpaceMethod
 
 
 def slerp(a: Tensor, b: Tensor, t: float, colinear: float = 0.9995, eps: float = 1e-8) -> Tensor:

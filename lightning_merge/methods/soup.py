@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
-from lightning_merge.checkpoints import Source, open_weights
 from lightning_merge.methods.base import MergeMethod, Paper
-
-if TYPE_CHECKING:
-    from lightning_merge.merged import Merged
-    from lightning_merge.merging import Experts
 
 
 @dataclass(frozen=True)
 class Soup(MergeMethod):
-    """The uniform soup: the mean of the experts' weights. The greedy soup is :func:`greedy_soup`.
+    """The uniform soup: the mean of the experts' weights.
+
+    The greedy soup is :func:`lightning_merge.merging.greedy_soup.greedy_soup`.
 
     Args:
         scale: Scaling coefficient of the mean task vector; 1 is the soup itself.
@@ -26,32 +20,3 @@ class Soup(MergeMethod):
 
     paper: ClassVar[Paper] = Paper("Wortsman et al.", "ICML", 2022, "2203.05482")
     formula: ClassVar[str] = "θ = 1/T Σ_t θ_t"
-
-
-def greedy_soup(base: Source, experts: Experts, score: Callable[[dict[str, Tensor]], float], **options: Any) -> Merged:
-    """Cook the greedy soup: from the best expert to the worst, keep each that does not lower the score of the mean.
-
-    Args:
-        base: The model that the experts started from.
-        experts: The experts: a sequence of sources, or a mapping from a name to a source.
-        score: What the weights of a model are worth on held-out data; larger is better. It is called once for every
-            expert, and once more for every expert but the best.
-        options: What else :func:`lightning_merge.merge` takes, such as ``exclude`` or ``output``.
-
-    Returns:
-        The soup; its ``experts`` are the ingredients.
-    """
-    from lightning_merge.merging import merge, open_experts  # which import the methods
-
-    output = options.pop("output", None)
-    base = open_weights(base, name="base")
-    sources = open_experts(experts, base)
-    alone = {name: score(merge(base, {name: source}, Soup(), **options).weights) for name, source in sources.items()}
-    best, *others = sorted(sources, key=lambda name: alone[name], reverse=True)
-    ingredients, reached = {best: sources[best]}, alone[best]
-    for name in others:
-        candidate = ingredients | {name: sources[name]}
-        found = score(merge(base, candidate, Soup(), **options).weights)
-        if found >= reached:
-            ingredients, reached = candidate, found
-    return merge(base, ingredients, Soup(), output=output, **options)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.utilities.linalg import svd
 
 
 def star(deltas: Tensor, eta: float = 40.0) -> Tensor:

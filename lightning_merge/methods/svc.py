@@ -6,18 +6,16 @@ Li et al., "When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Mer
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.wrapper import Wrapper
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.linalg import svd
 
 
 def svc(merged: Tensor, deltas: Tensor, alpha: float | None = None) -> Tensor:

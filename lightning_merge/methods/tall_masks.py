@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.wrapper import Wrapper
-from lightning_merge.pieces import indicator
+from lightning_merge.utilities.tiling import indicator
 
 
 def tall_masks(deltas: Tensor, merged: Tensor, mask_threshold: float = 0.4) -> Tensor:

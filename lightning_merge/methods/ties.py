@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
-from lightning_merge.order_statistics import kth_magnitude, moments, norm_fraction_magnitude
-from lightning_merge.pieces import indicator, pieces
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
-
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.utilities.order_statistics import kth_magnitude, moments, norm_fraction_magnitude
+from lightning_merge.utilities.tiling import indicator, pieces
 
 Majority = Callable[[], Tensor]
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper
+from lightning_merge.utilities.linalg import svd
 
 
 def truncate(matrices: Tensor, rank: int) -> Tensor:

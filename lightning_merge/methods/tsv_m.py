@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.linalg import polar, svd
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice
+from lightning_merge.utilities.linalg import polar, svd
 
 Variant = Literal["svd", "eig", "lossless", "low_rank"]
 

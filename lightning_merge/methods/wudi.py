@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
-from lightning_merge.linalg import svd
-from lightning_merge.matrices import matches
+from lightning_merge.checkpoints.names import matches
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
-
-if TYPE_CHECKING:
-    from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.linalg import svd
 
 _OPENCLIP = ("*in_proj_weight", "*out_proj.weight", "*c_fc.weight", "*c_proj.weight")
 _TIMM = ("*attn.qkv.weight", "*attn.proj.weight", "*mlp.fc1.weight", "*mlp.fc2.weight")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError, raise_all
+from lightning_merge.utilities.errors import MergeError, raise_all
 
 if TYPE_CHECKING:
     from open_clip import CLIP

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_merge.errors import MergeError
 from lightning_merge.models.backbones import (
     image_tower,
     load_clip,
@@ -23,6 +22,7 @@ from lightning_merge.models.backbones import (
 )
 from lightning_merge.models.heads import LinearHead, zero_shot_head
 from lightning_merge.models.metrics import classification_metrics
+from lightning_merge.utilities.errors import MergeError
 
 
 class Expert(LightningModule):

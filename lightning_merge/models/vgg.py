@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.errors import MergeError
 from lightning_merge.models.backbones import Preprocessing
+from lightning_merge.utilities.errors import MergeError
 
 
 class ChannelLayerNorm(nn.LayerNorm):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.calibration import Calibration, correct_in_turn
 from lightning_merge.repair.moments import Moments
-from lightning_merge.sharing import Processes
-from lightning_merge.sites import Site
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import plain
+from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.sites import Site
 
 _STATISTICS = ("running_mean", "running_var")
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.moments import Moments
-from lightning_merge.running import common_dtype, complete_state, device_of, evaluating, read_images, seeded
-from lightning_merge.sharing import Processes
-from lightning_merge.sites import Act, Site, at_sites
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain, seeded
+from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.sites import Act, Site, at_sites
 
 NewMoments = Callable[[], Moments]
 """Makes what adds up the batches; ``Moments`` pools them."""
@@ -263,7 +263,7 @@ def run_at(
         weights: The weights that it is run with, in float32 (float64 if one of them is).
         sites: Which activations.
         images: Batches ``(N, …)``, read while the global generator is seeded.
-        act: What is done, see :func:`lightning_merge.sites.at_sites`.
+        act: What is done, see :func:`lightning_merge.utilities.sites.at_sites`.
         task: What to call the weights in messages.
         seed: The seed.
     """

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lightning_merge.checkpoints import replacing
 from lightning_merge.checkpoints.safetensors_format import load_json, read_header
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.calibration import Goals
 from lightning_merge.repair.moments import Moments
-from lightning_merge.sites import Site, at_sites
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import plain
+from lightning_merge.utilities.sites import Site, at_sites
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Correction:
         parts = {"scale": self.scale, "shift": self.shift}
         return {f"{_prefix(site)}.{name}": part[site] for site in self.scale for name, part in parts.items()}
 
-    def of(self, sites: Iterable[Site]) -> Correction:
+    def only(self, sites: Iterable[Site]) -> Correction:
         """The correction of some of the sites."""
         sites = list(sites)
         return Correction({site: self.scale[site] for site in sites}, {site: self.shift[site] for site in sites})
 
-    def with_(self, other: Correction) -> Correction:
+    def updated_by(self, other: Correction) -> Correction:
         """The correction of these sites and of another one's, whose values count where both have a site."""
         return Correction({**self.scale, **other.scale}, {**self.shift, **other.shift})
 

@@ -25,10 +25,10 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.flow import Call, Flow, Step
-from lightning_merge.repair.tracing import axis_of_kind, is_norm, trace
-from lightning_merge.sites import Site, split_name
+from lightning_merge.repair.flow_tracing import axis_of_kind, is_norm, trace
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.sites import Site, split_name
 
 Found = dict[Site, int]
 """Sites, each with the index of the step that makes its activation."""

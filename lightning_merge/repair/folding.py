@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.repair.corrections import Correction, state_of
-from lightning_merge.repair.tracing import affine_axis, axis_of_kind, is_norm
-from lightning_merge.sites import Site
-from lightning_merge.task_data import plain
+from lightning_merge.repair.flow_tracing import affine_axis, axis_of_kind, is_norm
+from lightning_merge.utilities.modules import plain
+from lightning_merge.utilities.sites import Site
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fold(
     homes = {site: home for site in correction.sites if (home := _home(site, parts)) and home.names <= usable}
     for site, home in homes.items():
         folded |= home.fold(folded, correction.scale[site], correction.shift[site])
-    return folded, correction.of(site for site in correction.sites if site not in homes)
+    return folded, correction.only(site for site in correction.sites if site not in homes)
 
 
 def corrected_weights(module: nn.Module, weights: Mapping[str, Tensor], correction: Correction) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.calibration import Calibration, run_at
 from lightning_merge.repair.find_sites import find_head
-from lightning_merge.running import read_images
-from lightning_merge.sites import Site
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import plain
+from lightning_merge.utilities.sites import Site
 
 
 def probe_head(

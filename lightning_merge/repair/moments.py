@@ -7,9 +7,9 @@ from collections.abc import Hashable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_merge.errors import MergeError
-from lightning_merge.sharing import Processes
-from lightning_merge.sites import Site, split_name
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.sites import Site, split_name
 
 
 class Moments:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.errors import MergeError, raise_all
 from lightning_merge.repair.calibration import Calibration, Goals, Known, NewMoments, correct_in_turn, observe_once
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
-from lightning_merge.running import common_dtype, lacking, read_images
-from lightning_merge.sharing import Processes
-from lightning_merge.sites import Site
-from lightning_merge.task_data import plain
+from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.modules import common_dtype, lacking, plain
+from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.sites import Site
 
 Weights = Mapping[str, Tensor]
 

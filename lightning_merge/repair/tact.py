@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_merge.errors import raise_all
 from lightning_merge.repair.calibration import (
     Calibration,
     Goals,
@@ -24,10 +23,11 @@ from lightning_merge.repair.calibration import (
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
-from lightning_merge.running import common_dtype, lacking
-from lightning_merge.sharing import Processes
-from lightning_merge.sites import Site
-from lightning_merge.task_data import data_problems, plain
+from lightning_merge.utilities.batches import data_problems
+from lightning_merge.utilities.errors import raise_all
+from lightning_merge.utilities.modules import common_dtype, lacking, plain
+from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.sites import Site
 
 Weights = Mapping[str, Tensor]
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_merge.analysis.comparison import Comparison
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, OWN_EXPERT, is_method
 from lightning_merge.evaluation.table import Table
 from lightning_merge.report.experts import agreement, experts_in_words, layers, suspicions
-from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Page, Picture, Section, again
 from lightning_merge.report.plots import plot_domains, plot_heat_map, plot_tasks
 from lightning_merge.report.words import count, listed, percent, points
+from lightning_merge.utilities.grid import Cell, Grid
 
 
 def benchmark_page(

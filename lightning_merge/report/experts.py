@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_merge.analysis.comparison import Comparison, MatrixComparison, mean_of_pairs
-from lightning_merge.report.grid import Cell, Grid
+from lightning_merge.analysis.comparison import Comparison, mean_of_pairs
+from lightning_merge.analysis.records import MatrixComparison
 from lightning_merge.report.page import Picture, Section
 from lightning_merge.report.plots import (
     choose_matrices,
@@ -20,6 +20,7 @@ from lightning_merge.report.plots import (
     plot_updates,
 )
 from lightning_merge.report.words import count, listed
+from lightning_merge.utilities.grid import Cell, Grid
 
 
 def experts_grid(comparison: Comparison) -> Grid:

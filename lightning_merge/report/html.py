@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge.checkpoints import write_text
-from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Listing, Page, Picture
+from lightning_merge.utilities.grid import Cell, Grid
 
 if TYPE_CHECKING:
     from markupsafe import Markup

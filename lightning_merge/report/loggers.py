@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
 
 if TYPE_CHECKING:

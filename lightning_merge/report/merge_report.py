@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.evaluation.table import Table
-from lightning_merge.merged import Merged
+from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.recipe import SYMBOLS, method_class, models_grid, summary_of
+from lightning_merge.merging.recipe import layers as layers_of
 from lightning_merge.report.experts import agreement, experts_in_words, layers, suspicions
-from lightning_merge.report.grid import Cell, Grid
 from lightning_merge.report.page import Listing, Page, Section, again
-from lightning_merge.report.recipe import SYMBOLS, method_class, models_grid, summary_of
-from lightning_merge.report.recipe import layers as layers_of
 from lightning_merge.report.words import count, extremes, listed, percent
+from lightning_merge.utilities.grid import Cell, Grid
 
 
 def merge_page(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lightning_merge.report.grid import Grid
+from lightning_merge.utilities.grid import Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 P = ParamSpec("P")
 
 INK = "#757779"
-"""Text, axes and ticks: readable on white and on black; :func:`svg` makes it the colour of the page's text."""
+"""Text, axes and ticks: readable on white and on black; :func:`lightning_merge.report.svg.svg` makes it the colour of
+the page's text."""
 
 MUTED = "#8c8e90"
 """What others are compared with: a grey on white and on black."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -13,19 +12,19 @@ from typing import Any
 from lightning_merge import __version__
 from lightning_merge.analysis.compare_experts import compare_experts
 from lightning_merge.analysis.comparison import Comparison
+from lightning_merge.analysis.comparison_files import read_comparison, save_comparison
 from lightning_merge.checkpoints import check_parent, write_text
-from lightning_merge.errors import MergeError
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
-from lightning_merge.linalg import is_finite
-from lightning_merge.matrices import Matrices
-from lightning_merge.merged import Merged
+from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.recipe import obstacles, recipe_text
+from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.report.html import write_page
 from lightning_merge.report.page import Page
-from lightning_merge.report.recipe import obstacles, recipe_text
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.tensors import is_finite
 
 REPORT = "report.html"
-COMPARISON = "comparison.json"
 
 
 def check_report(path: str | Path | None) -> None:
@@ -109,20 +108,6 @@ def report_search(table: Table, folder: Path, chosen: str, method: str, configur
     page = search_page(table, chosen, method, configuration, list(_facts()))
     write_page(page, folder / REPORT, data={"records": list(table.records)})
     return page
-
-
-def save_comparison(comparison: Comparison, folder: Path) -> None:
-    """Write ``comparison.json`` into a folder."""
-    write_text(folder / COMPARISON, json.dumps(comparison.to_dict()) + "\n")
-
-
-def read_comparison(folder: Path) -> Comparison | None:
-    """Read the ``comparison.json`` of a folder; None if there is none."""
-    path = folder / COMPARISON
-    try:
-        return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise MergeError(f"{path} cannot be read ({error}); delete it, and the same command makes it again.") from error
 
 
 def _facts(comparison: Comparison | None = None) -> Iterator[tuple[str, str]]:

@@ -18,9 +18,9 @@ from lightning_merge.align import (
     match_weights,
 )
 from lightning_merge.align import activation_matching as implementation
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.align.models import same, same_orders
-from tests.test_sharing import on_processes
+from tests.utilities.test_processes import on_processes
 
 
 class Net(nn.Module):

@@ -29,8 +29,8 @@ from lightning_merge.align.axes import groups_of, sources
 from lightning_merge.align.find_symmetries import propagated
 from lightning_merge.align.tracing import copied, decomposed, exported
 from lightning_merge.align.verification import verified, without
-from lightning_merge.errors import MergeError
-from lightning_merge.sites import Site, at_sites, split_name
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.sites import Site, at_sites, split_name
 from tests.align.zoo import ZOO
 
 

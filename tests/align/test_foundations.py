@@ -10,8 +10,8 @@ import torch
 import lightning_merge as lm
 from lightning_merge.align import Permutation, Symmetries
 from lightning_merge.align.foundations import align_experts
-from lightning_merge.errors import MergeError
 from lightning_merge.methods import TaskArithmetic
+from lightning_merge.utilities.errors import MergeError
 
 SHAPES = {"in.weight": (6, 4), "in.bias": (6,), "out.weight": (6, 6), "head.weight": (3, 6), "steps": ()}
 SYMMETRIES = Symmetries.from_axes(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_merge.align import Fixed, Free, Group, Permutation, Product, Sum, Symmetries
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 HEADS = Symmetries(
     groups={"heads": Group("heads", 3), "inner": Group("inner", 4, within="heads"), "mlp": Group("mlp", 5)},

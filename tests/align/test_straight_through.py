@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_merge.align import Permutation, Symmetries, match_weights, refine_straight_through
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.align.models import same, same_orders
 
 AXES = {

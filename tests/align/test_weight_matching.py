@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_merge.align import Permutation, distance, find_symmetries, match_weights, similarity
 from lightning_merge.align.descent import Descent
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.align.models import ATTENTION, GROUPED_QUERY_ATTENTION, draw, golden, mlp, part, same
 from tests.toys import TINY_CONVNEXT
 

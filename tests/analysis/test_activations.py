@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_merge as lm
 from lightning_merge.analysis import compare_activations, embed, loss_and_accuracy
-from lightning_merge.sites import Site
+from lightning_merge.utilities.sites import Site
 
 
 def network() -> nn.Sequential:

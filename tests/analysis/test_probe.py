@@ -7,7 +7,7 @@ import torch
 
 import lightning_merge as lm
 from lightning_merge.analysis import embed, linear_probe
-from lightning_merge.sites import Site
+from lightning_merge.utilities.sites import Site
 
 
 def clusters(count: int, seed: int, apart: float = 6.0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,9 +17,8 @@ from torch import nn
 
 import lightning_merge as lm
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.cli import MergeCLI
 from lightning_merge.methods import TIES, AdaMerging, Fisher, MergeMethod, TaskArithmetic, WeightAverage
-from lightning_merge.trainer import MergeTrainer
+from lightning_merge.trainer import MergeCLI, MergeTrainer
 from tests.callbacks.project import Data, Project, fork, make_net, make_trainer, moved, read, write_models
 from tests.toys import tiny_expert
 
@@ -324,7 +323,7 @@ class TestManyProcesses:
         assert list(Path().glob("*merged*")) == []
 
     def test_an_expert_that_only_the_first_process_sees(self, monkeypatch):
-        from lightning_merge import lora
+        from lightning_merge.checkpoints import adapters as lora
 
         def only_first(source, name=None):
             if source == "expert1.ckpt" and torch.distributed.is_initialized() and torch.distributed.get_rank():

@@ -14,10 +14,11 @@ from lightning_merge.callbacks.merging_callback import MergingCallback
 from torch import nn
 
 import lightning_merge as lm
-from lightning_merge.completion import Completed
+from lightning_merge.checkpoints.statistics_files import save_statistics
+from lightning_merge.checkpoints.views import Completed
 from lightning_merge.methods import DARE, SCORE, Fisher, TaskArithmetic, WeightAverage
 from tests.callbacks.project import Project, make_trainer, moved, read, write_models
-from tests.test_sharing import on_processes
+from tests.utilities.test_processes import on_processes
 
 EXPERTS = ["expert0.ckpt", "expert1.ckpt"]
 TRAINER = SimpleNamespace(strategy=None, callbacks=[], datamodule=None)
@@ -146,9 +147,7 @@ class TestTheRun:
         project = write_models()
         for path in EXPERTS:
             ones = {f"fisher.{name}": torch.ones_like(t) for name, t in project.named_parameters()}
-            lm.statistics.save_statistics(
-                path.replace(".ckpt", ".statistics.safetensors"), ones, lm.open_weights(path), {}
-            )
+            save_statistics(path.replace(".ckpt", ".statistics.safetensors"), ones, lm.open_weights(path), {})
         callback = MergingCallback("base.ckpt", EXPERTS)
         callback.check(TRAINER, project, {"m": Fisher()}, with_run=False)
         with pytest.raises(lm.MergeError, match=r"put RecordStatistics\(kinds=\['fisher'\]\) before MergingCallback"):

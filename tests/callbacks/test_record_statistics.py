@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import lightning_merge as lm
-from lightning_merge.collect_statistics import Recipe, StatisticsCollector, collect_statistics
-from lightning_merge.sharing import Processes
-from tests.test_recording import assert_equal, by_hand
-from tests.test_sharing import on_processes
+from lightning_merge.evaluation.statistics.collect import Recipe, StatisticsCollector, collect_statistics
+from lightning_merge.utilities.processes import Processes
+from tests.evaluation.statistics.test_record import assert_equal, by_hand
 from tests.toys import quiet_trainer, tiny_expert
+from tests.utilities.test_processes import on_processes
 
 EVERYTHING = ("fisher", "gram", "gram_out")
 fork = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import lightning_merge as lm
 from lightning_merge.methods import TIES
-from lightning_merge.trainers import average_callback
+from lightning_merge.models.fitted import average_callback
 from tests.toys import tiny_expert
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -185,7 +185,7 @@ def test_what_cannot_work_is_said_before_the_fit(model, arguments, message):
 
 
 def test_by_their_short_names_on_the_command_line(model):
-    from lightning_merge.cli import MergeCLI
+    from lightning_merge.trainer import MergeCLI
 
     arguments = {"base": "base.ckpt", "output": "x.safetensors", "rank": 2, "dtype": "float16"}
     lm.save_weights("old.ckpt", {name: tensor + 0.1 for name, tensor in model.state_dict().items()})

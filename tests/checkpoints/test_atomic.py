@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_merge.checkpoints import atomic, exchange
+from lightning_merge.checkpoints import atomic, swap
 
 
 def folder(name: str, content: str) -> Path:
@@ -21,7 +21,7 @@ def folder(name: str, content: str) -> Path:
 def test_a_folder_takes_the_place_of_another(in_one_step, monkeypatch):
     if not in_one_step:
         monkeypatch.setattr(atomic, "_exchange_names", lambda one, other: False)
-    exchange(folder("new", "new"), folder("old", "old"))
+    swap(folder("new", "new"), folder("old", "old"))
     assert Path("old/file").read_text() == "new"
     assert os.listdir() == ["old"]
 
@@ -44,6 +44,6 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_moved(monkeypatch
     monkeypatch.setattr(atomic, "_exchange_names", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="disk is gone"):
-        exchange(folder("new", "new"), folder("old", "old"))
+        swap(folder("new", "new"), folder("old", "old"))
     assert Path("old/file").read_text() == "old"
     assert sorted(os.listdir()) == ["new", "old"]

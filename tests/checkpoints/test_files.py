@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from lightning_merge.checkpoints import files, open_weights
 from lightning_merge.checkpoints.files import InputFile
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.conftest import ROOT
 from tests.toys import base_weights
 

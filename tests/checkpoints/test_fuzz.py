@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.toys import base_weights
 
 CASES = 60  # for every kind of file and of damage

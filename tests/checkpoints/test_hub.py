@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_merge.checkpoints import open_weights, save_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.toys import base_weights
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_merge.checkpoints import open_weights, save_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.toys import base_weights
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.checkpoints.safetensors_format import SAFETENSORS_DTYPES, Entry, read_header
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 
 def write(header: object, data: bytes = bytes(64), length: int | None = None) -> None:

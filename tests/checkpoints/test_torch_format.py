@@ -12,7 +12,7 @@ import torch
 
 from lightning_merge.checkpoints import open_weights, torch_format
 from lightning_merge.checkpoints.files import InputFile
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 
 def views() -> dict[str, torch.Tensor]:

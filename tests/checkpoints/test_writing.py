@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_merge.checkpoints import replacing, save_weights
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 from tests.toys import base_weights
 
 

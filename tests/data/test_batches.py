@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_merge.data.batches import GlobalBatches
-from lightning_merge.errors import MergeError
+from lightning_merge.utilities.errors import MergeError
 
 
 def batches(total: int, size: int, shuffle: bool, processes: int, epoch: int = 0) -> list[list[list[int]]]:

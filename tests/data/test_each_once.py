@@ -18,7 +18,7 @@ from torch.utils.data import (
 
 from lightning_merge.data.batches import GlobalBatches
 from lightning_merge.data.each_once import each_once
-from tests.test_sharing import on_processes
+from tests.utilities.test_processes import on_processes
 
 fork = pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 LOOKED_AT = [11, 3, 5, 7, 2]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_merge.checkpoints import open_weights
-from lightning_merge.lora import open_adapter
+from lightning_merge.checkpoints import open_adapter, open_weights
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.core_space import CoreSpace, reference_bases
 from lightning_merge.methods.iso_c import IsoC
@@ -19,8 +20,6 @@ from lightning_merge.methods.knots import KnOTS
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM, tsv_m
-from lightning_merge.methods.wrapper import Wrapper
-from lightning_merge.task_vectors import TaskVectors
 from tests.methods.test_golden_spectral import load
 
 

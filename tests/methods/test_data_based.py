@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_merge.errors import MergeError
-from lightning_merge.merging import merge
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.toy_models import make_models, make_statistics
 from lightning_merge.methods import Context
 from lightning_merge.methods.fisher import Fisher, fisher_average
 from lightning_merge.methods.mats import MaTS, conjugate_gradients
 from lightning_merge.methods.regmean import RegMean, reduce_off_diagonal, regmean
-from lightning_merge.toy_models import make_models, make_statistics
+from lightning_merge.utilities.errors import MergeError
 
 T, M, N = 3, 7, 5
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.merging import merge
+from lightning_merge.merging.merge import merge
 from lightning_merge.methods.base import Context
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.consensus_ta import ConsensusTA
 from lightning_merge.methods.dare import DARE
@@ -18,8 +19,7 @@ from lightning_merge.methods.sce import SCE, sce
 from lightning_merge.methods.tall_masks import TALLMask
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES, elect
-from lightning_merge.order_statistics import kth_magnitude, kth_value, moments, norm_fraction_magnitude
-from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.order_statistics import kth_magnitude, kth_value, moments, norm_fraction_magnitude
 
 METHODS = [
     TIES(trim="normfrac", elect="normfrac"),

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_merge.errors import MergeError
-from lightning_merge.merging import merge
+from lightning_merge.merging.greedy_soup import greedy_soup
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.toy_models import make_models
 from lightning_merge.methods import Context, WeightAverage
 from lightning_merge.methods.doge import DOGE, shared_subspace
 from lightning_merge.methods.karcher import Karcher, karcher_mean, logarithm
 from lightning_merge.methods.model_stock import ModelStock, mean_cosine, model_stock
 from lightning_merge.methods.multi_slerp import MultiSLERP, multi_slerp
 from lightning_merge.methods.slerp import SLERP, slerp
-from lightning_merge.methods.soup import Soup, greedy_soup
-from lightning_merge.toy_models import make_models
+from lightning_merge.methods.soup import Soup
+from lightning_merge.utilities.errors import MergeError
 
 SHAPE = (5, 4)
 

@@ -6,19 +6,10 @@ import pytest
 import torch
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.methods import (
-    SCORE,
-    TIES,
-    TSVM,
-    IsoC,
-    IsoCTS,
-    MagMax,
-    TaskArithmetic,
-    WeightAverage,
-)
+from lightning_merge.methods import SCORE, TIES, TSVM, IsoC, IsoCTS, MagMax, TaskArithmetic, WeightAverage
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.score import resolve
 from lightning_merge.methods.tsv_m import task_singular_basis
-from lightning_merge.task_vectors import TaskVectors
 from tests.toys import golden, golden_experts
 
 # golden file, method, group of tensors, whether the group holds weights (else updates), tolerance

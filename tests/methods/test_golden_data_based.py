@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.merging import merge
+from lightning_merge.merging.merge import merge
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.mats import MaTS
 from lightning_merge.methods.regmean import RegMean
-from lightning_merge.task_vectors import TaskVectors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NAME = "fisher_regmean_mats"

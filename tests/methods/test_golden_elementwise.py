@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_merge.checkpoints import open_weights
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.consensus_ta import ConsensusTA
 from lightning_merge.methods.dare import dare, keep_largest
@@ -17,7 +18,6 @@ from lightning_merge.methods.randmix import randmix
 from lightning_merge.methods.tall_masks import TALLMask, tall_masks
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
-from lightning_merge.task_vectors import TaskVectors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.matrices import Matrices
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.dc_merge import DCMerge
 from lightning_merge.methods.lines import LiNeS
@@ -21,7 +22,6 @@ from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.tsv_c import TSVC
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.methods.wudi import WUDI
-from lightning_merge.task_vectors import TaskVectors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ALL_2D = Matrices(exclude=())  # codes that do not leave text_projection out

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lightning_merge.checkpoints import open_weights
+from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.knots import KnOTS, common_basis
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
 from lightning_merge.methods.ties import TIES
 from lightning_merge.methods.tsv_m import TSVM
-from lightning_merge.methods.wrapper import Wrapper
-from lightning_merge.task_vectors import TaskVectors
 from tests.methods.test_golden_spectral import GOLDEN, load, open_task_vectors, worst
 
 CASES = [

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import lightning_merge as lm
-from lightning_merge.layer_inputs import watch_inputs
 from lightning_merge.methods.regmean import RegMean
 from lightning_merge.methods.regmean_plus_plus import RegMeanPlusPlus, layer_of
+from lightning_merge.utilities.layer_inputs import watch_inputs
 
 TASKS = ("photo", "art", "sketch")
 

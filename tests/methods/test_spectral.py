@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.errors import MergeError
-from lightning_merge.matrices import Matrices
-from lightning_merge.merging import merge
+from lightning_merge.merging.merge import merge
 from lightning_merge.methods.base import Context
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.dc_merge import DCMerge
 from lightning_merge.methods.iso_c import IsoC
@@ -24,7 +24,7 @@ from lightning_merge.methods.tsv_c import TSVC, truncate
 from lightning_merge.methods.tsv_m import TSVM, tsv_m
 from lightning_merge.methods.weight_average import WeightAverage
 from lightning_merge.methods.wudi import WUDI, wudi, wudi_closed_form
-from lightning_merge.task_vectors import TaskVectors
+from lightning_merge.utilities.errors import MergeError
 
 METHODS = [
     TSVM(),

@@ -125,7 +125,7 @@ def test_it_is_fitted_from_a_yaml_file():
     import numpy as np
     from sklearn.datasets import load_digits
 
-    from lightning_merge.cli import main
+    from lightning_merge.trainer.cli import main
 
     images, labels = load_digits(return_X_y=True)
     images = (images * 15).astype(np.uint8).reshape(-1, 8, 8)

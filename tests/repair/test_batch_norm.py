@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import reestimate_batch_norm
+from lightning_merge.utilities.errors import MergeError
 from tests.repair.models import VGG, expert_of, images, resnet18
-from tests.test_sharing import on_processes
+from tests.utilities.test_processes import on_processes
 
 
 def pytorch_s(module: nn.Module, weights: dict, batch: torch.Tensor) -> dict:

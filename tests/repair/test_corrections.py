@@ -11,7 +11,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import (
     Correction,
     corrected_weights,
@@ -21,7 +20,8 @@ from lightning_merge.repair import (
     load_corrections,
     save_corrections,
 )
-from lightning_merge.sites import Site, at_sites
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.sites import Site, at_sites
 from tests.repair.models import VGG, expert_of, images, resnet18, vit
 
 

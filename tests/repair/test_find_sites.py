@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import find_head, find_sites
-from lightning_merge.sites import Site
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.sites import Site
 from tests.repair.models import VGG, images, resnet18, vit
 
 

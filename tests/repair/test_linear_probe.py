@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import probe_head
+from lightning_merge.utilities.errors import MergeError
 from tests.repair.models import VGG, expert_of, images
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import Moments
-from lightning_merge.sharing import Processes
-from tests.test_sharing import on_processes
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import Processes
+from tests.utilities.test_processes import on_processes
 
 
 def rows(count: int = 50) -> torch.Tensor:

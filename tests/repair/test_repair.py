@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import Moments, find_sites, fold, repair
 from lightning_merge.repair.calibration import Calibration, Goals, correct_in_turn, observe
 from lightning_merge.repair.repair import Pool
+from lightning_merge.utilities.errors import MergeError
 from tests.repair.models import VGG, expert_of, images, mean_of, upsampled
 from tests.toys import golden
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_merge.errors import MergeError
 from lightning_merge.repair import Correction, Moments, corrected_weights, find_sites, fold, insert, tact
 from lightning_merge.repair.calibration import Calibration, Goals, correct_in_turn, observe
-from lightning_merge.sites import Site
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.sites import Site
 from tests.repair.models import VGG, expert_of, images, mean_of, resnet18, upsampled, vit
-from tests.test_sharing import on_processes
 from tests.toys import golden
+from tests.utilities.test_processes import on_processes
 
 OFFICIAL_SITES = {
     "encoder/BatchNorm_0": "features.1",

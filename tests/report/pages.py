@@ -6,8 +6,8 @@ import math
 
 from matplotlib.figure import Figure
 
-from lightning_merge.report.grid import Cell, Grid, places
 from lightning_merge.report.page import Listing, Page, Picture, Section
+from lightning_merge.utilities.grid import Cell, Grid, places
 
 NASTY = (
     "<script>document.title = 'taken'</script>",

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_merge.analysis import compare_experts
 from lightning_merge.evaluation import Table
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.models.metrics import METRICS
 from lightning_merge.report import Grid, Page, render
 from lightning_merge.report.benchmark_report import benchmark_page, foundations_page, winners

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 
 from lightning_merge.evaluation import Table
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.methods import DARE, SCORE, TIES
 from lightning_merge.report.loggers import log_to_loggers, safe_names
 from lightning_merge.trainer import MergeTrainer

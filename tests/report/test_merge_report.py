@@ -12,17 +12,18 @@ import torch
 
 import lightning_merge as lm
 from lightning_merge.analysis import compare_experts
+from lightning_merge.analysis.comparison_files import read_comparison
 from lightning_merge.checkpoints import save_weights
-from lightning_merge.cli import main
 from lightning_merge.evaluation import Table
+from lightning_merge.merging.recipe import models_grid
 from lightning_merge.models.metrics import METRICS
 from lightning_merge.report import Grid, render
 from lightning_merge.report.analysis_report import analysis_page
 from lightning_merge.report.experts import experts_grid, merged_grid
 from lightning_merge.report.merge_report import merge_page, parameters_grid
-from lightning_merge.report.recipe import models_grid
 from lightning_merge.report.search_report import search_page
-from lightning_merge.report.writing import read_comparison, report_merge
+from lightning_merge.report.writing import report_merge
+from lightning_merge.trainer.cli import main
 from tests.report.pages import NASTY
 from tests.toys import base_weights, expert_weights, quiet_trainer, tiny_expert
 

@@ -20,9 +20,9 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from lightning_merge.analysis import Landscape, Plane, SiteDifference
-from lightning_merge.analysis.comparison import Comparison, MatrixComparison, ParameterComparison
-from lightning_merge.errors import MergeError
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.analysis.comparison import Comparison
+from lightning_merge.analysis.records import MatrixComparison, ParameterComparison
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
 from lightning_merge.report.plots import (
     best_rows,
@@ -42,7 +42,8 @@ from lightning_merge.report.plots import (
 )
 from lightning_merge.report.style import INK, MUTED, house_style, shown, text_color
 from lightning_merge.report.svg import svg
-from lightning_merge.sites import Site
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.sites import Site
 
 SCORES = {  # two domains
     "base": (0.2, 0.5),

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lightning_merge.cli import main
 from lightning_merge.evaluation import Table
 from lightning_merge.evaluation.held_out import is_method
 from lightning_merge.report.writing import report_benchmark
+from lightning_merge.trainer.cli import main
 from tests.conftest import ROOT, isolated
 from tests.report.browser import console_errors, open_page, outside_requests, screenshot
 from tests.report.test_browser import WIDTHS, copied, sort, texts_of

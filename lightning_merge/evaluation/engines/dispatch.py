@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
 from lightning_merge.evaluation.jobs import Job
-from lightning_merge.progress import Count, counted
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.progress import Count, counted
 
 _UNSEEN = (
     "it has ended well on {host}, and nothing of it is to be seen here, because the machines do not see the same "

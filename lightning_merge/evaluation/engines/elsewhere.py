@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.dispatch import Dispatch, Workers
 from lightning_merge.evaluation.engines.engine import Engine
 from lightning_merge.evaluation.engines.parcels import Parcel, clear, send, withdraw
 from lightning_merge.evaluation.jobs import JobList
-
-if TYPE_CHECKING:
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.utilities.errors import MergeError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +43,7 @@ class Elsewhere(Engine):
         """CPU cores of a job."""
         return self.cpus or torch.get_num_threads()
 
-    def check(self, trainer: MergeTrainer) -> None:
+    def check(self, trainer: RepeatableTrainer) -> None:
         """Make sure that the engine is installed, and that a job with this trainer is one process.
 
         Raises:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lightning_merge.evaluation.jobs import JobList
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.evaluation.jobs import JobList
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 
 
 class Engine(ABC):
     """Does the jobs of a benchmark; the numbers do not depend on which engine does them."""
 
     @abstractmethod
-    def check(self, trainer: MergeTrainer) -> None:
-        """Raise a :class:`MergeError` before any work if jobs with this trainer cannot be done here."""
+    def check(self, trainer: RepeatableTrainer) -> None:
+        """Raise a :class:`lightning_merge.MergeError` before any work if jobs with this trainer cannot be done here."""
 
     @abstractmethod
     def run(self, benchmark: JobList, seed: int) -> None:

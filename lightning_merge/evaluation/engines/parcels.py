@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from lightning_merge.checkpoints.atomic import replacing
-from lightning_merge.errors import MergeError
-from lightning_merge.evaluation.jobs import Job, JobList, do
+from lightning_merge.checkpoints import replacing
+from lightning_merge.evaluation.jobs import Job, JobList, do_job
+from lightning_merge.utilities.errors import MergeError
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Parcel:
         try:
             if (self.folder / "stopped").exists():
                 return Outcome(error="another job has failed before it began", known=True)
-            seconds = do(self._job(), self.seed)
+            seconds = do_job(self._job(), self.seed)
         except self.withdrawals:
             raise
         except MergeError as error:

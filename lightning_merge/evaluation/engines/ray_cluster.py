@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.dispatch import Workers
 from lightning_merge.evaluation.engines.elsewhere import Elsewhere
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
+from lightning_merge.utilities.errors import MergeError
 
 
 @dataclass(frozen=True, kw_only=True)

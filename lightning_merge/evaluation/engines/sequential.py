@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_merge.evaluation.engines.engine import Engine
-from lightning_merge.evaluation.jobs import JobList, do
-from lightning_merge.progress import counted
-
-if TYPE_CHECKING:
-    from lightning_merge.trainer import MergeTrainer
+from lightning_merge.evaluation.jobs import JobList, do_job
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.utilities.progress import counted
 
 
 @dataclass(frozen=True)
 class Sequential(Engine):
     """Does one job after another in this process, or in the several processes of the trainer together."""
 
-    def check(self, trainer: MergeTrainer) -> None:
+    def check(self, trainer: RepeatableTrainer) -> None:
         """Every trainer will do."""
 
     def run(self, benchmark: JobList, seed: int) -> None:
@@ -29,7 +26,7 @@ class Sequential(Engine):
             for job in jobs:
                 count.note(job.name)
                 try:
-                    seconds = do(job, seed)
+                    seconds = do_job(job, seed)
                 except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
                     rank_zero_info(f"benchmark: interrupted in {job.name}; the same command goes on there")
                     raise

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.dispatch import Workers
 from lightning_merge.evaluation.engines.elsewhere import Elsewhere
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.utilities.errors import MergeError
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor, Job
-
-    from lightning_merge.trainer import MergeTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Slurm(Elsewhere):
     cluster: Literal["slurm", "local"] = "slurm"
     package = "submitit"
 
-    def check(self, trainer: MergeTrainer) -> None:
+    def check(self, trainer: RepeatableTrainer) -> None:
         """Make sure that there is SLURM, too."""
         super().check(trainer)
         missing = [command for command in ("sbatch", "srun", "sacct", "scancel") if shutil.which(command) is None]

@@ -7,12 +7,7 @@ from lightning_merge.report.plots.activations import (
     plot_variance_ratio,
 )
 from lightning_merge.report.plots.layers import plot_layers, plot_updates
-from lightning_merge.report.plots.matrices import (
-    choose_matrices,
-    plot_alignment,
-    plot_score_maps,
-    plot_spectra,
-)
+from lightning_merge.report.plots.matrices import choose_matrices, plot_alignment, plot_score_maps, plot_spectra
 from lightning_merge.report.plots.scores import best_rows, plot_domains, plot_heat_map, plot_sweep, plot_tasks
 
 __all__ = [

@@ -10,7 +10,8 @@ from matplotlib.colors import LogNorm
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
-from lightning_merge.analysis.comparison import MatrixComparison, mean_of_pairs
+from lightning_merge.analysis.comparison import mean_of_pairs
+from lightning_merge.analysis.records import MatrixComparison
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     DIVERGING,

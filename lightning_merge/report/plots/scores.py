@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from lightning_merge.errors import MergeError
-from lightning_merge.evaluation.foundations_table import FoundationsTable
+from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.held_out import BASE, OWN_EXPERT, is_method
 from lightning_merge.evaluation.table import Table
-from lightning_merge.report.grid import places
 from lightning_merge.report.plots.cells import draw_cells, name_cells, scale_of
 from lightning_merge.report.style import (
     INK,
@@ -28,6 +26,8 @@ from lightning_merge.report.style import (
     looks,
     shown,
 )
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.grid import places
 
 
 @drawn

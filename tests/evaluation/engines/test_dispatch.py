@@ -6,10 +6,10 @@ from itertools import chain
 
 import pytest
 
-from lightning_merge.errors import MergeError
 from lightning_merge.evaluation.engines.dispatch import Dispatch, Workers
 from lightning_merge.evaluation.engines.parcels import Outcome
 from lightning_merge.evaluation.jobs import Job
+from lightning_merge.utilities.errors import MergeError
 
 LOST = Outcome(lost=True, error="gone")
 GRAPH = {"base": [], "a": ["base"], "b": ["base"], "of a": ["a"], "all": ["a", "b", "of a"]}

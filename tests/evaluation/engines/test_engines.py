@@ -12,15 +12,16 @@ import torch
 from lightning.pytorch import Trainer
 
 import lightning_merge as lm
-from lightning_merge.cli import main
-from lightning_merge.evaluation.benchmark import Benchmark
+from lightning_merge.evaluation.benchmark.foundations import FoundationsBenchmark
+from lightning_merge.evaluation.benchmark.leave_one_out import Benchmark
+from lightning_merge.evaluation.benchmark.options import Arm, Foundations
 from lightning_merge.evaluation.engines import Ray, Sequential, Slurm, make_engine
 from lightning_merge.evaluation.engines.elsewhere import Elsewhere
 from lightning_merge.evaluation.engines.parcels import Parcel, clear, send, withdraw
-from lightning_merge.evaluation.foundations import Arm, Foundations, FoundationsBenchmark
 from lightning_merge.evaluation.jobs import settings_of
+from lightning_merge.merging.repairing import Repair
 from lightning_merge.methods import SCORE
-from lightning_merge.repairing import Repair
+from lightning_merge.trainer.cli import main
 from tests.conftest import ROOT
 from tests.evaluation.engines.toys import Note, run
 from tests.toys import digit_tasks, quiet_trainer, tiny_expert, tiny_vgg

@@ -10,9 +10,9 @@ from pathlib import Path
 from lightning.pytorch import Callback, seed_everything
 
 import lightning_merge as lm
-from lightning_merge.collect_statistics import Recipe
-from lightning_merge.errors import MergeError
+from lightning_merge.evaluation.statistics.collect import Recipe
 from lightning_merge.methods import SCORE, RegMean
+from lightning_merge.utilities.errors import MergeError
 from tests.toys import quiet_trainer, tiny_expert
 
 

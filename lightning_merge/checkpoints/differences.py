@@ -1,0 +1,149 @@
+"""Experts that are kept as what they change of a base: LoRA adapters and task vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_merge.checkpoints.weights import Weights
+from lightning_merge.utilities.tensors import wide
+
+Factors = tuple[Tensor, Tensor]
+"""Left ``(m, r)`` and right ``(r, n)`` factor of a matrix."""
+
+
+class Change(ABC):
+    """How one parameter is changed."""
+
+    @abstractmethod
+    def delta(self, shape: torch.Size) -> Tensor:
+        """The difference of the parameter, of this shape, in the precision in which it is known."""
+
+    def factors(self) -> Factors | None:
+        """The factors that the difference is a product of, without a coefficient; None if there are none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Dense(Change):
+    """A parameter is changed by a difference that is stored.
+
+    Args:
+        stored: Reads it.
+    """
+
+    stored: Callable[[], Tensor]
+
+    def delta(self, shape: torch.Size) -> Tensor:
+        """The difference."""
+        return wide(self.stored()).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Product(Change):
+    """A parameter is changed by ``scaling · B A``.
+
+    Args:
+        A: Reads ``(r, in, …)``.
+        B: Reads ``(out, r, …)``.
+        scaling: The coefficient of the product.
+        transposed: Whether the parameter is the transpose of the product (``fan_in_fan_out``, embeddings).
+    """
+
+    A: Callable[[], Tensor]
+    B: Callable[[], Tensor]
+    scaling: float = 1.0
+    transposed: bool = False
+
+    def factors(self) -> Factors:
+        """The factors, without the scaling."""
+        A, B = wide(self.A()).flatten(1), wide(self.B()).flatten(1)
+        return (A.mT, B.mT) if self.transposed else (B, A)
+
+    def delta(self, shape: torch.Size) -> Tensor:
+        """The product, in float64."""
+        left, right = self.factors()
+        return (self.scaling * (left.double() @ right.double())).reshape(shape)
+
+
+class Difference(Weights):
+    """The weights of an expert that is kept as a difference to a base, computed when they are asked for.
+
+    Changed parameters are at least float32, so that small changes are not rounded away.
+
+    Args:
+        name: What to call this expert in messages.
+        stored: What the expert's file holds.
+        origin: The base.
+        changes: How parameters of the base are changed, by their names.
+        own: Where the file holds parameters that do not come from the base: ``{parameter: key}``.
+        missing: The base's parameters that the expert lacks.
+        tied: Names that share a tensor with another name: ``{alias: name}``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stored: Weights,
+        origin: Weights,
+        changes: Mapping[str, Change],
+        own: Mapping[str, str],
+        missing: Sequence[str] = (),
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        self.origin, self.stored, self.changes, self.own = origin, stored, changes, own
+        self.low_rank = any(isinstance(change, Product) for change in changes.values())
+        tied = tied or {}
+        owners = {key: tied.get(key, key) for key in (*origin, *own, *tied) if key not in missing}
+        meta = {key: origin.meta[key] for key in owners if key in origin}
+        meta |= {key: stored.meta[place] for key, place in own.items()}
+        meta |= {key: wide(meta[key]) for key in changes}
+        super().__init__(
+            name,
+            readers={key: partial(self._read, owner) for key, owner in owners.items()},
+            meta={key: meta[owner] for key, owner in owners.items()},
+            path=stored.path,
+            header=stored.header,
+            tied=tied,
+            inputs=stored.inputs,
+        )
+
+    def _read(self, name: str) -> Tensor:
+        weight = self.stored[self.own[name]] if name in self.own else self.origin[name]
+        if name not in self.changes:
+            return weight
+        weight = wide(weight)
+        delta = self.changes[name].delta(weight.shape).to(weight.device)
+        return (weight.double() + delta).to(weight.dtype)
+
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """The difference of a parameter to a base, as it is stored; None if it is not known.
+
+        A product of factors has their rank to the last digit. A difference of float32 weights would have full rank, by
+        rounding errors that methods which flatten the spectrum take for directions like any other.
+        """
+        name = self.tied.get(name, name)
+        if name not in self.changes or not self._is_over(name, base):
+            return None
+        return self.changes[name].delta(base.shape).to(base.device)
+
+    def factors(self, name: str, base: Tensor) -> list[Factors] | None:
+        """The factors ``(B, A)`` of the difference of a parameter to a base.
+
+        Returns:
+            Nothing where the expert leaves the parameter alone; None where no factors are known.
+        """
+        name = self.tied.get(name, name)
+        if not self._is_over(name, base):
+            return None
+        factors = self.changes[name].factors() if name in self.changes else ()
+        return None if factors is None else [factors] if factors else []
+
+    def _is_over(self, name: str, base: Tensor) -> bool:
+        """Whether a parameter is a difference to these very values, and not replaced or opened over another base."""
+        return name not in self.own and torch.equal(wide(self.origin[name]).to(base.device), base)

@@ -1,0 +1,189 @@
+"""Write a task vector: the difference of an expert to its base."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_merge import __version__
+from lightning_merge.checkpoints.names import is_of_one_kind, is_running_statistic, matches, unused_patterns
+from lightning_merge.checkpoints.reading import Source, open_weights
+from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR
+from lightning_merge.checkpoints.task_vector_files import _FORMAT, _SUFFIX, _decode
+from lightning_merge.checkpoints.views import match_names, own_names
+from lightning_merge.checkpoints.weights import Weights
+from lightning_merge.checkpoints.writing import check_dtypes, check_output, save_tensors
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.linalg import svd
+from lightning_merge.utilities.tensors import is_finite, wide
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def save_task_vector(
+    path: str | os.PathLike[str],
+    base: Source,
+    expert: Source,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    exclude: Sequence[str] = (),
+) -> Path:
+    """Write what an expert differs by from its base to a file, completely or not at all.
+
+    Without ``rank`` and ``dtype`` the merged parameters are, to the same bits, those that the expert itself gives. What
+    is excluded from a merge and kept for a task is the base's with the difference added (a head that the base has,
+    too): its last digits may be others, and it is at least float32.
+
+    Args:
+        path: The file; ends in ``.safetensors``, best in ``.task_vector.safetensors``.
+        base: The model that the expert was fine-tuned from.
+        expert: The expert; its names may differ from the base's by what stands before them.
+        rank: Truncate the difference of every matrix to this rank, where its factors are smaller than the difference.
+        dtype: Store the differences in this precision: ``torch.float32``, ``torch.bfloat16`` or ``torch.float16``; by
+            default in that in which they are taken, float32 (float64 for weights that are).
+        exclude: Leave out the parameters that match one of these shell patterns; the file then says nothing of them.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        MergeError: If the expert is none of this base, or if the file cannot be written.
+    """
+    path, origin = Path(path).expanduser(), own_names(open_weights(base, "base"))
+    fitted = match_names(origin, open_weights(expert, "the expert" if isinstance(expert, Mapping) else None))
+    check_task_vector(path, origin, fitted, rank, dtype, exclude)
+    tensors, about = take_task_vector(origin, fitted, rank, dtype, exclude)
+    save_tensors(path, tensors, {TASK_VECTOR: json.dumps(about)})
+    return path
+
+
+def check_task_vector(
+    path: Path | None,
+    base: Weights,
+    expert: Weights,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    exclude: Sequence[str] = (),
+) -> None:
+    """Raise a :class:`MergeError` if a task vector cannot be saved (:func:`save_task_vector`), from headers alone."""
+    problems = []
+    if rank is not None and not (isinstance(rank, int) and rank >= 1):
+        problems.append(f"The rank of a task vector must be a whole number of at least 1, got {rank}.")
+    if dtype not in (None, *_DTYPES):
+        problems.append(f"A task vector is stored in float32, bfloat16 or float16, not in {dtype}.")
+    if path is not None:
+        check_output(path, [base, expert])
+        if path.suffix != ".safetensors":
+            problems.append(f"A task vector is a safetensors file; end {path} in {_SUFFIX}.")
+    shared = [name for name in base if _is_difference(name, base, expert)]
+    like = {name: meta.dtype for name, meta in base.meta.items()}
+    own = {name: meta for name, meta in expert.meta.items() if name not in shared and like.get(name) != meta.dtype}
+    own = {name: meta for name, meta in own.items() if not matches(name, exclude)}
+    problems += problems_of(check_dtypes, path or _SUFFIX, own)
+    if not shared or not is_of_one_kind(list(base), expert):
+        problems.append(
+            f"{expert.name} is no fine-tuned form of the base: of the base's {len(base)} parameters it has "
+            f"{sum(name in expert for name in base)}; give the base that it was fitted from."
+        )
+    raise_all([*problems, *unused_patterns(base, [expert], exclude)])
+
+
+def take_task_vector(
+    base: Weights,
+    expert: Weights,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    exclude: Sequence[str] = (),
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Take the difference of an expert to its base, see :func:`save_task_vector`.
+
+    Returns:
+        What the file holds, and what its header says: ``relative_error`` is ``‖Δ - Δ_stored‖ / ‖Δ‖`` over the model.
+
+    Raises:
+        MergeError: If a difference is not finite, or is not in ``dtype``.
+    """
+    tied = {
+        alias: owner
+        for alias, owner in _tied(base, expert).items()
+        if matches(alias, exclude) == matches(owner, exclude)
+    }
+    tensors: dict[str, Tensor] = {}
+    lost = whole = 0.0
+    for name in expert:
+        if name in tied or matches(name, exclude):
+            continue
+        weight = expert[name].detach().cpu()
+        if not _is_difference(name, base, expert):
+            if not (name in base and _is_same(weight, base[name].cpu())):
+                tensors[f"own.{name}"] = weight.clone()  # it may share memory with another one
+            continue
+        delta = wide(weight) - wide(base[name].detach().cpu())
+        if not delta.any():
+            continue
+        parts = _encode(name, delta, rank, dtype)
+        tensors |= {f"{kind}.{name}": part for kind, part in parts.items()}
+        stored = _decode({kind: lambda part=part: part for kind, part in parts.items()}).delta(delta.shape)
+        lost += float((delta.double() - stored).square().sum())
+        whole += float(delta.double().square().sum())
+    about = {
+        "format": _FORMAT,
+        "base": {"path": str(base.path) if base.path else None, "digest": base.digest()},
+        "expert": {"path": str(expert.path) if expert.path else None, "digest": expert.digest()},
+        "rank": rank,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "relative_error": math.sqrt(lost / whole) if whole else 0.0,
+        "exclude": list(exclude),
+        "missing": [name for name in base if name not in expert and not matches(name, exclude)],
+        "tied": tied,
+        "lightning_merge": __version__,
+    }
+    return tensors, about
+
+
+def _is_difference(name: str, base: Weights, expert: Weights) -> bool:
+    """Whether an expert's parameter is the base's, moved; running statistics are never seen as differences."""
+    if name not in base or name not in expert or is_running_statistic(name):
+        return False
+    mine, theirs = base.meta[name], expert.meta[name]
+    return mine.shape == theirs.shape and mine.is_floating_point() and theirs.is_floating_point()
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+
+
+def _tied(base: Weights, expert: Weights) -> dict[str, str]:
+    """The expert's names for a tensor that has another name, unless they are two tensors in the base."""
+
+    def is_one(alias: str, owner: str) -> bool:
+        return alias not in base or (owner in base and base.tied.get(alias, alias) == base.tied.get(owner, owner))
+
+    return {alias: owner for alias, owner in expert.tied.items() if is_one(alias, owner)}
+
+
+def _encode(name: str, delta: Tensor, rank: int | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """How a difference ``(…)`` is stored: as it is, or, where that is smaller, as two factors with equal norms."""
+    if not is_finite(delta):
+        raise MergeError(f"{name!r} differs from the base by values that are not finite; did the training diverge?")
+    parts = {"delta": delta}
+    if rank is not None and delta.ndim >= 2:
+        matrix = delta.flatten(1)  # (out, rest)
+        m, n = matrix.shape
+        if rank * (m + n) < m * n:
+            U, s, Vt = svd(matrix, rank)
+            there = s > 0
+            root = s[there].sqrt()
+            parts = {"left": U[:, there] * root, "right": root.unsqueeze(-1) * Vt[there]}
+    stored = {kind: part if dtype is None else part.to(dtype) for kind, part in parts.items()}
+    if not all(map(is_finite, stored.values())):
+        raise MergeError(f"The difference of {name!r} to the base is too large for {dtype}; store it in bfloat16.")
+    return stored

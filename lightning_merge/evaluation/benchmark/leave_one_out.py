@@ -1,0 +1,278 @@
+"""Leave one domain out: fit an expert for each domain, merge the others', evaluate, for every domain in turn.
+
+Every job leaves a ``done`` marker in its folder, so that a benchmark that was interrupted goes on where it stopped::
+
+    output/settings.json            what the results depend on
+    output/base/                    the common start, if it is fitted first
+    output/experts/DOMAIN/          one expert each: expert.ckpt, logs
+    output/experts/DOMAIN/expert.statistics.safetensors   of their data, where a method needs them
+    output/comparison.json          what the experts have in common
+    output/held_out/DOMAIN/done     what was measured on that domain, and how far each method moved each layer
+    output/results.jsonl, table.md, table.tex, table.csv, report.html
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_merge.analysis import compare_experts
+from lightning_merge.analysis.compare_experts import update_ratios
+from lightning_merge.analysis.comparison_files import COMPARISON, save_comparison
+from lightning_merge.checkpoints import Weights, open_weights, statistics_file
+from lightning_merge.data import DomainDataModule
+from lightning_merge.evaluation.benchmark.options import Pretrain
+from lightning_merge.evaluation.candidates import Record
+from lightning_merge.evaluation.engines import Engine, Sequential
+from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
+from lightning_merge.evaluation.jobs import (
+    Job,
+    JobList,
+    claim_output,
+    fit_expert,
+    is_done,
+    mark_done,
+    names_of,
+    read_done,
+    settings_of,
+)
+from lightning_merge.evaluation.merge_data import module_and_data
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.evaluation.search import check_search, search_coefficients
+from lightning_merge.evaluation.statistics.collect import Kind, Recipe
+from lightning_merge.evaluation.statistics.record import record_statistics
+from lightning_merge.evaluation.table import Table
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.sweeping import SearchGrid
+from lightning_merge.methods import MergeMethod
+from lightning_merge.models.rebuilding import rebuild
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
+
+
+@dataclass
+class Benchmark(JobList):
+    """The jobs of one benchmark, see :meth:`lightning_merge.trainer.MergeTrainer.benchmark` for its arguments."""
+
+    trainer: RepeatableTrainer
+    model: LightningModule
+    datamodule: DomainDataModule
+    methods: Mapping[str, MergeMethod]
+    output: Path
+    domains: Sequence[str]
+    pretrain: Pretrain | None = None
+    statistics: Recipe | None = None
+    search: Mapping[str, SearchGrid] = field(default_factory=dict)
+    engine: Engine = field(default_factory=Sequential)
+
+    def run(self) -> Table:
+        """Do every job that is not done, and write the results."""
+        self._check()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._claim_output(seed)
+        self.engine.run(self, seed)
+        return self.write_results()
+
+    def jobs(self) -> list[Job]:
+        """The base, the experts, what they have in common, their statistics, and every domain held out."""
+        base = [Job("base", self.fit_base, self._is_done("base"))] if self.pretrain else []
+        experts = [
+            Job(f"expert {d}", partial(self.fit_expert, d), self._is_done("experts", d), names_of(base))
+            for d in self.domains
+        ]
+        statistics = [
+            Job(f"statistics {d}", partial(self.collect, d), partial(self._is_collected, d), [f"expert {d}"])
+            for d in (self.domains if self._needed() else ())  # of all domains, or of none
+        ]
+        held_out = [
+            Job(
+                f"held out {d}", partial(self.hold_out, d), partial(self._is_held_out, d), names_of(experts, statistics)
+            )
+            for d in self.domains
+        ]
+        compared = Job("comparison", self.compare, (self.output / COMPARISON).exists, names_of(experts))
+        return [*base, *experts, compared, *statistics, *held_out]
+
+    # The jobs
+
+    def fit_base(self) -> None:
+        """Fit the common start of all experts."""
+        assert self.pretrain is not None
+        epochs = {"max_epochs": self.pretrain.max_epochs} if self.pretrain.max_epochs else {}
+        self._fit(self.pretrain.domains, self.output / "base", self.pretrain.hparams, **epochs)
+
+    def fit_expert(self, domain: str) -> None:
+        """Fit the expert of a domain, from the base."""
+        self._fit([domain], self._expert_folder(domain), {})
+
+    def _fit(self, domains: Sequence[str], folder: Path, hparams: Mapping[str, Any], **arguments: Any) -> None:
+        model = copy.deepcopy(self.model) if not hparams else rebuild(self.model, hparams)
+        if self.pretrain and folder != self.output / "base":
+            model.load_state_dict(dict(self._base()))
+        fit_expert(self.trainer, model, self.datamodule, domains, folder, **arguments)
+
+    def compare(self) -> None:
+        """Compare the experts with each other, for the report."""
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                experts = {name: self._expert(name) for name in self.domains}
+                save_comparison(compare_experts(self._base(), experts), self.output)
+
+    def collect(self, domain: str) -> None:
+        """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
+        expert = self._expert(domain)
+        recipe = replace(self.statistics or Recipe(), kinds=self._needed())
+        data = self.datamodule.only(train=[domain], test=[domain])
+        record_statistics(self.trainer, self.model, data, expert, recipe, statistics_file(expert))
+
+    def hold_out(self, domain: str) -> None:
+        """Merge the experts of all other domains by every method and evaluate on this domain."""
+        done, missing = self._records(domain), self._missing(domain)
+        base = self._base()
+        experts = {name: self._expert(name) for name in self.domains}
+        others = {name: weights for name, weights in experts.items() if name != domain}
+        candidates, seconds, chosen = ({} if done else {BASE: base}), {}, {}
+        for name, method in missing.items():
+            started = time.perf_counter()
+            given = module_and_data(self.trainer, self.model, self.datamodule, method, others)
+            if name in self.search:
+                found = search_coefficients(
+                    self.trainer, self.model, self.datamodule, base, others, method, self.search[name], **given
+                )
+                candidates[name], chosen[name] = found.merged.weights, found.setting
+            else:
+                candidates[name] = merge(base, others, method, **given).weights
+            seconds[name] = time.perf_counter() - started
+        measured = evaluate_domain(
+            self.trainer, self.model, self.datamodule, domain, candidates, experts={} if done else experts
+        )
+        for record in measured:
+            row = record["row"]
+            record["method"] = missing[row].describe() if row in missing else None
+            record["merge_seconds"] = seconds.get(row)
+            if row in chosen:
+                record |= {"grid": self.search[row], "chosen": chosen[row]}
+        records = [record for record in done if record["row"] not in missing] + measured
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                kept = {name: own for name, own in self._updates(domain).items() if name not in missing}
+                updates = kept | update_ratios(base, others, {name: candidates[name] for name in missing})
+                mark_done(self.output / "held_out" / domain, {"records": records, "updates": updates})
+
+    # What is on disk
+
+    def _expert_folder(self, domain: str) -> Path:
+        return self.output / "experts" / domain
+
+    def _needed(self) -> tuple[Kind, ...]:
+        """The kinds of statistics that the methods need."""
+        return tuple(dict.fromkeys(kind for method in self.methods.values() for kind in method.needs))
+
+    def _is_done(self, *folders: str) -> Callable[[], bool]:
+        return partial(is_done, self.output.joinpath(*folders))
+
+    def _is_collected(self, domain: str) -> bool:
+        path = statistics_file(self._expert(domain))
+        return path.exists() and set(self._needed()) <= set(open_weights(path).header["statistics"]["kinds"])
+
+    def _is_held_out(self, domain: str) -> bool:
+        return bool(self._records(domain)) and not self._missing(domain)
+
+    def _missing(self, domain: str) -> dict[str, MergeMethod]:
+        """The methods that were not measured on a domain."""
+        known = [(record["row"], record["method"], record.get("grid")) for record in self._records(domain)]
+        return {
+            name: method
+            for name, method in self.methods.items()
+            if (name, method.describe(), self.search.get(name)) not in known
+        }
+
+    def _expert(self, domain: str) -> Weights:
+        return open_weights(self._expert_folder(domain) / "expert.ckpt")
+
+    def _base(self) -> Mapping[str, Any]:
+        return open_weights(self.output / "base" / "expert.ckpt") if self.pretrain else self.model.state_dict()
+
+    def _records(self, domain: str) -> list[Record]:
+        return read_done(self.output / "held_out" / domain).get("records", [])
+
+    def _updates(self, domain: str) -> dict[str, dict[str, float]]:
+        return read_done(self.output / "held_out" / domain).get("updates", {})
+
+    def write_results(self) -> Table:
+        """Write ``results.jsonl`` and the tables from what was measured, and return the table."""
+        records = [record for domain in self.domains for record in self._records(domain)]
+        position = {name: i for i, name in enumerate(self.methods)}
+        kept = [record for record in records if record["method"] is None or record["row"] in position]
+        table = Table(sorted(kept, key=lambda record: position.get(record["row"], -1)))
+        if self.trainer.is_global_zero:
+            table.save(self.output)
+        return table
+
+    def updates(self) -> dict[str, dict[str, dict[str, float]]]:
+        """How far every method moved every group of layers, for each domain that was left out."""
+        found = {domain: self._updates(domain) for domain in self.domains}
+        return {d: {name: own[name] for name in self.methods if name in own} for d, own in found.items()}
+
+    # Checks before anything runs
+
+    def _check(self) -> None:
+        self.engine.check(self.trainer)
+        known, pretrain = self.datamodule.domains, list(self.pretrain.domains if self.pretrain else [])
+        unknown = [domain for domain in [*self.domains, *pretrain] if domain not in known]
+        if unknown:
+            raise MergeError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(known)}.")
+        if len(self.domains) < 2:
+            raise MergeError(
+                f"Leaving a domain out needs at least two, and there is {', '.join(self.domains) or 'none'}."
+            )
+        both = [domain for domain in self.domains if domain in pretrain]
+        if both:
+            raise MergeError(f"The base would be fitted on {both[0]!r}, which is held out later; take it out of one.")
+        unknown = [key for key in (self.pretrain.hparams if self.pretrain else {}) if key not in self.model.hparams]
+        if unknown:
+            raise MergeError(
+                f"The model has no hyper-parameter {unknown[0]!r} to change for the base; it has "
+                f"{', '.join(self.model.hparams)}."
+            )
+        check_names(self.methods)
+        if not self.methods:
+            raise MergeError("There are no methods to compare; give at least one.")
+        merged = len(self.domains) - 1
+        for name, method in self.methods.items():
+            if not method.min_experts <= merged <= (method.max_experts or merged):
+                raise MergeError(
+                    f"With {len(self.domains)} domains {merged} experts are merged at a time, which is not for "
+                    f"{name!r}: it merges {method.min_experts} to {method.max_experts or 'any number'}; leave it out."
+                )
+            try:
+                json.dumps(method.describe())
+            except TypeError as error:
+                raise MergeError(f"The arguments of the method {name!r} must be plain values: {error}.") from error
+        for name, grid in self.search.items():
+            if name not in self.methods:
+                raise MergeError(f"There is no method {name!r} to search; the methods are {', '.join(self.methods)}.")
+            check_search(self.methods[name], grid)
+        for domain in [*self.domains, *pretrain]:
+            self.datamodule.split(domain, "test")
+        self.datamodule.check([*self.domains, *pretrain])
+
+    def _claim_output(self, seed: int) -> None:
+        """Note the settings in the output folder, or make sure that what is there was made with the same ones."""
+        settings = {
+            **settings_of(self.trainer, self.model, self.datamodule),
+            "pretrain": asdict(self.pretrain) if self.pretrain else None,
+            "statistics": asdict(self.statistics) if self.statistics else None,
+            "domains": list(self.domains),
+            "seed": seed,
+        }
+        claim_output(self.output, settings, write=self.trainer.is_global_zero)

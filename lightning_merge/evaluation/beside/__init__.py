@@ -1,0 +1,1 @@
+"""Evaluate merged models next to the model that is being evaluated."""

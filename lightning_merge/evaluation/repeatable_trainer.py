@@ -1,0 +1,65 @@
+"""A Trainer that can be built again with the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _KnowsItsArguments:
+    """Keeps what it was called with: all of it, whatever constructors stand between this class and ``Trainer``'s.
+
+    It is a base class of its own because jsonargparse takes a class that defines ``__new__`` for one whose arguments
+    are those of ``__new__``.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        self.positional, self.arguments = args, dict(kwargs)
+        if isinstance(kwargs.get("callbacks"), list):
+            self.arguments["callbacks"] = list(kwargs["callbacks"])  # Lightning adds its own to the list it is given
+        return self
+
+
+class RepeatableTrainer(_KnowsItsArguments, Trainer):
+    """A ``Trainer`` that can be built again, for one job among many."""
+
+    @property
+    def given_callbacks(self) -> list[Callback]:
+        """The callbacks that were given, without those that Lightning or its command line added."""
+        given = self.arguments.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        return [callback for callback in given if not isinstance(callback, SaveConfigCallback)]
+
+    @property
+    def given_loggers(self) -> list[Logger]:
+        """The loggers that were given, without the one that Lightning makes where nothing is said."""
+        given = self.arguments.get("logger")
+        given = given if isinstance(given, (list, tuple)) else [given]
+        return [logger for logger in given if isinstance(logger, Logger)]
+
+    def again(self, callbacks: Sequence[Callback] = (), **changes: Any) -> Self:
+        """Build a new trainer with the same arguments for one job among many.
+
+        It has no progress bar, no logger and no checkpoints of its own.
+
+        Args:
+            callbacks: Its callbacks. Checkpoints are written only if a ``ModelCheckpoint`` is among them.
+            changes: Arguments that differ.
+        """
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+        quiet = {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        }
+        return type(self)(*self.positional, **{**self.arguments, **quiet, "callbacks": callbacks, **changes})

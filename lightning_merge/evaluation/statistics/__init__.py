@@ -1,0 +1,1 @@
+"""Collect the statistics of experts' data."""

@@ -1,0 +1,158 @@
+"""Record the statistics of an expert's data beside its checkpoint, with Lightning, on any number of processes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_merge import __version__
+from lightning_merge.checkpoints import Weights
+from lightning_merge.checkpoints.statistics_files import save_statistics
+from lightning_merge.data.each_once import each_once
+from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
+from lightning_merge.evaluation.statistics.collect import Recipe, StatisticsCollector
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
+
+
+def statistics_batches(datamodule: LightningDataModule | None, loaders: Any = None) -> Iterable[Any]:
+    """The training data to collect statistics over, every sample once.
+
+    That is the data module's ``statistics_dataloader()`` where it has one (a
+    :class:`lightning_merge.data.DomainDataModule` has one without augmentation), else the samples of its
+    ``train_dataloader()``, with whatever augmentation they have.
+
+    Args:
+        datamodule: The data module, if there is one.
+        loaders: The training loaders, if they have been made already.
+    """
+    own = getattr(datamodule, "statistics_dataloader", None)
+    if own is not None:
+        return own()
+    return each_once(datamodule.train_dataloader() if loaders is None else loaders)
+
+
+def record(
+    trainer: Trainer,
+    module: LightningModule,
+    batches: Iterable[Any],
+    expert: Weights | None,
+    recipe: Recipe,
+    path: Path | None,
+) -> None:
+    """Collect the statistics of an expert within a run; every process must take part, and returns when it is done.
+
+    Args:
+        trainer: Moves batches to the device of this process.
+        module: Maps inputs to logits; its own weights are not used, and it is as before afterwards.
+        batches: This process's part of the data.
+        expert: The weights of the expert; the first process's count.
+        recipe: What to collect.
+        path: The file that the first process writes; none if it is None.
+
+    Raises:
+        MergeError: On every process, if one of them fails.
+    """
+    processes, device = processes_of_run(), module.device
+    with isolate_rng(), torch.inference_mode(False):
+        with processes.together():
+            own = dict(expert) if processes.is_first else None
+        weights = processes.from_first(own)
+        try:
+            with processes.together():
+                module.to(trainer.strategy.root_device)
+                collector = StatisticsCollector(module, weights, recipe, processes)
+            collector.update_all(_prepared(trainer, batch) for batch in islice(batches, recipe.batches))
+            statistics, examples = collector.compute(), collector.num_examples
+        finally:
+            module.to(device)
+        with processes.together():
+            if processes.is_first and path is not None:
+                about = {"examples": examples, **asdict(recipe), "lightning_merge": __version__}
+                save_statistics(path, statistics, expert, about)
+
+
+def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
+    """The inputs and labels of a batch, on this process's device, as Lightning's loops prepare them."""
+    batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+    batch = trainer.strategy.batch_to_device(batch)
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise MergeError(f"Statistics need batches of (inputs, labels), two tensors; the data give {type(batch)}.")
+    return batch[0], batch[1]
+
+
+class StatisticsRecorder(LightningModule):
+    """Records statistics at the start of Lightning's test loop, whose own data do not matter.
+
+    Args:
+        module: Maps inputs to logits; its own weights are not used.
+        expert: The weights of the expert.
+        recipe: What to collect.
+        path: The file to write.
+    """
+
+    def __init__(self, module: LightningModule, expert: Weights, recipe: Recipe, path: Path) -> None:
+        super().__init__()
+        self.module = module
+        self._expert, self._recipe, self._path = expert, recipe, path
+
+    @property
+    def preprocessing(self) -> Any:
+        """The preprocessing of the module's backbone, which the data module asks for."""
+        return getattr(self.module, "preprocessing", None)
+
+    def on_test_start(self) -> None:
+        """Collect, and write the file."""
+        with processes_of_run().together():
+            batches = statistics_batches(self.trainer.datamodule)
+        record(self.trainer, self.module, batches, self._expert, self._recipe, self._path)
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Nothing is left to do."""
+
+
+def record_statistics(
+    trainer: RepeatableTrainer,
+    module: LightningModule,
+    datamodule: LightningDataModule,
+    expert: Weights,
+    recipe: Recipe,
+    path: Path,
+) -> None:
+    """Collect the statistics of an expert on the training data and write them to a file.
+
+    Args:
+        trainer: Its settings are used.
+        module: The expert's module; its own weights are not used.
+        datamodule: The expert's data, see :func:`statistics_batches`.
+        expert: The weights of the expert.
+        recipe: What to collect.
+        path: The file to write.
+    """
+    recorder = StatisticsRecorder(module, expert, recipe, path)
+    test = trainer.again(inference_mode=False).test
+    with isolate_rng():
+        test(recorder, datamodule=_with_nothing_to_test(datamodule), verbose=False)
+
+
+def _with_nothing_to_test(datamodule: LightningDataModule) -> LightningDataModule:
+    class TrainingData(type(datamodule)):  # type: ignore[misc]
+        def setup(self, stage: str) -> None:
+            super().setup("fit")
+
+        def test_dataloader(self) -> DataLoader:
+            return DataLoader(torch.zeros(1))
+
+    other = copy.copy(datamodule)
+    other.__class__ = TrainingData
+    return other

@@ -1,0 +1,111 @@
+"""Check the arguments of a merge before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from lightning_merge.checkpoints import Weights, check_dtypes, check_output
+from lightning_merge.checkpoints.folders import check_folder, is_folder
+from lightning_merge.merging.inventory import Inventory
+from lightning_merge.methods import MergeMethod
+from lightning_merge.utilities.batches import TaskBatches, data_problems
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.modules import plain
+
+
+def check_arguments(
+    method: MergeMethod,
+    base: Weights,
+    experts: Mapping[str, Weights],
+    workers: int | None = None,
+    dtype: torch.dtype | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    shard_size: int = 1,
+) -> None:
+    """See that a merge can be done and written as it is asked for, before any work.
+
+    Raises:
+        MergeError: If not; every problem is listed.
+    """
+    problems = []
+    if workers is not None and workers < 1:
+        problems.append(f"workers must be at least 1, got {workers}.")
+    if shard_size < 1:
+        problems.append(f"shard_size is a number of bytes and must be at least 1, got {shard_size}.")
+    if resume and output is None:
+        problems.append("resume goes on with a half-finished output; give output, too.")
+    if resume and method.needs_data:
+        problems.append(
+            f"{type(method).__name__} runs the model on data, which may be others by now; it cannot be resumed."
+        )
+    if resume:
+        problems += problems_of(check_resumable, [base, *experts.values()])
+    if dtype not in (None, torch.float32, torch.float64):
+        problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
+    problems += problems_of(method.check_count, len(experts))
+    if output is not None and is_folder(output):
+        problems += problems_of(check_folder, output, base.path, [base, *experts.values()])
+    elif output is not None:
+        problems += problems_of(check_output, output, [base, *experts.values()])
+    if output is not None:
+        problems += problems_of(check_dtypes, output, base.meta)
+    raise_all(problems)
+
+
+def check_resumable(inputs: Iterable[Weights]) -> None:
+    """Raise a :class:`MergeError` if an input is in memory: nobody could tell whether it is still the same."""
+    raise_all(
+        [
+            f"A merge can only be resumed if all of its inputs are files, and {weights.name} is in memory; give a file."
+            for weights in inputs
+            if not weights.inputs
+        ]
+    )
+
+
+def check_task_data(
+    method: str,
+    module: nn.Module | None,
+    data: TaskBatches | None,
+    base: Weights,
+    experts: Mapping[str, Weights],
+    inventory: Inventory,
+) -> None:
+    """Check that a method can run the model on the data of every expert's task, without running anything.
+
+    Raises:
+        MergeError: If the module or the data of an expert are missing, or belong to other models.
+    """
+    if module is None or data is None:
+        example = ", ".join(f"{name!r}: loader" for name in experts)
+        raise MergeError(
+            f"{method} runs the model on images of every expert's task while it merges; give "
+            f"merge(…, module=model, data={{{example}}}), or on the command line --model and --data."
+        )
+    raise_all([*data_problems(data, experts, "merge"), *_module_problems(plain(module), base, experts, inventory)])
+
+
+def _module_problems(
+    module: nn.Module, base: Weights, experts: Mapping[str, Weights], inventory: Inventory
+) -> list[str]:
+    own = module.state_dict()
+    shared = [*inventory.merged, *inventory.averaged]
+    return [
+        *(f"The module lacks {name!r} of the base; is it another model?" for name in shared if name not in own),
+        *(
+            f"{name!r} has shape {tuple(own[name].shape)} in the module and {tuple(base.meta[name].shape)} in the base."
+            for name in shared
+            if name in own and own[name].shape != base.meta[name].shape
+        ),
+        *(
+            f"The module has {name!r}, which neither the base nor the expert {expert} has; is it another model?"
+            for name in own
+            for expert, weights in experts.items()
+            if name not in base and name not in inventory.private[weights.name]
+        ),
+    ]

@@ -1,0 +1,128 @@
+"""What a merge's manifest says: what went in, by which method, and the YAML that makes it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import PurePath
+from typing import Any
+
+from lightning_merge import methods
+from lightning_merge.checkpoints.hub import HUB
+from lightning_merge.methods import MergeMethod
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.utilities.grid import Cell, Grid
+
+SYMBOLS = (
+    "`Δ_t` is what expert t of T changes of the base, with the singular vectors `U_t`, `V_t` and values `σ_t`; `τ` is "
+    "the update, `θ` and `W` are weights; `∘` multiplies entry by entry. The merged model is the base + scale · `τ`."
+)
+"""What stands in the formulas of methods, in Markdown."""
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def recipe(manifest: Mapping[str, Any], output: str) -> dict[str, Any]:
+    """What ``lightning-merge merge --config`` reads to make a merge again; arguments that are the default are left out.
+
+    Args:
+        manifest: Of the merge; nothing of it stands in the way, see :func:`obstacles`.
+        output: The file or folder to write.
+    """
+    arguments = {
+        "base": source_of(manifest["base"]),
+        "experts": {name: source_of(expert) for name, expert in manifest["experts"].items()},
+        "method": manifest["method"],
+        "statistics": {name: source_of(source) for name, source in manifest["statistics"].items()},
+        "include": manifest["include"],
+        "exclude": manifest["exclude"],
+        "matrices": manifest["matrices"] if manifest["matrices"] != _plain(asdict(Matrices())) else None,
+        "allow_non_finite": manifest["allow_non_finite"],
+        "seed": manifest["seed"],
+        "output": output,
+    }
+    given = {"base", "experts", "method", "seed", "output", *(["include"] if manifest["include"] is not None else [])}
+    return _plain({name: value for name, value in arguments.items() if value or name in given})
+
+
+def recipe_text(manifest: Mapping[str, Any], output: str) -> str:
+    """The same as YAML."""
+    import yaml
+
+    return yaml.safe_dump(recipe(manifest, output), sort_keys=False, allow_unicode=True)
+
+
+def obstacles(manifest: Mapping[str, Any]) -> list[str]:
+    """Why no YAML makes a merge again: clauses that follow "because"."""
+    found = []
+    if "mean_of" in manifest["base"] or any("permutation" in expert for expert in manifest["experts"].values()):
+        found.append("the experts' channels were aligned before")
+    elif manifest["base"]["path"] is None:
+        found.append("the base came from memory")
+    for what, models in (("expert", manifest["experts"]), ("statistics of the expert", manifest["statistics"])):
+        found += [f"the {what} {name} came from memory" for name, model in models.items() if model["path"] is None]
+    if "repair" in manifest:
+        found.append("the merged model was repaired on images")
+    for method in layers(manifest["method"]):
+        cls = method_class(method)
+        if cls is None:
+            found.append(f"{method['class_path']} is no method of lightning_merge itself")
+        elif cls.needs_data is True:
+            found.append(f"{method['class_path']} ran the model on images")
+    if manifest["dtype"] is not None:
+        found.append(
+            f"it was computed in {manifest['dtype'].removeprefix('torch.')}, which only Python's `merge` takes"
+        )
+    return found
+
+
+def source_of(provenance: Mapping[str, Any]) -> str | None:
+    """How a model is named as an input: its file, the folder of an adapter, or its name and commit on the Hub."""
+    if provenance.get("path") is None:
+        return None
+    path = PurePath(provenance["path"])
+    for i, part in enumerate(path.parts[:-2]):  # as huggingface_hub lays out its cache
+        if part.startswith("models--") and path.parts[i + 1] == "snapshots":
+            return f"{HUB}{part.removeprefix('models--').replace('--', '/', 1)}@{path.parts[i + 2]}"
+    return str(path.parent if path.name in _ADAPTERS else path)
+
+
+def models_grid(manifest: Mapping[str, Any]) -> Grid:
+    """The base, the experts, and the statistics of their data, with the hashes of all files."""
+    models = [("base", "", manifest["base"])]
+    models += [("expert", name, expert) for name, expert in manifest["experts"].items()]
+    models += [("statistics", name, source) for name, source in manifest["statistics"].items()]
+    rows = []
+    for kind, name, provenance in models:
+        source = source_of(provenance) or ("the mean of the foundations" if "mean_of" in provenance else "in memory")
+        digests = provenance.get("sha256")
+        several = digests if isinstance(digests, Mapping) else {"": digests or ""}
+        for file, digest in several.items():
+            rows.append([Cell(kind), Cell(name), Cell(f"{source}: {file}" if file else source), Cell(digest)])
+    return Grid(["", "name", "from", "sha256"], rows)
+
+
+def summary_of(cls: type[MergeMethod]) -> str:
+    """What a method does, in the first words of its docstring."""
+    return re.sub(r":[a-z]+:`", "`", " ".join((cls.__doc__ or "").split("\n\n")[0].split()))
+
+
+def layers(method: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A method as it is described, and the methods inside it."""
+    yield method
+    inner = method["init_args"].get("method")
+    if isinstance(inner, Mapping):
+        yield from layers(inner)
+
+
+def method_class(method: Mapping[str, Any]) -> type[MergeMethod] | None:
+    """The class of a method that is described; None if it is not one of this package."""
+    found = getattr(methods, method["class_path"], None) if method["class_path"] in methods.__all__ else None
+    return found if isinstance(found, type) and issubclass(found, MergeMethod) else None
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of tuples, and dictionaries in the place of other mappings."""
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
+    return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,100 @@
+"""Methods that change what another method sees, or what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_merge.methods.base.context import Context
+from lightning_merge.methods.base.method import MergeMethod
+from lightning_merge.methods.base.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Wrapper(MergeMethod):
+    """A method around another one. By default it changes nothing.
+
+    A subclass overrides :meth:`transform`, to change the task vectors that the inner method surveys and merges, or
+    :meth:`update`, to change what the inner method returns.
+
+    The default is no default of the field, because a command line would hand its arguments on to whatever method
+    replaces it; it is ``default_method``.
+
+    Args:
+        method: The method inside.
+        scale: Scaling coefficient of the update; by default that of the method inside, whose own is not used further.
+    """
+
+    default_method: ClassVar[MergeMethod | None] = None
+    """The method inside, where none is given."""
+
+    method: MergeMethod | None = None
+    _: KW_ONLY
+    scale: float | None = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.method is None:
+            if self.default_method is None:
+                raise ValueError(f"{type(self).__name__} needs a method to wrap.")
+            object.__setattr__(self, "method", self.default_method)
+        if self.scale is None:
+            object.__setattr__(self, "scale", self.method.scale)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The precision of the method inside."""
+        return self.method.dtype
+
+    @property
+    def per_task(self) -> bool:  # type: ignore[override]
+        """Whether the method inside keeps a model for each task."""
+        return self.method.per_task
+
+    @property
+    def order_matters(self) -> bool:  # type: ignore[override]
+        """Whether the method inside depends on the order of the experts."""
+        return self.method.order_matters
+
+    @property
+    def min_experts(self) -> int:  # type: ignore[override]
+        """The fewest experts that the method inside can merge."""
+        return self.method.min_experts
+
+    @property
+    def max_experts(self) -> int | None:  # type: ignore[override]
+        """The most experts that the method inside can merge."""
+        return self.method.max_experts
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The statistics that the method inside needs."""
+        return self.method.needs
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        """Whether the method inside runs the model on data."""
+        return self.method.needs_data
+
+    def check_count(self, num_experts: int) -> None:
+        """See that the method inside can merge so many experts."""
+        super().check_count(num_experts)
+        self.method.check_count(num_experts)
+
+    def transform(self, deltas: Tensor, context: Context) -> Tensor:
+        """Change the task tensors of one parameter: ``(T, …) -> (T, …)``. Must depend on the parameter only."""
+        return deltas
+
+    def survey(self, task_vectors: TaskVectors) -> Any:
+        """The survey of the method inside, over the transformed task vectors."""
+        return self.method.survey(task_vectors.map(self.transform))
+
+    def update(self, deltas: Tensor, context: Context) -> Tensor:
+        """The update of the method inside: ``(T, …) -> (…)``."""
+        return self.method.update(self.transform(deltas, context), context)
+
+    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
+        """The update of the method inside for one expert's task: ``(T, …) -> (…)``."""
+        return self.method.task_update(self.transform(deltas, context), expert, context)

@@ -1,0 +1,100 @@
+"""``lightning-merge methods``: every method with its paper, what it needs, and its defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from lightning_merge import methods
+from lightning_merge.methods.base import MergeMethod
+from lightning_merge.methods.base.wrapper import Wrapper
+
+_HEADER = ("method", "paper", "year", "needs", "defaults")
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """Describe every method of :mod:`lightning_merge.methods`, by the year of its paper and its name.
+
+    Returns:
+        For each the name of its class under ``method``, ``paper``, ``arxiv``, ``year``, a list of what it ``needs``
+        beside the experts' weights, and its arguments under ``defaults``.
+    """
+    classes = [getattr(methods, name) for name in methods.__all__]
+    found = [cls() for cls in classes if issubclass(cls, MergeMethod) and cls not in (MergeMethod, Wrapper)]
+    rows = []
+    for method in found:
+        paper = method.paper
+        rows.append(
+            {
+                "method": type(method).__name__,
+                "paper": f"{paper.authors}, {paper.venue}" if paper else None,
+                "arxiv": paper.arxiv if paper else None,
+                "year": paper.year if paper else None,
+                "needs": list(_needs(method)),
+                "defaults": method.describe()["init_args"],
+            }
+        )
+    return sorted(rows, key=lambda row: (row["year"] or 0, row["method"]))
+
+
+def _needs(method: MergeMethod) -> Iterator[str]:
+    """What a method needs or does beside adding up weights, in words; of a wrapper with its default method inside."""
+    layers = [method]
+    while isinstance(layers[-1], Wrapper):
+        layers.append(layers[-1].method)
+    yield from (f"data ({kind})" for kind in method.needs)
+    if method.needs_data:
+        yield "data (the model is run on images)"
+    if any(layer.factorizes for layer in layers):
+        yield "factorized matrices"
+    if any(layer.draws for layer in layers):
+        yield "random numbers"
+    if method.per_task:
+        yield "a model per task"
+    if method.min_experts > 1:
+        yield f"at least {method.min_experts} experts"
+    if method.max_experts is not None:
+        yield f"at most {method.max_experts} experts"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The methods as a Markdown table, whose papers are links."""
+
+    def line(row: dict[str, Any]) -> list[str]:
+        paper = row["paper"] or ""
+        if row["arxiv"]:
+            paper = f"[{paper}](https://arxiv.org/abs/{row['arxiv']})"
+        call = _arguments(row["defaults"])
+        return [f"`{row['method']}`", paper, str(row["year"] or ""), ", ".join(row["needs"]), f"`{call}`"]
+
+    lines = [list(_HEADER), *map(line, rows)]
+    widths = [*(max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]), len("defaults")]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |" for cells in lines
+    )
+
+
+def _arguments(arguments: dict[str, Any]) -> str:
+    """Arguments as they are written in Python, a method inside with those that differ from its own defaults."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, dict):
+            return repr(value)
+        own = getattr(methods, value["class_path"])().describe()["init_args"]
+        changed = {k: v for k, v in value["init_args"].items() if v != own[k]}
+        return f"{value['class_path']}({_arguments(changed)})"
+
+    return ", ".join(f"{name}={text(value)}" for name, value in arguments.items())
+
+
+def main(args: list[str]) -> None:
+    """Show the methods, as ``lightning-merge methods [--json]`` does."""
+    parser = argparse.ArgumentParser("lightning-merge methods", description="List every merging method.")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
+    rows = list_methods()
+    text = json.dumps(rows, indent=2) if parser.parse_args(args).json else markdown(rows)
+    sys.stdout.write(f"{text}\n")

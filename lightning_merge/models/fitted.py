@@ -1,0 +1,102 @@
+"""What callbacks ask of a Trainer that belongs to any project."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from lightning_merge.checkpoints import Weights, open_weights
+from lightning_merge.utilities.errors import MergeError
+
+Which = Literal["best", "last", "average"]
+"""What a fit leaves: the checkpoint that a monitored metric chose, the last weights, or their running average."""
+
+
+def check_whole(trainer: Trainer, who: str) -> None:
+    """Raise a :class:`MergeError` where no process has the whole model.
+
+    Args:
+        trainer: The running trainer.
+        who: What needs it, for the message.
+    """
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)):
+        raise MergeError(
+            f"{who} needs the whole model on every process, and {type(trainer.strategy).__name__} divides it; use "
+            "strategy ddp, or take the callback out and give the consolidated checkpoint to `lightning-merge` after "
+            "the fit."
+        )
+
+
+def average_callback(trainer: Trainer) -> Callback | None:
+    """Lightning's WeightAveraging (or EMAWeightAveraging) in this trainer, if there is one."""
+    names = ("WeightAveraging",)  # by name: Lightning has it since 2.6
+    for callback in trainer.callbacks:
+        if any(cls.__name__ in names and cls.__module__.startswith("lightning") for cls in type(callback).__mro__):
+            return callback
+    return None
+
+
+def best_checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint that a ``ModelCheckpoint`` with a monitored metric chose; None where nothing was monitored."""
+    return next((c.best_model_path for c in _model_checkpoints(trainer) if c.monitor and c.best_model_path), None)
+
+
+def last_checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint that a ``ModelCheckpoint`` has written last, without regard to a metric; None if there is none."""
+    paths = [c.last_model_path or ("" if c.monitor else c.best_model_path) for c in _model_checkpoints(trainer)]
+    return next((path for path in paths if path), None)
+
+
+def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def misses_last(trainer: Trainer) -> bool:
+    """Whether it is certain before a fit that no ``ModelCheckpoint`` will hold its last weights."""
+    epochs, checkpoints = trainer.max_epochs or -1, _model_checkpoints(trainer)
+    if epochs < 0 or trainer.max_steps != -1 or trainer.early_stopping_callbacks or trainer.fast_dev_run:
+        return False
+
+    def skips(checkpoint: ModelCheckpoint) -> bool:
+        every = checkpoint._every_n_epochs  # 0: it goes by steps or minutes
+        return not checkpoint.save_last and (checkpoint.save_top_k == 0 or bool(every and epochs % every))
+
+    return bool(checkpoints) and all(map(skips, checkpoints))
+
+
+def check_which(trainer: Trainer, which: Which | None, who: str) -> None:
+    """Raise a :class:`MergeError` before the fit if it will not leave the weights that are asked for."""
+    if which == "best" and not any(callback.monitor for callback in _model_checkpoints(trainer)):
+        raise MergeError(
+            f"{who} is asked for the best checkpoint, and no ModelCheckpoint monitors a metric; add "
+            "ModelCheckpoint(monitor=…), or ask for the last."
+        )
+    if which == "average" and average_callback(trainer) is None:
+        raise MergeError(
+            f"{who} is asked for the average of the weights, and nothing averages them; add Lightning's "
+            "WeightAveraging or EMAWeightAveraging, or ask for the last."
+        )
+
+
+def fitted_weights(trainer: Trainer, module: LightningModule, which: Which | None, name: str = "this run") -> Weights:
+    """What a fit has left, at its end (``on_fit_end``), from a checkpoint where one holds it.
+
+    In a run with ``WeightAveraging`` the module holds the average by then, and so does every checkpoint.
+
+    Args:
+        trainer: The trainer of the fit.
+        module: Its module.
+        which: By default the best where a metric is monitored, else the last.
+        name: What to call the weights in messages.
+    """
+    best = best_checkpoint(trainer) if which in (None, "best") else None
+    if best is not None:
+        return open_weights(best, name)
+    if which == "best":
+        raise MergeError("The fit has written no checkpoint by a monitored metric, so that none is the best.")
+    weights, last = open_weights(module.state_dict(), name), last_checkpoint(trainer)
+    written = open_weights(last, name) if last is not None else weights
+    return written if written is weights or written.digest() == weights.digest() else weights

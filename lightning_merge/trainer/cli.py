@@ -1,0 +1,212 @@
+"""The command line: ``LightningCLI`` with merging verbs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.multiprocessing import ProcessRaisedException
+
+from lightning_merge.checkpoints import open_weights
+from lightning_merge.trainer.trainer import MergeTrainer
+from lightning_merge.utilities.errors import MergeError
+
+_REPORTING = ("merge", "search", "benchmark", "analyze")
+"""The verbs that write reports, with the YAML that they were given."""
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the config at the start of a fit."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class MergeCLI(LightningCLI):
+    """``LightningCLI`` with more verbs. In an existing project: ``MergeCLI(MyModel, MyData)``.
+
+    This package's callbacks and merging methods are known by their short names, its models and data where the project
+    names none of its own. What cannot work ends in one sentence and exit status 1.
+
+    Args:
+        model_class: As for ``LightningCLI``.
+        datamodule_class: As for ``LightningCLI``.
+        save_config_callback: As for ``LightningCLI``; by default one that saves the config of a ``fit`` only.
+        save_config_kwargs: As for ``LightningCLI``.
+        trainer_class: A :class:`lightning_merge.MergeTrainer`. A project with a Trainer of its own writes
+            ``class Ours(MergeTrainer, Theirs): pass`` and gives ``Ours``.
+        args: What else ``LightningCLI`` takes.
+        kwargs: What else ``LightningCLI`` takes.
+    """
+
+    def __init__(
+        self,
+        model_class: type[LightningModule] | Callable[..., LightningModule] | None = None,
+        datamodule_class: type[LightningDataModule] | Callable[..., LightningDataModule] | None = None,
+        save_config_callback: type[SaveConfigCallback] | None = SaveFitConfig,
+        save_config_kwargs: dict[str, Any] | None = None,
+        trainer_class: type[Trainer] | Callable[..., Trainer] = MergeTrainer,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        given = (model_class, datamodule_class, save_config_callback, save_config_kwargs, trainer_class)
+        try:
+            _check_trainer_class(trainer_class)
+            _make_known(model_class is None, datamodule_class is None)
+            super().__init__(*given, *args, **kwargs)
+        except (ValueError, ProcessRaisedException) as error:
+            sentence = _merge_error(error)
+            if sentence is None:
+                raise
+            sys.stderr.write(f"lightning-merge: {sentence}\n")
+            sys.exit(1)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
+        verbs = ("merge", "search", "statistics", "evaluate", "benchmark", "analyze")
+        more = {verb: {"model", "datamodule"} for verb in verbs}
+        return {**LightningCLI.subcommands(), **more}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; files can be merged without a model, so it is not required here."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+        for key, kind, subclasses in (
+            ("model", self._model_class, self.subclass_mode_model),
+            ("data", self._datamodule_class, self.subclass_mode_data),
+        ):
+            parser.add_lightning_class_args(kind, key, subclass_mode=subclasses, required=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the arguments; ``--plan`` may stand by itself."""
+        if args is not None and not isinstance(args, list):
+            super().parse_arguments(parser, args)
+            return
+        given = sys.argv[1:] if args is None else args
+        following = [*given, "-"][1:]
+        self.config = parser.parse_args(
+            [
+                "--plan=true" if argument == "--plan" and after.startswith("-") else argument
+                for argument, after in zip(given, following, strict=True)
+            ]
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Make sure that there is a model where the verb needs one."""
+        given = self.model_class is not None or self._get(self.config, "model") is not None
+        if not given and self.subcommand not in (None, "merge", "analyze"):
+            raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data, and tell the trainer what it was configured by."""
+        super().instantiate_classes()
+        if self.subcommand in _REPORTING:
+            parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+            self.trainer.configuration = parser.dump(config, skip_validation=True)
+
+    def after_merge(self) -> None:
+        """Say what was merged, and show the evaluation of the merged model if there was one; or show the plan."""
+        if self.trainer.plan is not None:
+            if self.trainer.is_global_zero:
+                sys.stdout.write(f"{self.trainer.plan.text()}\n")
+            sys.exit(1 if self.trainer.plan.problems else 0)
+        if self.trainer.is_global_zero:
+            merged, output = self.trainer.merged, self._get(self.config, "output")
+            beside = [name for name in ("corrections", "heads") if getattr(merged, name)]
+            more = f", and the tasks' {beside[0]} beside it" if beside else ""
+            card = self._get(self.config, "card")
+            more += f", and its card {card}" if card is not None else ""
+            sys.stdout.write(f"{merged.summary()}; wrote {output}{more}\n")
+        self._show_table()
+        self._show_report()
+
+    def after_statistics(self) -> None:
+        """Say what was collected."""
+        if self.trainer.is_global_zero:
+            noted = open_weights(self.trainer.recorded).header["statistics"]
+            kinds = ", ".join(noted["kinds"])
+            sys.stdout.write(f"{kinds} of {noted['examples']} examples; wrote {self.trainer.recorded}\n")
+
+    def after_search(self) -> None:
+        """Show the settings that were tried, and say which was chosen and merged."""
+        self._show_table()
+        if self.trainer.is_global_zero:
+            found, output = self.trainer.found, self._get(self.config, "output")
+            sys.stdout.write(f"\n{found.summary()}\n{found.merged.summary()}; wrote {output}\n")
+
+    def after_evaluate(self) -> None:
+        """Show the table."""
+        self._show_table()
+
+    def after_benchmark(self) -> None:
+        """Show the table, and say where the report is."""
+        self._show_table()
+        self._show_report()
+
+    def after_analyze(self) -> None:
+        """Show what was found for every expert, and say where the report is."""
+        self._show_table()
+        self._show_report()
+
+    def _show_table(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.table is not None:
+            sys.stdout.write(f"\n{self.trainer.table}\n")
+
+    def _show_report(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.report is not None:
+            sys.stdout.write(f"\nThe report is {self.trainer.report}\n")
+
+
+def _merge_error(error: BaseException | None) -> MergeError | None:
+    """The MergeError that an error is, that the parser wrapped, or that a forked process wrote down as it ended."""
+    while error is not None and not isinstance(error, MergeError):
+        if isinstance(error, ProcessRaisedException):
+            _, known, sentence = str(error).rpartition(f"{MergeError.__module__}.{MergeError.__name__}: ")
+            return MergeError(sentence.strip()) if known else None
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _check_trainer_class(trainer_class: type[Trainer] | Callable[..., Trainer]) -> None:
+    """Raise a :class:`MergeError` if what makes the trainer does not make one that can merge."""
+    if isinstance(trainer_class, type):
+        made, wanted = (
+            trainer_class,
+            f"class Ours(MergeTrainer, {trainer_class.__name__}): pass` and give trainer_class=Ours",
+        )
+    else:
+        made = get_type_hints(trainer_class).get("return")
+        wanted = f"def {trainer_class.__name__}(…) -> MergeTrainer:` and return one"
+    if not (isinstance(made, type) and issubclass(made, MergeTrainer)):
+        raise MergeError(
+            f"trainer_class={trainer_class.__name__} makes no MergeTrainer, which has the verbs; write `{wanted}."
+        )
+
+
+def _make_known(models: bool, data: bool) -> None:
+    """Import the classes that can be chosen by their short names."""
+    import lightning_merge.callbacks
+
+    if models:
+        import lightning_merge.models
+    if data:
+        import lightning_merge.data  # noqa: F401
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning-merge``."""
+    MergeCLI(
+        args=args,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "description": "Fit experts, merge their weights, evaluate the merged model. "
+            "`lightning-merge methods` lists every merging method.",
+        },
+    )

@@ -1,0 +1,159 @@
+"""What a merge does before and after, where its experts have several foundations or its result is repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_merge.checkpoints import Weights, open_weights, put_in_place, save_weights
+from lightning_merge.checkpoints.adapters import is_adapter
+from lightning_merge.checkpoints.folders import is_folder
+from lightning_merge.checkpoints.task_vector_files import is_task_vector
+from lightning_merge.data import DomainDataModule
+from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
+from lightning_merge.merging.aligning import Align, align
+from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.recorded_moments import moments_file, read_moments
+from lightning_merge.merging.repairing import Repair, repair
+from lightning_merge.methods import MergeMethod
+from lightning_merge.repair import save_corrections
+from lightning_merge.utilities.errors import problems_of, raise_all
+
+_IMAGES = 64
+"""Images of a batch that the model is run on."""
+
+
+@dataclass(frozen=True)
+class AlignAndRepair:
+    """The sections ``align`` and ``repair`` of the verb ``merge``.
+
+    Args:
+        trainer: The model is run on its device.
+        model: The experts' module.
+        datamodule: The data of the experts' domains.
+        alignment: How channels are aligned; None if they are not.
+        correction: What is repaired; None if nothing is.
+        private: Shell patterns of the parameters that are left out of the merge.
+        seed: Of all draws.
+    """
+
+    trainer: Trainer
+    model: LightningModule | None
+    datamodule: DomainDataModule | None
+    alignment: Align | None
+    correction: Repair | None
+    private: tuple[str, ...]
+    seed: int
+
+    def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool) -> None:
+        """Check before any work that the merge can be done like this.
+
+        Raises:
+            MergeError: If not; every problem is listed.
+        """
+        problems = []
+        if self.correction is not None:
+            problems += [*self.correction.problems(), *self.correction.problems_with(method)]
+        if self.alignment is not None and base is not None:
+            problems.append("With `align` the base is the mean of the foundations; leave --base out.")
+        if self.alignment is not None and method.needs:
+            problems.append(
+                f"{type(method).__name__} weighs parameters by statistics, which know nothing of a new order of "
+                "channels; merge experts of several foundations by another method."
+            )
+        if (self.alignment or self.correction) and not isinstance(experts, Mapping):
+            problems.append("Aligned and repaired experts need names; give --experts '{NAME: PATH, …}'.")
+        if self.correction is not None and (self.model is None or self.datamodule is None):
+            problems.append("A repair runs the model on images; give --model and --data with a domain for each expert.")
+        if self.correction is not None and resume:
+            problems.append("A merge that is repaired is written when it is complete, so that there is no resume.")
+        if self.correction is not None and self.correction.recorded and isinstance(experts, Mapping):
+            whole = {name: path for name, path in experts.items() if not (is_adapter(path) or is_task_vector(path))}
+            for name, path in whole.items():
+                problems += problems_of(lambda name=name, path=path: read_moments(open_weights(path), name))
+        raise_all(problems)
+        if self._needs_images:
+            assert self.datamodule is not None
+            who = "A repair" if self.correction else "Aligning by activations"
+            check_named_after_domains(who, self.datamodule, list(experts))
+
+    @property
+    def _needs_images(self) -> bool:
+        by_activations = self.alignment is not None and self.alignment.by == "activations"
+        return self.datamodule is not None and (by_activations or self.correction is not None)
+
+    def align(
+        self, experts: Mapping[str, str], only_look: bool, distributed: bool
+    ) -> tuple[Weights, dict[str, Weights]]:
+        """The common initialisation and the experts in one order of channels.
+
+        Args:
+            experts: The experts' files.
+            only_look: Compare nothing: for a plan, to which the order of channels makes no difference.
+            distributed: Whether all processes of a process group do this.
+        """
+        assert self.alignment is not None
+        options = replace(self.alignment, by="nothing") if only_look else self.alignment
+        images = None
+        if options.by == "activations" and self.datamodule is not None:
+            images = self._images("Aligning by activations", list(experts), options.batches)
+        found = align(
+            options, experts, self._module, images, private=self.private, seed=self.seed, distributed=distributed
+        )
+        return found.base, found.experts
+
+    def repair(self, merged: Merged, distributed: bool) -> Merged:
+        """The merged model, repaired."""
+        assert self.correction is not None
+        images = self._images("A repair", list(merged.experts), self.correction.batches)
+        repaired = repair(self.correction, merged, self._module, images, seed=self.seed, distributed=distributed)
+        noted = asdict(self.correction)
+        if self.correction.recorded:
+            noted["moments"] = {
+                name: open_weights(moments_file(own)).provenance() for name, own in merged.experts.items()
+            }
+        return replace(repaired, manifest=merged.manifest | {"repair": noted})
+
+    def save(self, merged: Merged, output: str, shard_size: int) -> None:
+        """Write the merged model if it was repaired, and beside it what belongs to its tasks.
+
+        Only when all of it is on the disk the files take their places. What an earlier merge left beside a model of
+        this name belongs to that one, and is removed.
+        """
+        heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
+        parent = Path(output).expanduser().absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".merged.", dir=parent) as folder:
+            new = {what: Path(folder) / f"{what}.safetensors" for what in ("corrections", "heads")}
+            if merged.corrections:
+                save_corrections(new["corrections"], merged.corrections)
+            if heads:
+                save_weights(new["heads"], heads)
+            if self.correction is not None:  # else it was written while it was merged
+                merged.save(output, shard_size)
+            for what, file in new.items():
+                path = _beside(output, what)
+                if file.exists():
+                    put_in_place(file, path)
+                else:
+                    path.unlink(missing_ok=True)
+
+    @property
+    def _module(self) -> LightningModule | None:
+        return None if self.model is None else on_device(self.trainer, self.model)
+
+    def _images(self, who: str, experts: list[str], batches: int) -> dict[str, list[Any]]:
+        assert self.datamodule is not None
+        assert self.model is not None
+        return calibration_images(who, self.datamodule, experts, self.model, batches, _IMAGES)
+
+
+def _beside(output: str, what: str) -> Path:
+    """Where else something of a merged model is: beside its file, or in its folder."""
+    path = Path(output).expanduser()
+    return path / f"{what}.safetensors" if is_folder(output) else path.with_suffix(f".{what}.safetensors")

@@ -1,0 +1,188 @@
+"""The verb ``merge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from lightning_merge.checkpoints import open_experts, open_weights, write_text
+from lightning_merge.checkpoints.folders import CARD, is_folder
+from lightning_merge.checkpoints.streaming import SHARD_SIZE
+from lightning_merge.data import DomainDataModule
+from lightning_merge.evaluation import Table
+from lightning_merge.evaluation.merge_data import module_and_data
+from lightning_merge.evaluation.task_models import evaluate_merged
+from lightning_merge.merging.aligning import Align
+from lightning_merge.merging.checks import check_arguments
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.model_card import check_card
+from lightning_merge.merging.plan import Plan
+from lightning_merge.merging.planning import plan as make_plan
+from lightning_merge.merging.repairing import Repair
+from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.report.loggers import log_to_loggers
+from lightning_merge.report.writing import (
+    check_report,
+    report_merge,
+)
+from lightning_merge.trainer.verbs.align_and_repair import AlignAndRepair
+from lightning_merge.trainer.verbs.reporting import ReportingTrainer
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import Processes
+
+
+class MergeVerb(ReportingTrainer):
+    """The verb ``merge``."""
+
+    def merge(
+        self,
+        model: LightningModule | None = None,
+        datamodule: DomainDataModule | None = None,
+        experts: dict[str, str] | list[str] | None = None,
+        method: MergeMethod | None = None,
+        base: str | None = None,
+        statistics: dict[str, str] | None = None,
+        output: str = "merged.ckpt",
+        scale: float | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
+        seed: int = 0,
+        workers: int | None = None,
+        allow_non_finite: bool = False,
+        resume: bool = False,
+        shard_size: int = SHARD_SIZE,
+        plan: bool = False,
+        align: Align | None = None,
+        repair: Repair | None = None,
+        report: str | None = None,
+        card: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Merged | Plan:
+        """Merge experts' checkpoints into one.
+
+        Args:
+            model: The experts' module, as it is before any fit: the base, unless a file is given as base.
+            datamodule: If it is a :class:`DomainDataModule` and there is a model, the merged model is evaluated on its
+                test domains. Methods that run the model while they merge (AdaMerging, RegMean++) do so on the training
+                images of the domains that the experts are named after, without their labels.
+            experts: The experts' checkpoints, run folders, LoRA adapters or task vectors: a list, or a mapping from a
+                name (domain) to a path.
+            method: The merging method; SCORE by default.
+            base: The checkpoint that the experts started from; by default the model as it is configured.
+            statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
+                default beside the experts' checkpoints, where the verb ``statistics`` writes them.
+            output: The file to write: .ckpt, .safetensors or .pt; without a suffix, a folder as Hugging Face, timm and
+                open_clip write them, with what lies beside the base's weights and a model card.
+            scale: Scaling coefficient; by default the method's own.
+            include: Merge only the parameters whose name matches one of these shell patterns.
+            exclude: Do not merge the parameters that match one of these shell patterns.
+            matrices: Which parameters count as matrices.
+            seed: Seed of methods that draw random numbers.
+            workers: Parameters that are merged at the same time, each on one core; by default one for each core, at
+                most eight. With several processes (``--trainer.devices``, torchrun) each has its part of them.
+            allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+            resume: Go on where an earlier run of the same merge into the same output was interrupted, and keep what is
+                finished if this one is; all inputs must be files.
+            shard_size: The most bytes of one file where the output is a folder.
+            plan: Only say what would be merged, what stands in the way, and about what it costs, from the files'
+                headers; nothing is merged or written. The exit status is 1 if anything stands in the way.
+            align: For experts of several foundations: put their channels into one order first. The base is the mean of
+                the foundations then.
+            repair: What is corrected once the model is merged, on training images of the domains that the experts are
+                named after: REPAIR, TACT, BatchNorm's statistics, or the experts' heads.
+            report: An HTML file to write: where the experts agree, what the merge did to each layer, the scores, and
+                what went in, see the verb ``analyze``.
+            card: Also write a model card to this file (.md): method, experts, scores, and how to make the model again.
+                An output that is a folder has one in any case, README.md.
+            ckpt_path: Not used; here so that the config.yaml of a fit can be read.
+            weights_only: Not used; checkpoints are never unpickled beyond weights.
+
+        Returns:
+            The merged model; its ``manifest`` says how it was made. Or the plan.
+        """
+        if not experts:
+            raise MergeError("There is nothing to merge: give the experts' checkpoints with --experts.")
+        if base is None and model is None and align is None:
+            raise MergeError(
+                "The experts are merged as differences to a base; give it with --base, or give the --model."
+            )
+        check_report(report)
+        if card is not None:
+            check_card(card)
+        method = method or SCORE()
+        domains = datamodule if isinstance(datamodule, DomainDataModule) else None
+        several = AlignAndRepair(self, model, domains, align, repair, tuple(exclude or ()), seed)
+        several.check(experts, base, method, resume)
+        distributed = not plan and self._join_processes()
+        if align is not None:
+            source, experts = several.align(experts, plan, distributed)
+        else:
+            source = base if base is not None else model.state_dict()
+        options = {
+            "statistics": statistics,
+            "scale": scale,
+            "include": include,
+            "exclude": exclude or (),
+            "matrices": matrices,
+            "seed": seed,
+            "workers": workers,
+            "allow_non_finite": allow_non_finite,
+            "output": output,
+            "resume": resume,
+            "shard_size": shard_size,
+            **module_and_data(self, model, domains, method, experts),
+        }
+        self.plan = make_plan(source, experts, method, **options) if plan else None
+        if self.plan is not None:
+            return self.plan
+        origin = open_weights(source, name="base")
+        if repair is not None:
+            with Processes(distributed).together():
+                check_arguments(method, origin, open_experts(experts, origin), output=output, shard_size=shard_size)
+            options["output"] = None
+        with self.progress_shown():
+            merged = merge(origin, experts, method, distributed=distributed, **options)
+        if repair is not None:
+            merged = several.repair(merged, distributed)
+        with Processes(distributed).together():
+            if self.is_global_zero:
+                several.save(merged, output, shard_size)
+        self.merged, self.table = merged, None
+        if model is not None and domains is not None:
+            self.table = Table(evaluate_merged(self, model, domains, origin, merged))
+        with Processes(distributed).together():
+            if self.is_global_zero:
+                self._describe(merged, output, report, card, workers)
+        return merged
+
+    def _describe(self, merged: Merged, output: str, report: str | None, card: str | None, workers: int | None) -> None:
+        """Write what people read of a merged model: its model card, and its report."""
+        cards = [card] if card is not None else []
+        if self.table is not None and is_folder(output):
+            cards.append(Path(output, CARD))  # the one there knows no scores
+        for path in cards:
+            write_text(Path(path).expanduser(), str(merged.card(self.table, output)))
+        figures = {}
+        if report is not None:
+            with self.progress_shown():
+                figures = report_merge(merged, report, self.table, self.configuration, workers).figures
+            self.report = Path(report)
+        log_to_loggers(self.given_loggers, self.table, figures)
+
+    def _join_processes(self) -> bool:
+        """Start the other processes of this run, or meet them, and say whether there are any to share work with.
+
+        Processes that are forked for one call and end with it (``ddp_spawn``, ``ddp_fork``) are not started for it.
+        """
+        launcher = self.strategy.launcher
+        if self.world_size == 1 or not isinstance(launcher, _SubprocessScriptLauncher):
+            return False
+        launcher.launch(self.strategy.setup_environment)
+        return torch.distributed.is_initialized()

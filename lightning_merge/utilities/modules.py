@@ -1,0 +1,100 @@
+"""Run a module with other weights than its own, and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge.utilities.errors import raise_all
+from lightning_merge.utilities.tensors import tied_names
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode; afterwards each of its parts is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from PyTorch's global generators as if they had just been seeded; afterwards they are as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module: that of its first parameter or buffer."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def distinct_names(module: nn.Module) -> Iterator[str]:
+    """One name for every place that holds a tensor.
+
+    torch's ``functional_call`` does not put back the parameters of a submodule that has two names, given both.
+    """
+    for prefix, part in module.named_modules():
+        yield from (f"{prefix}.{name}".lstrip(".") for name in (*part._parameters, *part._buffers))
+
+
+def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The weights of every place of a module, for ``functional_call(…, tie_weights=False)``.
+
+    They are on the module's device, in float32, or in float64 where one of them is.
+
+    Args:
+        module: Says which parameters and buffers there are.
+        weights: Their values. The aliases of a tied parameter may be missing.
+        what: What to call the weights in messages.
+
+    Raises:
+        MergeError: If parameters are missing.
+    """
+    raise_all(lacking(module, weights, what))
+    owners = _owners(module, weights)
+    found = {owner: weights[owner] for owner in dict.fromkeys(owners.values())}
+    dtype, device = common_dtype(found), device_of(module)
+    moved = {
+        name: tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in found.items()
+    }
+    return {name: moved[owner] for name, owner in owners.items()}
+
+
+def lacking(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> list[str]:
+    """What weights lack of a module, in sentences."""
+    return [
+        f"{what} lacks {name!r} of the module; is it another model?"
+        for name, owner in _owners(module, weights).items()
+        if owner not in weights
+    ]
+
+
+def _owners(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """For every place of a module the name under which its value is among weights, or should be."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    tied = tied_names(state)
+    names = [name for name in distinct_names(module) if name in state]
+    return {name: name if name in weights else tied.get(name, name) for name in names}
+
+
+def common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """What a model is computed in: float64 if any of its weights are, else float32."""
+    is_double = any(tensor.dtype == torch.float64 for tensor in weights.values())
+    return torch.float64 if is_double else torch.float32
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returns, whose parameters have the names of the weights."""
+    return getattr(module, "_orig_mod", module)
