@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from lightning_merge.checkpoints import Weights, check_dtypes, check_output
 from lightning_merge.checkpoints.folders import check_folder, is_folder
 from lightning_merge.merging.inventory import Inventory
+from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import MergeMethod
 from lightning_merge.utilities.batches import TaskBatches, data_problems
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
@@ -21,32 +21,35 @@ def check_arguments(
     method: MergeMethod,
     base: Weights,
     experts: Mapping[str, Weights],
-    workers: int | None = None,
-    dtype: torch.dtype | None = None,
-    output: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    shard_size: int = 1,
+    options: MergeOptions = MergeOptions(),  # noqa: B008, a frozen dataclass
 ) -> None:
-    """See that a merge can be done and written as it is asked for, before any work.
+    """Check that a merge can be done and written as it is asked for, before any work.
+
+    Args:
+        method: The method.
+        base: The base.
+        experts: The experts by name.
+        options: Workers, precision and output.
 
     Raises:
         MergeError: If not; every problem is listed.
     """
     problems = []
-    if workers is not None and workers < 1:
-        problems.append(f"workers must be at least 1, got {workers}.")
-    if shard_size < 1:
-        problems.append(f"shard_size is a number of bytes and must be at least 1, got {shard_size}.")
-    if resume and output is None:
+    output = options.output
+    if options.workers is not None and options.workers < 1:
+        problems.append(f"workers must be at least 1, got {options.workers}.")
+    if options.shard_size < 1:
+        problems.append(f"shard_size is a number of bytes and must be at least 1, got {options.shard_size}.")
+    if options.resume and output is None:
         problems.append("resume goes on with a half-finished output; give output, too.")
-    if resume and method.needs_data:
+    if options.resume and method.needs_data:
         problems.append(
             f"{type(method).__name__} runs the model on data, which may be others by now; it cannot be resumed."
         )
-    if resume:
+    if options.resume:
         problems += problems_of(check_resumable, [base, *experts.values()])
-    if dtype not in (None, torch.float32, torch.float64):
-        problems.append(f"The arithmetic can be float32 or float64, not {dtype}.")
+    if options.dtype not in (None, torch.float32, torch.float64):
+        problems.append(f"The arithmetic can be float32 or float64, not {options.dtype}.")
     problems += problems_of(method.check_count, len(experts))
     if output is not None and is_folder(output):
         problems += problems_of(check_folder, output, base.path, [base, *experts.values()])

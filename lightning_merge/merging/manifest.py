@@ -20,7 +20,15 @@ def make_manifest(
     experts: Mapping[str, Weights],
     statistics: Mapping[str, Weights],
 ) -> dict[str, Any]:
-    """Record how a merge came to be: plain values only, so that it can be stored anywhere."""
+    """Record how a merge came to be: plain values only, so that it can be stored anywhere.
+
+    Args:
+        method: The method.
+        settings: The options that the weights depend on, as plain values.
+        base: The base.
+        experts: The experts by name.
+        statistics: The statistics of the experts' data, by expert; none where the method needs none.
+    """
     return {
         "method": method.describe(),
         **settings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_merge.merging.inspection import check_finite, fingerprint_all
 from lightning_merge.merging.inventory import Inventory, take_inventory
 from lightning_merge.merging.manifest import make_manifest
 from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.task_data import TaskData
@@ -98,98 +99,157 @@ def merge(
     Raises:
         MergeError: If the models do not fit together, hold values that are not finite, or cannot be read or written.
     """
-    if scale is not None:
-        method = replace(method, scale=scale)
+    options = MergeOptions(
+        statistics=statistics,
+        module=module,
+        data=data,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        matrices=matrices,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        workers=workers,
+        allow_non_finite=allow_non_finite,
+        keep_update=keep_update,
+        output=output,
+        resume=resume,
+        shard_size=shard_size,
+        distributed=distributed,
+    )
     processes = Processes(distributed)
-    matrices = matrices or Matrices()
-    with processes.together():
-        origin = open_weights(base, name="base")
-        sources = open_experts(experts, origin)
-        check_arguments(method, origin, sources, workers, dtype, output, resume, shard_size)
-        inventory = take_inventory(origin, list(sources.values()), include, exclude)
-        if method.needs_data:
-            check_task_data(type(method).__name__, module, data, origin, sources, inventory)
-        measured = open_statistics(statistics, method.needs, origin, sources, inventory.merged)
-        if resume:
-            check_resumable(measured)
-        home = origin[inventory.merged[0]].device
-    device = torch.device(device) if device is not None else home
-    workers = count_workers(workers, device, sum(origin.meta[name].numel() for name in inventory.merged))
-    _inspect(method, origin, sources, measured, inventory, allow_non_finite, processes, workers)
+    inputs = _open(base, experts, options.scaled(method), options, processes)
+    _inspect(inputs, options, processes)
+    merged, computation = _prepare(inputs, options, processes)
+    return _compute(merged, computation, inputs.home, options, processes)
 
-    settings = {
-        "matrices": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(matrices).items()},
-        "include": None if include is None else list(include),
-        "exclude": list(exclude),
-        "dtype": None if dtype is None else str(dtype),
-        "device": device.type,
-        "seed": seed,
-        "allow_non_finite": allow_non_finite,
-    }
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a merge reads, and how.
+
+    Args:
+        method: The method.
+        base: The base.
+        experts: The experts by name.
+        statistics: The statistics of each expert's data, in the order of the experts; none if the method needs none.
+        inventory: What happens to every parameter.
+        home: Where the base's weights are.
+        device: Where the merge is computed.
+        workers: Parameters that are merged at the same time.
+    """
+
+    method: MergeMethod
+    base: Weights
+    experts: dict[str, Weights]
+    statistics: list[Weights]
+    inventory: Inventory
+    home: torch.device
+    device: torch.device
+    workers: int
+
+
+def _open(base: Source, experts: Experts, method: MergeMethod, options: MergeOptions, processes: Processes) -> _Inputs:
+    """Open all models and find every conflict between them, from headers alone."""
     with processes.together():
-        tasks = None
+        base = open_weights(base, name="base")
+        opened = open_experts(experts, base)
+        check_arguments(method, base, opened, options)
+        inventory = take_inventory(base, list(opened.values()), options.include, options.exclude)
         if method.needs_data:
-            kept = keep(origin, sources, inventory)
-            tasks = TaskData(module, data, kept, sources, inventory.tied, inventory.private, widest(origin), seed)
+            check_task_data(type(method).__name__, options.module, options.data, base, opened, inventory)
+        statistics = open_statistics(options.statistics, method.needs, base, opened, inventory.merged)
+        if options.resume:
+            check_resumable(statistics)
+        home = base[inventory.merged[0]].device
+    device = home if options.device is None else torch.device(options.device)
+    workers = count_workers(options.workers, device, sum(base.meta[name].numel() for name in inventory.merged))
+    return _Inputs(method, base, opened, statistics, inventory, home, device, workers)
+
+
+def _inspect(inputs: _Inputs, options: MergeOptions, processes: Processes) -> None:
+    """Hash every file, and check that every value that goes in is finite; each process does a part of it."""
+    models = {"the base": inputs.base} | {f"the expert {name}": expert for name, expert in inputs.experts.items()}
+    statistics = {source.name: source for source in inputs.statistics}
+    fingerprint_all([*models.values(), *statistics.values()], processes, inputs.workers)
+    if options.allow_non_finite:
+        return
+    inventory = inputs.inventory
+    shared = [*inventory.merged, *inventory.averaged]
+    kinds = [f"{kind}.{name}" for kind in inputs.method.needs for name in inventory.merged]
+    names = dict.fromkeys(models, shared) | dict.fromkeys(statistics, kinds)
+    names["the base"] = [*shared, *inventory.copied]
+    check_finite(models | statistics, names, processes, inputs.workers)
+
+
+def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tuple[Merged, Computation]:
+    """Have the method look at the whole model once.
+
+    Returns:
+        The merged model, still without weights, and what computes them.
+    """
+    method, base, experts, inventory = inputs.method, inputs.base, inputs.experts, inputs.inventory
+    with processes.together():
         task_vectors = TaskVectors(
-            origin,
-            list(sources.values()),
+            base,
+            list(experts.values()),
             inventory.merged,
-            dtype or precision_of(method, origin, sources.values()),
-            device,
-            matrices,
-            seed,
-            statistics=measured,
-            tasks=tasks,
+            options.dtype or precision_of(method, base, experts.values()),
+            inputs.device,
+            options.rule,
+            options.seed,
+            statistics=inputs.statistics,
+            tasks=_task_data(inputs, options) if method.needs_data else None,
         )
         with paths_taken() as paths, nullcontext() if method.needs_data else one_thread():
             survey = method.survey(task_vectors)
-        manifest = make_manifest(method, settings, origin, sources, dict(zip(sources, measured, strict=False)))
-    updates: dict[str, Tensor] | None = {} if keep_update else None
-    computation = Computation(method, origin, sources, task_vectors, survey, inventory, workers, updates)
-    first = next(iter(sources.values()))
+        manifest = make_manifest(
+            method,
+            options.settings(inputs.device),
+            base,
+            experts,
+            dict(zip(experts, inputs.statistics, strict=False)),
+        )
+    updates: dict[str, Tensor] | None = {} if options.keep_update else None
+    computation = Computation(method, base, experts, task_vectors, survey, inventory, inputs.workers, updates)
+    first = next(iter(experts.values()))
     merged = Merged(
         weights={},
-        base=origin,
+        base=base,
         inventory=inventory,
         manifest=manifest,
-        experts=sources,
-        hyper_parameters=origin.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
+        experts=experts,
+        hyper_parameters=base.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
         paths=paths,
-        computation=computation if method.per_task or keep_update else None,
+        computation=computation if method.per_task or options.keep_update else None,
     )
-    with paths_taken(paths):
-        if output is None:
+    return merged, computation
+
+
+def _task_data(inputs: _Inputs, options: MergeOptions) -> TaskData:
+    """Return the module and the data of the experts' tasks, for a method that runs the model while it merges."""
+    base, experts, inventory = inputs.base, inputs.experts, inputs.inventory
+    kept = {name: mean_of(name, base, experts) for name in inventory.averaged}
+    kept |= {name: base[name].clone() for name in inventory.copied}
+    return TaskData(
+        options.module, options.data, kept, experts, inventory.tied, inventory.private, widest(base), options.seed
+    )
+
+
+def _compute(
+    merged: Merged, computation: Computation, home: torch.device, options: MergeOptions, processes: Processes
+) -> Merged:
+    """Compute every parameter of the merged model, into memory or into the output."""
+    with paths_taken(merged.paths):
+        if options.output is None:
             return replace(merged, weights=_in_memory(computation, home, processes))
-        _to_disk(merged, computation, output, resume, shard_size, processes)
-    return replace(merged, weights=open_weights(output, "the merged model"))
-
-
-def _inspect(
-    method: MergeMethod,
-    base: Weights,
-    experts: Mapping[str, Weights],
-    statistics: Sequence[Weights],
-    inventory: Inventory,
-    allow_non_finite: bool,
-    processes: Processes,
-    workers: int,
-) -> None:
-    """Hash every file, and see that every value that goes in is finite; each process does a part of it."""
-    models = {"the base": base} | {f"the expert {name}": expert for name, expert in experts.items()}
-    measured = {source.name: source for source in statistics}
-    fingerprint_all([*models.values(), *measured.values()], processes, workers)
-    if allow_non_finite:
-        return
-    shared = [*inventory.merged, *inventory.averaged]
-    kinds = [f"{kind}.{name}" for kind in method.needs for name in inventory.merged]
-    wanted = dict.fromkeys(models, shared) | dict.fromkeys(measured, kinds)
-    wanted["the base"] = [*shared, *inventory.copied]
-    check_finite(models | measured, wanted, processes, workers)
+        _to_disk(merged, computation, options, processes)
+    return replace(merged, weights=open_weights(options.output, "the merged model"))
 
 
 def _in_memory(computation: Computation, home: torch.device, processes: Processes) -> dict[str, Tensor]:
-    """All parameters of the merged model; every process computes a part of them and gets the others."""
+    """Compute all parameters of the merged model; every process computes a part of them and gets the others."""
     inventory, base = computation.inventory, computation.base
     shares = processes.share(inventory.stored, computation.cost)
     with processes.together():
@@ -200,35 +260,22 @@ def _in_memory(computation: Computation, home: torch.device, processes: Processe
     return {name: weights[name] for name in base}
 
 
-def _to_disk(
-    merged: Merged,
-    computation: Computation,
-    output: str | os.PathLike[str],
-    resume: bool,
-    shard_size: int,
-    processes: Processes,
-) -> None:
+def _to_disk(merged: Merged, computation: Computation, options: MergeOptions, processes: Processes) -> None:
     """Write every parameter of the merged model as soon as it is computed; every process writes a part of them."""
-    model = merged.writer(output, resume=resume, shard_size=shard_size)
+    model = merged.writer(options.output, resume=options.resume, shard_size=options.shard_size)
     with model.open(processes):
-        left = [name for name in merged.inventory.stored if name not in model.done]
-        computation.each(processes.share(left, computation.cost)[processes.rank], model.write)
+        missing = [name for name in merged.inventory.stored if name not in model.done]
+        computation.each(processes.share(missing, computation.cost)[processes.rank], model.write)
         _check_unchanged(computation)
 
 
 def _check_unchanged(computation: Computation) -> None:
-    """See that no file was changed while it was merged."""
+    """Check that no file was changed while it was merged."""
     for weights in (computation.base, *computation.experts.values()):
         weights.check_unchanged()
 
 
 def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
-    """The precision of the task vectors: the method's own, but float64 where weights or differences have as much."""
+    """Choose the precision of the task vectors: the method's own, or float64 where weights or differences have it."""
     exact = method.factorizes and any(expert.low_rank for expert in experts)  # they keep their low rank
     return torch.promote_types(method.dtype, torch.float64 if exact else widest(base))
-
-
-def keep(base: Weights, experts: Mapping[str, Weights], inventory: Inventory) -> dict[str, Tensor]:
-    """What the merged model has beside the merged parameters: the mean of running statistics, copies of the base's."""
-    means = {name: mean_of(name, base, experts) for name in inventory.averaged}
-    return means | {name: base[name].clone() for name in inventory.copied}

@@ -6,11 +6,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_merge.checkpoints import (
     TASK_VECTOR,
@@ -23,126 +23,86 @@ from lightning_merge.checkpoints import (
 )
 from lightning_merge.checkpoints.adapters import is_adapter
 from lightning_merge.checkpoints.experts import open_each
-from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.checkpoints.views import Renamed
 from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
 from lightning_merge.merging.costs import estimate_seconds, factorizes, measure_machine, peak_memory, surveys
 from lightning_merge.merging.inventory import Inventory, compare
 from lightning_merge.merging.merge import precision_of
+from lightning_merge.merging.options import MergeOptions
 from lightning_merge.merging.plan import Costs, Plan, size
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
-from lightning_merge.utilities.batches import TaskBatches
 from lightning_merge.utilities.errors import MergeError, problems_of
 from lightning_merge.utilities.workers import count_workers
 
 
-def plan(
-    base: Source,
-    experts: Experts,
-    method: MergeMethod,
-    *,
-    statistics: Mapping[str, Source] | None = None,
-    module: nn.Module | None = None,
-    data: TaskBatches | None = None,
-    scale: float | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
-    matrices: Matrices | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-    allow_non_finite: bool = False,
-    keep_update: bool = False,
-    output: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    shard_size: int = SHARD_SIZE,
-    distributed: bool = False,
-) -> Plan:
+def plan(base: Source, experts: Experts, method: MergeMethod, **arguments: Any) -> Plan:
     """Say what :func:`lightning_merge.merge` would do with the same arguments, and everything that stands in its way.
 
-    Only headers are read: names, shapes and dtypes. Nothing is written, and nothing computed beside a few small
-    matrices, to see how fast this machine is. The arguments are those of :func:`lightning_merge.merge`; ``seed`` makes
-    no difference, and the costs are those of the whole merge by one process, whatever ``resume`` and ``distributed``.
+    Only headers are read: names, shapes and dtypes. Nothing is written, and nothing is computed besides a few small
+    matrices, to see how fast this machine is. ``seed`` makes no difference, and the costs are those of the whole merge
+    by one process, whatever ``resume`` and ``distributed``.
 
     Args:
         base: The model that the experts started from.
         experts: The experts.
         method: How to merge.
-        statistics: What each expert's data say about its parameters.
-        module: For methods that run the model: the module.
-        data: For the same methods: each expert's data.
-        scale: Scaling coefficient of the update.
-        include: Merge only these.
-        exclude: Do not merge these.
-        matrices: Which parameters count as matrices.
-        dtype: Precision of the arithmetic.
-        device: Where to compute.
-        seed: Of random numbers.
-        workers: Parameters that are merged at the same time.
-        allow_non_finite: Do not look for values that are not finite.
-        keep_update: Keep the update in memory.
-        output: The file or folder to write.
-        resume: Go on with a half-finished merge.
-        shard_size: The most bytes of one file in a folder.
-        distributed: Share the work with other processes.
+        arguments: The other arguments of :func:`lightning_merge.merge`, under the same names.
 
     Returns:
         The plan; what stands in the way is in its ``problems`` and is not raised.
+
+    Raises:
+        TypeError: If there is no such argument.
     """
-    method = method if scale is None else replace(method, scale=scale)
-    where = None if output is None else str(output)
+    options = MergeOptions(**arguments)
+    method = options.scaled(method)
+    output = None if options.output is None else str(options.output)
     try:
-        origin = open_weights(base, name="base")
+        base = open_weights(base, name="base")
     except MergeError as error:
         names = tuple(map(str, experts)) if isinstance(experts, Mapping) else tuple(map(_name, experts))
-        return Plan(method.describe(), names, where, (*error.problems, *_unreadable(experts)))
-    models = _open(origin, experts, method, statistics, include, exclude)
-    problems = models.problems
-    problems += problems_of(
-        check_arguments, method, origin, models.as_many_as(experts), workers, dtype, output, resume, shard_size
-    )
-    problems += problems_of(_check_device, device)
-    if resume:
-        problems += problems_of(check_resumable, models.statistics)
-    if method.needs_data:
-        kind = type(method).__name__
-        problems += problems_of(check_task_data, kind, module, data, origin, models.experts, models.inventory)
-    if output is not None:
-        twice = Path(output).suffix in TORCH_SUFFIXES  # it is written as a safetensors file first
-        problems += problems_of(_check_space, Path(output).expanduser(), models.stored * (2 if twice else 1))
-    rule = matrices or Matrices()
-    shapes = _count_matrices(origin, models.inventory, rule)
-    costs = None
-    if not problems:
-        precision = dtype or precision_of(method, origin, models.experts.values())
-        write = 0 if output is None else models.stored
-        costs = _costs(
-            models,
-            method,
-            shapes,
-            precision,
-            device,
-            count_workers(workers, torch.device(device or "cpu"), models.values["merged"]),
-            not allow_non_finite,
-            write,
-        )
-        kept = (0 if output is not None else models.stored) + keep_update * models.values["merged"] * precision.itemsize
-        costs = replace(costs, memory=costs.memory + kept)
+        return Plan(method.describe(), names, output, (*error.problems, *_unreadable(experts)))
+    models = _open(base, experts, method, options)
+    problems = [*models.problems, *_problems(models, models.as_many_as(experts), method, options)]
+    shapes = _count_matrices(base, models.inventory, options.rule)
     return Plan(
         method.describe(),
         tuple(models.experts),
-        where,
+        output,
         tuple(problems),
         models.inventory,
         models.values | {"matrices": sum(count * m * n for count, m, n in shapes)},
         shapes,
         {name: str(expert.prefix) for name, expert in models.experts.items() if isinstance(expert, Renamed)},
-        costs,
-        tuple([*models.other_dtypes(), *_notes(method, models, allow_non_finite)]),
+        None if problems else _costs(models, method, shapes, options),
+        tuple([*models.other_dtypes(), *_notes(method, models, options.allow_non_finite)]),
     )
+
+
+def _problems(models: _Models, experts: Mapping[str, Weights], method: MergeMethod, options: MergeOptions) -> list[str]:
+    """List what stands in the way of merging models that could be opened.
+
+    Args:
+        models: What could be opened.
+        experts: As many experts as were given.
+        method: The method.
+        options: The other arguments of the merge.
+    """
+    problems = problems_of(check_arguments, method, models.base, experts, options)
+    problems += problems_of(_check_device, options.device)
+    if options.resume:
+        problems += problems_of(check_resumable, models.statistics)
+    if method.needs_data:
+        kind = type(method).__name__
+        module, data, inventory = options.module, options.data, models.inventory
+        problems += problems_of(check_task_data, kind, module, data, models.base, models.experts, inventory)
+    if options.output is not None:
+        twice = Path(options.output).suffix in TORCH_SUFFIXES  # it is written as a safetensors file first
+        size_on_disk = models.stored * (2 if twice else 1)
+        problems += problems_of(_check_space, Path(options.output).expanduser(), size_on_disk)
+    return problems
 
 
 @dataclass(frozen=True)
@@ -186,23 +146,17 @@ class _Models:
         return self.experts | {f"absent {i}": self.base for i in range(len(experts) - len(self.experts))}
 
 
-def _open(
-    base: Weights,
-    experts: Experts,
-    method: MergeMethod,
-    statistics: Mapping[str, Source] | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-) -> _Models:
+def _open(base: Weights, experts: Experts, method: MergeMethod, options: MergeOptions) -> _Models:
+    """Open what can be opened, and list what is wrong with the rest."""
     opened, problems = open_each(experts, base, read=False)
-    inventory, conflicts = compare(base, list(opened.values()), include, exclude)
+    inventory, conflicts = compare(base, list(opened.values()), options.include, options.exclude)
     problems += conflicts
-    measured: list[Weights] = []
+    statistics: list[Weights] = []
     try:
-        measured = open_statistics(statistics, method.needs, base, opened, inventory.merged, read=False)
+        statistics = open_statistics(options.statistics, method.needs, base, opened, inventory.merged, read=False)
     except MergeError as error:
         problems += error.problems
-    return _Models(base, opened, measured, inventory, problems)
+    return _Models(base, opened, statistics, inventory, problems)
 
 
 def _unreadable(experts: Experts) -> list[str]:
@@ -253,20 +207,25 @@ def _count_matrices(base: Weights, inventory: Inventory, rule: Matrices) -> tupl
 
 
 def _costs(
-    models: _Models,
-    method: MergeMethod,
-    matrices: Sequence[tuple[int, int, int]],
-    dtype: torch.dtype,
-    device: torch.device | str | None,
-    workers: int,
-    looks: bool,
-    write: int,
+    models: _Models, method: MergeMethod, matrices: Sequence[tuple[int, int, int]], options: MergeOptions
 ) -> Costs:
+    """Estimate what a merge costs that nothing stands in the way of.
+
+    Args:
+        models: All models.
+        method: The method.
+        matrices: ``(count, m, n)``: so many merged matrices of one shape.
+        options: The other arguments of the merge.
+    """
+    dtype = options.dtype or precision_of(method, models.base, models.experts.values())
+    workers = count_workers(options.workers, torch.device(options.device or "cpu"), models.values["merged"])
+    looks = not options.allow_non_finite
     everything = [models.base, *models.experts.values(), *models.statistics]
     whole = sum(map(_stored_bytes, everything))
     hashed = sum(_stored_bytes(weights) for weights in everything if weights.inputs)
     passes = 1 + looks + bool(hashed)  # to merge, to look for values that are not finite, and for the sha256
     read = whole * (1 + looks) + hashed
+    write, in_memory = (0, models.stored) if options.output is None else (models.stored, 0)
     sizes = [models.base.meta[name].numel() for name in models.inventory.merged]
     count = len(models.experts)
     seconds = estimate_seconds(
@@ -278,10 +237,10 @@ def _costs(
         read + write,
         hashed,
         workers,
-        measure_machine(device),
+        measure_machine(options.device),
     )
-    factorized = matrices if factorizes(method) else ()
-    memory = peak_memory(sizes, factorized, count, dtype.itemsize, workers)
+    memory = peak_memory(sizes, matrices if factorizes(method) else (), count, dtype.itemsize, workers)
+    memory += in_memory + options.keep_update * models.values["merged"] * dtype.itemsize
     return Costs(read, passes, write, memory, seconds, surveys(method))
 
 

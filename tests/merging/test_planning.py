@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 import lightning_merge as lm
 from lightning_merge.checkpoints import Weights, open_weights, save_weights
 from lightning_merge.checkpoints.statistics_files import save_statistics
+from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import (
     DARE,
     EMR,
@@ -59,9 +61,11 @@ def nbytes(state) -> int:
 
 
 def test_it_takes_what_merge_takes():
-    taken, mine = (inspect.signature(function).parameters for function in (lm.merge, lm.plan))
-    assert not set(taken) - set(mine)
-    assert all(mine[name].kind == parameter.kind for name, parameter in taken.items())
+    taken = inspect.signature(lm.merge).parameters.values()
+    named = {argument.name: argument.default for argument in taken if argument.kind is argument.KEYWORD_ONLY}
+    assert named == {field.name: field.default for field in fields(MergeOptions)}
+    with pytest.raises(TypeError, match="densty"):
+        lm.plan({}, [], TIES(), densty=0.1)
 
 
 @pytest.mark.parametrize("method", [SCORE(), TIES(), Fisher(), DARE(method=EMR())], ids=lambda m: type(m).__name__)
