@@ -365,8 +365,9 @@ class TestRecordedMoments:
         with pytest.raises(MergeError, match="The activations of expert parity were not recorded beside its file"):
             self.corrections(folder, merged, recorded=True)
 
-    def test_the_command_line(self, folder, experts, capsys):
+    def test_the_command_line(self, folder, experts, capsys, opened):
         main(command(folder, experts, "--output=merged.ckpt", "--repair.recorded=true"))
+        assert {opened[path] for path in experts.values()} == {1}
         assert "the tasks' corrections beside it" in capsys.readouterr().out
         noted = lm.open_weights("merged.ckpt").header["merge"]["repair"]
         assert noted["recorded"]

@@ -1,8 +1,8 @@
-"""What a merge does before and after, where its experts have several foundations or its result is repaired."""
+"""Align before a merge and repair after it: the sections ``align`` and ``repair`` of the verb ``merge``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_merge.checkpoints import Weights, open_weights, put_in_place, save_weights
+from lightning_merge.checkpoints import Source, Weights, open_experts, open_weights, put_in_place, save_weights
 from lightning_merge.checkpoints.adapters import is_adapter
 from lightning_merge.checkpoints.folders import is_folder
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
@@ -23,6 +23,7 @@ from lightning_merge.merging.repairing import Repair, repair
 from lightning_merge.methods import MergeMethod
 from lightning_merge.repair import save_corrections
 from lightning_merge.utilities.errors import problems_of, raise_all
+from lightning_merge.utilities.processes import Processes
 
 _IMAGES = 64
 """Images of a batch that the model is run on."""
@@ -72,10 +73,6 @@ class AlignAndRepair:
             problems.append("A repair runs the model on images; give --model and --data with a domain for each expert.")
         if self.correction is not None and resume:
             problems.append("A merge that is repaired is written when it is complete, so that there is no resume.")
-        if self.correction is not None and self.correction.recorded and isinstance(experts, Mapping):
-            whole = {name: path for name, path in experts.items() if not (is_adapter(path) or is_task_vector(path))}
-            for name, path in whole.items():
-                problems += problems_of(lambda name=name, path=path: read_moments(open_weights(path), name))
         raise_all(problems)
         if self._needs_images:
             assert self.datamodule is not None
@@ -87,30 +84,72 @@ class AlignAndRepair:
         by_activations = self.alignment is not None and self.alignment.by == "activations"
         return self.datamodule is not None and (by_activations or self.correction is not None)
 
-    def align(
-        self, experts: Mapping[str, str], only_look: bool, distributed: bool
+    def open(
+        self, base: Source, experts: Sequence[Source] | Mapping[str, Source], processes: Processes
     ) -> tuple[Weights, dict[str, Weights]]:
-        """The common initialisation and the experts in one order of channels.
+        """Open the base and the experts, each once, with their channels in one order.
 
         Args:
-            experts: The experts' files.
-            only_look: Compare nothing: for a plan, to which the order of channels makes no difference.
-            distributed: Whether all processes of a process group do this.
+            base: The base; not used where experts are aligned, whose base is the mean of the foundations.
+            experts: The experts.
+            processes: The processes that make this call.
+
+        Raises:
+            MergeError: If a file cannot be opened, or if moments that were to be recorded are missing.
         """
-        assert self.alignment is not None
-        options = replace(self.alignment, by="nothing") if only_look else self.alignment
+        with processes.together():
+            if self.alignment is None:
+                base = open_weights(base, name="base")
+                opened = open_experts(experts, base)
+            else:
+                opened = _open_dense(experts)
+            self._check_moments(opened)
+        if self.alignment is None:
+            return base, opened
+        return self._align(self.alignment, opened, processes)
+
+    def unaligned(
+        self, base: Source, experts: Sequence[Source] | Mapping[str, Source]
+    ) -> tuple[Source, Sequence[Source] | Mapping[str, Source]]:
+        """Return base and experts for a plan, to which the order of channels makes no difference.
+
+        Raises:
+            MergeError: If moments that were to be recorded are missing.
+        """
+        if self._reads_moments:
+            self._check_moments(_open_dense(experts))
+        if self.alignment is None:
+            return base, experts
+        return self._align(replace(self.alignment, by="nothing"), experts, Processes())
+
+    @property
+    def _reads_moments(self) -> bool:
+        return self.correction is not None and self.correction.recorded
+
+    def _check_moments(self, experts: Mapping[str, Source]) -> None:
+        """Check that the moments of every expert that could be opened without a base were recorded."""
+        if self._reads_moments:
+            opened = {name: expert for name, expert in experts.items() if isinstance(expert, Weights)}
+            raise_all([p for name, expert in opened.items() for p in problems_of(read_moments, expert, name)])
+
+    def _align(
+        self, options: Align, experts: Mapping[str, Source], processes: Processes
+    ) -> tuple[Weights, dict[str, Weights]]:
+        """Compute the common initialisation, and put the experts' channels into one order."""
         images = None
         if options.by == "activations" and self.datamodule is not None:
             images = self._images("Aligning by activations", list(experts), options.batches)
-        found = align(
+        distributed = processes.count > 1
+        aligned = align(
             options, experts, self._module, images, private=self.private, seed=self.seed, distributed=distributed
         )
-        return found.base, found.experts
+        return aligned.base, aligned.experts
 
-    def repair(self, merged: Merged, distributed: bool) -> Merged:
-        """The merged model, repaired."""
+    def repair(self, merged: Merged, processes: Processes) -> Merged:
+        """Repair the merged model, and note in its manifest how."""
         assert self.correction is not None
         images = self._images("A repair", list(merged.experts), self.correction.batches)
+        distributed = processes.count > 1
         repaired = repair(self.correction, merged, self._module, images, seed=self.seed, distributed=distributed)
         noted = asdict(self.correction)
         if self.correction.recorded:
@@ -151,6 +190,14 @@ class AlignAndRepair:
         assert self.datamodule is not None
         assert self.model is not None
         return calibration_images(who, self.datamodule, experts, self.model, batches, _IMAGES)
+
+
+def _open_dense(experts: Mapping[str, Source]) -> dict[str, Source]:
+    """Open the experts that are no adapters and no task vectors, which need a base."""
+    return {
+        name: source if is_adapter(source) or is_task_vector(source) else open_weights(source, f"expert {name}")
+        for name, source in experts.items()
+    }
 
 
 def _beside(output: str, what: str) -> Path:

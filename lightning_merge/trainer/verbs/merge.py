@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lightning_merge.checkpoints import open_experts, open_weights, write_text
+from lightning_merge.checkpoints import write_text
 from lightning_merge.checkpoints.folders import CARD, is_folder
 from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.data import DomainDataModule
@@ -20,6 +20,7 @@ from lightning_merge.merging.checks import check_arguments
 from lightning_merge.merging.merge import merge
 from lightning_merge.merging.merged import Merged
 from lightning_merge.merging.model_card import check_card
+from lightning_merge.merging.options import MergeOptions
 from lightning_merge.merging.plan import Plan
 from lightning_merge.merging.planning import plan as make_plan
 from lightning_merge.merging.repairing import Repair
@@ -120,11 +121,7 @@ class MergeVerb(ReportingTrainer):
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = AlignAndRepair(self, model, domains, align, repair, tuple(exclude or ()), seed)
         several.check(experts, base, method, resume)
-        distributed = not plan and self._join_processes()
-        if align is not None:
-            source, experts = several.align(experts, plan, distributed)
-        else:
-            source = base if base is not None else model.state_dict()
+        source = base if base is not None or model is None else model.state_dict()
         options = {
             "statistics": statistics,
             "scale": scale,
@@ -137,27 +134,31 @@ class MergeVerb(ReportingTrainer):
             "output": output,
             "resume": resume,
             "shard_size": shard_size,
-            **module_and_data(self, model, domains, method, experts),
         }
-        self.plan = make_plan(source, experts, method, **options) if plan else None
-        if self.plan is not None:
+        if plan:
+            source, experts = several.unaligned(source, experts)
+            options |= module_and_data(self, model, domains, method, experts)
+            self.plan = make_plan(source, experts, method, **options)
             return self.plan
-        origin = open_weights(source, name="base")
+        self.plan = None
+        processes = Processes(self._join_processes())
+        weights, opened = several.open(source, experts, processes)
+        options |= module_and_data(self, model, domains, method, opened)
         if repair is not None:
-            with Processes(distributed).together():
-                check_arguments(method, origin, open_experts(experts, origin), output=output, shard_size=shard_size)
+            with processes.together():
+                check_arguments(method, weights, opened, MergeOptions(output=output, shard_size=shard_size))
             options["output"] = None
         with self.progress_shown():
-            merged = merge(origin, experts, method, distributed=distributed, **options)
+            merged = merge(weights, opened, method, distributed=processes.count > 1, **options)
         if repair is not None:
-            merged = several.repair(merged, distributed)
-        with Processes(distributed).together():
+            merged = several.repair(merged, processes)
+        with processes.together():
             if self.is_global_zero:
                 several.save(merged, output, shard_size)
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
-            self.table = Table(evaluate_merged(self, model, domains, origin, merged))
-        with Processes(distributed).together():
+            self.table = Table(evaluate_merged(self, model, domains, weights, merged))
+        with processes.together():
             if self.is_global_zero:
                 self._describe(merged, output, report, card, workers)
         return merged
