@@ -8,13 +8,30 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "callbacks" / "__init__.py").is_file() and (_CHECKOUT / "pyproject.toml").is_file():
     __path__.append(str(_CHECKOUT))  # an uninstalled checkout: `callbacks/` is `lightning_merge.callbacks`
+
+if TYPE_CHECKING:  # what editors and type checkers see of the names that are imported when they are first used
+    from lightning_merge import align, analysis, callbacks, data, evaluation, methods, models, repair, testing
+    from lightning_merge.checkpoints import open_task_vector, open_weights, save_task_vector, save_weights
+    from lightning_merge.data import Digits, DomainDataModule, DomainFolders, TaskArrays
+    from lightning_merge.merging.merge import merge
+    from lightning_merge.merging.merged import Merged
+    from lightning_merge.merging.plan import Plan
+    from lightning_merge.merging.planning import plan
+    from lightning_merge.merging.sweeping import sweep
+    from lightning_merge.methods import MergeMethod
+    from lightning_merge.methods.base.matrices import Matrices
+    from lightning_merge.models import Expert
+    from lightning_merge.trainer import MergeCLI, MergeTrainer
+    from lightning_merge.utilities import linalg
+    from lightning_merge.utilities.errors import MergeError
+    from lightning_merge.utilities.progress import show_progress
 
 # Public names are imported when they are first used, so that `import lightning_merge` costs nothing.
 _HOME = {
@@ -52,7 +69,38 @@ _MODULES = {
     "testing": "lightning_merge.testing",
 }
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = [
+    "Digits",
+    "DomainDataModule",
+    "DomainFolders",
+    "Expert",
+    "Matrices",
+    "MergeCLI",
+    "MergeError",
+    "MergeMethod",
+    "MergeTrainer",
+    "Merged",
+    "Plan",
+    "TaskArrays",
+    "align",
+    "analysis",
+    "callbacks",
+    "data",
+    "evaluation",
+    "linalg",
+    "merge",
+    "methods",
+    "models",
+    "open_task_vector",
+    "open_weights",
+    "plan",
+    "repair",
+    "save_task_vector",
+    "save_weights",
+    "show_progress",
+    "sweep",
+    "testing",
+]
 
 
 def __getattr__(name: str) -> Any:
