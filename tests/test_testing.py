@@ -6,7 +6,6 @@ import importlib
 import inspect
 import pkgutil
 import threading
-import time
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -290,11 +289,18 @@ def test_broken_methods_are_caught(method, sentence):
 
 
 def test_workers_are_caught():
+    there, all_there = set(), threading.Event()
+
     @dataclass(frozen=True)
     class KnowsItsThread(MergeMethod):
         def tensor(self, deltas, context):
-            time.sleep(1e-3)  # so that every worker gets something to do
-            return deltas.mean(dim=0) * (1 + threading.current_thread().name.endswith("_2"))
+            name = threading.current_thread().name
+            if name.startswith("ThreadPoolExecutor"):  # every worker gets something to do
+                there.add(name)
+                if len(there) == 3:
+                    all_there.set()
+                assert all_there.wait(60)
+            return deltas.mean(dim=0) * (1 + name.endswith("_2"))
 
     with pytest.raises(AssertionError, match=r"KnowsItsThread must give the same bytes with any number of workers"):
         check_method(KnowsItsThread())

@@ -32,7 +32,7 @@ def probe_head(
     """Fit the head of a model to labelled data, by multinomial logistic regression on the features before it.
 
     The loss is the mean cross-entropy plus ``decay/2 · ‖W‖²`` (in scikit-learn's terms ``C = 1 / (N · decay)``). It is
-    convex: L-BFGS starts from zero and nothing is drawn. Only these data are read, so give training data.
+    convex: L-BFGS, in float64, starts from zero and nothing is drawn. Only these data are read, so give training data.
 
     Args:
         module: Maps images to logits; its own weights are not used, and it is as before afterwards.
@@ -75,12 +75,23 @@ def probe_head(
 def fit_logistic_regression(
     x: Tensor, y: Tensor, classes: int, has_bias: bool, decay: float, steps: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Multinomial logistic regression: from ``(N, n)`` and labels ``(N,)`` to ``(classes, n)`` and ``(classes,)``."""
+    """Fit ``(classes, n)`` and ``(classes,)`` to features ``(N, n)`` and labels ``(N,)``, in float64.
+
+    In float32 the loss is too coarse for the line search: it stops where the logits are still wrong in the third digit.
+    """
+    if x.device.type == "mps":  # has no float64
+        x, y = x.cpu(), y.cpu()
+    x = x.double()
     weight = x.new_zeros(classes, x.shape[1]).requires_grad_()
     bias = x.new_zeros(classes).requires_grad_() if has_bias else None
     parameters = [weight] if bias is None else [weight, bias]
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, history_size=20, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+        parameters,
+        max_iter=steps,
+        history_size=20,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def loss() -> Tensor:

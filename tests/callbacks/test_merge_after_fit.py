@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import time
+from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch.callbacks
@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_merge.callbacks import MergeAfterFit, RecordStatistics, merge_after_fit
 from torch import nn
 
@@ -288,7 +289,8 @@ class TestMethodsThatNeedData:
 @fork
 class TestManyProcesses:
     def fit(self, processes: int, *callbacks, **arguments) -> None:
-        strategy = "ddp_fork" if processes > 1 else "auto"
+        forked = DDPStrategy(start_method="fork", timeout=timedelta(minutes=5))  # a wait without end is another error
+        strategy = forked if processes > 1 else "auto"
         make_trainer(*callbacks, devices=processes, strategy=strategy, **arguments).fit(write_models(), Data())
 
     def test_the_same_weights_on_any_number_of_processes(self):
@@ -316,10 +318,8 @@ class TestManyProcesses:
             raise lm.MergeError(f"Could not write {path}: No space left on device.")
 
         monkeypatch.setattr(merge_after_fit, "save_checkpoint", full)
-        begin = time.monotonic()
         with pytest.raises(Exception, match="No space left on device"):
             self.fit(2, MergeAfterFit("base.ckpt", EXPERTS))
-        assert time.monotonic() - begin < 30
         assert list(Path().glob("*merged*")) == []
 
     def test_an_expert_that_only_the_first_process_sees(self, monkeypatch):

@@ -106,8 +106,9 @@ class TestFitMergeEvaluate:
         assert all(torch.equal(lm.open_weights("m.safetensors")[name], tensor) for name, tensor in by_hand.items())
 
     def test_two_processes_fit_merge_and_evaluate_as_one(self, experts):
-        """`fit` under DDP, then `merge`, then `evaluate`: each a real launch of two processes."""
-        ddp = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+        """`fit` under DDP, then `merge`, then `evaluate`: launched by commands, but for `merge`, which is forked."""
+        two = ["--trainer.devices=2", "--trainer.accelerator=cpu"]
+        ddp, forked = [*two, "--trainer.strategy=ddp"], [*two, "--trainer.strategy=ddp_fork"]
 
         def launch(*arguments: str) -> None:
             command = [sys.executable, "-m", "lightning_merge", *arguments]
@@ -128,7 +129,7 @@ class TestFitMergeEvaluate:
 
         run = f"--config={experts['rotated']}/config.yaml"
         pair = "{rotated: experts/ddp, noisy: experts/noisy}"
-        launch("merge", run, *ddp, f"--experts={pair}", "--output=ddp.ckpt", "--data.test_domains=[thick]")
+        main(["merge", run, *forked, f"--experts={pair}", "--output=ddp.ckpt", "--data.test_domains=[thick]"])
         main(["merge", run, f"--experts={pair}", "--output=one.ckpt", "--data.test_domains=[thick]"])
         merged = lm.open_weights("ddp.ckpt")
         assert all(torch.equal(merged[name], tensor) for name, tensor in lm.open_weights("one.ckpt").items())

@@ -19,15 +19,18 @@ from lightning_merge.methods import SCORE, TIES, MergeMethod, TaskArithmetic
 from lightning_merge.utilities.processes import Processes
 from tests.checkpoints.test_streaming import left_behind, make_files, same
 
+PATIENCE = 300  # s; only against processes that hang
 
-def _enter(rank: int, count: int, work, results) -> None:
+
+def _enter(rank: int, count: int, work, results, all_done) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/rendezvous", rank=rank, world_size=count)
     try:
         results.put((rank, work(rank), None))
-    except Exception as error:
+    except BaseException as error:  # a pytest.raises that has failed, too
         results.put((rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     finally:
+        all_done.wait(PATIENCE)  # one that leaves early cuts off those that are still connecting
         dist.destroy_process_group()
 
 
@@ -35,14 +38,14 @@ def on_processes(count: int, work) -> tuple[list, list]:
     """What ``work(rank)`` returns on every process, and what it raises."""
     Path("rendezvous").unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_enter, args=(rank, count, work, results)) for rank in range(count)]
+    results, all_done = context.Queue(), context.Barrier(count)
+    processes = [context.Process(target=_enter, args=(rank, count, work, results, all_done)) for rank in range(count)]
     for process in processes:
         process.start()
     try:
-        found = sorted((results.get(timeout=60) for _ in processes), key=lambda result: result[0])
+        found = sorted((results.get(timeout=PATIENCE) for _ in processes), key=lambda result: result[0])
         for process in processes:
-            process.join(30)
+            process.join(PATIENCE)
             assert process.exitcode == 0
     finally:
         for process in processes:

@@ -15,6 +15,7 @@ import tty
 import warnings
 from contextlib import contextmanager
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from lightning_merge.callbacks import MergeAfterFit
@@ -65,7 +66,7 @@ class Screen:
 
     def close(self) -> None:
         self.stream.close()
-        self._reader.join(10)
+        self._reader.join(60)
         os.close(self.master)
 
     def states(self) -> list[list[str]]:
@@ -165,11 +166,19 @@ def test_elsewhere_there_are_plain_lines_at_every_quarter(monkeypatch, capsys, v
     assert (logger.level, logger.handlers) == (logging.NOTSET, [])
 
 
-def test_work_of_a_second_leaves_no_line(monkeypatch, caplog):
+@pytest.mark.parametrize(("seconds", "quarters"), [(0.1, []), (0.4, [75, 100]), (1.0, [25, 50, 75, 100])])
+def test_work_of_less_than_ten_seconds_leaves_no_line(monkeypatch, caplog, seconds, quarters):
+    """By a clock on which every one of 40 pieces takes so long."""
+    now = [0.0]
     monkeypatch.setattr(progress, "_PATIENCE", 10.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def work(name: str) -> None:
+        now[0] += seconds
+
     with caplog.at_level("INFO"), show_progress():
-        run_each(lambda name: None, NAMES, 1, "merging")
-    assert not caplog.records
+        run_each(work, NAMES, 1, "merging")
+    assert [record.getMessage().partition(" %")[0] for record in caplog.records] == [f"merging: {q}" for q in quarters]
 
 
 def test_a_merge_is_silent_unless_asked_and_what_it_gives_is_the_same(caplog):
