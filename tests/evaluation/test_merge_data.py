@@ -12,7 +12,7 @@ from lightning_merge.data import DomainDataModule
 from lightning_merge.methods import AdaMerging, RegMeanPlusPlus, WeightAverage
 from lightning_merge.trainer.cli import main
 from tests.toys import image_folders, quiet_trainer, tiny_expert
-from tests.trainer.test_cli import CONFIGS, fit
+from tests.trainer.commands import CONFIGS, fit
 
 METHODS = [AdaMerging(steps=2, lr=0.05), RegMeanPlusPlus(num_examples=20)]
 

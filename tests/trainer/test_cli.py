@@ -1,14 +1,8 @@
-"""The command line, as a user types it."""
+"""The command line as a whole, and in a project of one's own."""
 
 from __future__ import annotations
 
 import copy
-import json
-import re
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,299 +16,30 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_merge as lm
-from lightning_merge.checkpoints import save_weights
 from lightning_merge.trainer import MergeCLI
 from lightning_merge.trainer.cli import main
-from tests.conftest import ROOT, isolated
-from tests.toys import base_weights, digit_tasks, expert_weights, image_folders, quiet_trainer, register_tiny_clip
-
-CONFIGS = ROOT / "configs"
-TINY_DIGITS = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
-TINY_VIT = [
-    "--model.pretrained=false",
-    "--model.backbone=timm/vit_tiny_patch16_224",
-    "--model.backbone_args={img_size: 32, embed_dim: 16, depth: 1, num_heads: 2}",
-]
+from tests.toys import quiet_trainer
+from tests.trainer.commands import CONFIGS
 
 DIGITS_SEARCH = ["search", f"--config={CONFIGS / 'fit/digits.yaml'}", "--method=IsoC", "--experts={noisy: a.ckpt}"]
 
 
-def fit(domain: str, *more: str) -> str:
-    """Fit an expert by the digits' config and return its run folder."""
-    config = f"--config={CONFIGS / 'fit/digits.yaml'}"
-    folder = f"experts/{domain}"
-    main(
-        ["fit", config, *TINY_DIGITS, f"--data.train_domains=[{domain}]", f"--trainer.default_root_dir={folder}", *more]
-    )
-    return folder
-
-
-def read_jsonl(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def fitted(tmp_path_factory) -> Path:
-    """The run folders of a base and of two experts that start from it, fitted once."""
-    folder = tmp_path_factory.mktemp("fitted")
-    with isolated(folder):
-        fit("upright")
-        for domain in ("rotated", "noisy"):
-            fit(domain, "--model.weights=experts/upright")
-    return folder / "experts"
-
-
-@pytest.fixture
-def experts(fitted) -> dict[str, str]:
-    """A copy of the runs that a test may write to; the base is ``experts/upright``."""
-    shutil.copytree(fitted, "experts")
-    return {domain: f"experts/{domain}" for domain in ("rotated", "noisy")}
-
-
-class TestFitMergeEvaluate:
-    def test_the_whole_way(self, experts, capsys):
-        config = f"--config={experts['rotated']}/config.yaml"
-        main(["merge", config, f"--config={CONFIGS / 'merge/score.yaml'}", f"--experts={json.dumps(experts)}"])
-        assert "SCORE of 2 experts (rotated, noisy)" in capsys.readouterr().out
-        by_hand = lm.merge("experts/upright", experts, lm.methods.SCORE()).weights
-        merged = lm.open_weights("merged.ckpt")
-        assert all(torch.equal(merged[name], tensor) for name, tensor in by_hand.items())
-
-        more = [
-            "--data.train_domains=null",
-            "--data.held_out=thick",
-            "--candidates={SCORE: merged.ckpt}",
-            "--output=out",
-        ]
-        held_out = f"--config={CONFIGS / 'evaluate/held_out.yaml'}"
-        main(["evaluate", config, held_out, *more, f"--experts={json.dumps(experts)}"])
-        shown = capsys.readouterr().out
-        assert "| SCORE" in shown
-        assert "| logit ensemble" in shown
-        assert shown.strip() in Path("out/table.md").read_text()
-
-        main(["test", config, "--ckpt_path=merged.ckpt", "--data.train_domains=null", "--data.held_out=thick"])
-        record = next(record for record in read_jsonl("out/results.jsonl") if record["row"] == "SCORE")
-        assert str(record["accuracy"])[:8] in capsys.readouterr().out
-        saved = yaml.safe_load(Path("experts/rotated/config.yaml").read_text())
-        assert saved["data"]["init_args"]["train_domains"] == ["rotated"]  # `test` left it alone
-
-    def test_files_alone_need_no_model(self, experts):
-        command = ["merge", "--base=experts/upright", "--method=TIES", "--method.density=0.3", "--output=m.safetensors"]
-        main([*command, f"--experts={json.dumps(list(experts.values()))}"])
-        by_hand = lm.merge("experts/upright", list(experts.values()), lm.methods.TIES(density=0.3)).weights
-        assert all(torch.equal(lm.open_weights("m.safetensors")[name], tensor) for name, tensor in by_hand.items())
-
-    def test_two_processes_fit_merge_and_evaluate_as_one(self, experts):
-        """`fit` under DDP, then `merge`, then `evaluate`: launched by commands, but for `merge`, which is forked."""
-        two = ["--trainer.devices=2", "--trainer.accelerator=cpu"]
-        ddp, forked = [*two, "--trainer.strategy=ddp"], [*two, "--trainer.strategy=ddp_fork"]
-
-        def launch(*arguments: str) -> None:
-            command = [sys.executable, "-m", "lightning_merge", *arguments]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert result.returncode == 0, result.stderr
-
-        config = f"--config={CONFIGS / 'fit/digits.yaml'}"
-        start = ["--model.weights=experts/upright", "--trainer.default_root_dir=experts/ddp"]
-        merging = ["--trainer.callbacks+=MergeAfterFit", "--trainer.callbacks.base=experts/upright"]
-        merging += ["--trainer.callbacks.experts=[experts/noisy]", "--trainer.callbacks.output=after.ckpt"]
-        launch("fit", config, *TINY_DIGITS, *ddp, *start, "--data.train_domains=[rotated]", *merging)
-        pair = ["experts/noisy", "experts/ddp"]
-        after, by_hand = lm.open_weights("after.ckpt"), lm.merge("experts/upright", pair, lm.methods.SCORE()).weights
-        assert all(torch.equal(after[name], tensor) for name, tensor in by_hand.items())
-        one, two = lm.open_weights(experts["rotated"]), lm.open_weights("experts/ddp")
-        for name in one:
-            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
-
-        run = f"--config={experts['rotated']}/config.yaml"
-        pair = "{rotated: experts/ddp, noisy: experts/noisy}"
-        main(["merge", run, *forked, f"--experts={pair}", "--output=ddp.ckpt", "--data.test_domains=[thick]"])
-        main(["merge", run, f"--experts={pair}", "--output=one.ckpt", "--data.test_domains=[thick]"])
-        merged = lm.open_weights("ddp.ckpt")
-        assert all(torch.equal(merged[name], tensor) for name, tensor in lm.open_weights("one.ckpt").items())
-
-        rows = ["--candidates={merged: ddp.ckpt}", "--data.test_domains=[thick]"]
-        launch("evaluate", run, *ddp, *rows, "--output=two")
-        main(["evaluate", run, *rows, "--output=one"])
-        for a, b in zip(read_jsonl("one/results.jsonl"), read_jsonl("two/results.jsonl"), strict=True):
-            assert a["accuracy"] == b["accuracy"]
-            for metric in ("balanced_accuracy", "f1", "calibration_error"):
-                assert a[metric] == pytest.approx(b[metric], abs=1e-6)
-
-
-class TestPlan:
-    @pytest.fixture(autouse=True)
-    def files(self):
-        save_weights("base.pt", base_weights())
-        for i in range(2):
-            save_weights(f"{i}.ckpt", {f"model.{name}": w for name, w in expert_weights(base_weights(), i).items()})
-
-    def plan(self, capsys, *arguments: str) -> tuple[int, str]:
-        before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-        with pytest.raises(SystemExit) as ended:
-            main(["merge", "--base=base.pt", "--experts=[0.ckpt, 1.ckpt]", *arguments])
-        assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
-        return ended.value.code, capsys.readouterr().out
-
-    @pytest.mark.parametrize("more", [["--plan"], ["--plan", "--method=TIES"], ["--method=IsoC", "--plan=true"]])
-    def test_nothing_stands_in_the_way(self, capsys, more):
-        status, text = self.plan(capsys, *more)
-        assert status == 0
-        assert "Nothing stands in its way" in text
-        assert "`model.* -> *`" in text
-        assert "to merged.ckpt" in text
-
-    def test_all_that_stands_in_the_way(self, capsys):
-        status, text = self.plan(capsys, "--plan", "--exclude=[hed.*]", "--workers=0", "--output=x.onnx")
-        assert status == 1
-        assert "3 things stand in its way" in text
-        assert all(word in text for word in ("'hed.*'", "workers", "x.onnx"))
-
-    def test_false_merges(self):
-        main(["merge", "--plan", "false", "--base=base.pt", "--experts=[0.ckpt, 1.ckpt]"])
-        assert Path("merged.ckpt").is_file()
-
-
-def test_statistics_and_what_they_are_for(experts, capsys):
-    more = ["--method=RegMean", f"--experts={json.dumps(experts)}", "--base=experts/upright"]
-    with pytest.raises(SystemExit):
-        main(["merge", *more])
-    said = capsys.readouterr().err
-    commands = [line.split("`")[1] for line in said.splitlines() if "`" in line]
-    assert len(commands) == 2
-    for command in commands:  # what the error says works
-        main(shlex.split(command)[1:] + ["--batches=2"])
-        assert re.search(
-            r"gram of 12\d examples; wrote experts/\w+/\S*\.statistics\.safetensors", capsys.readouterr().out
-        )
-    main(["merge", *more])
-    main(["merge", *more, f"--config={experts['noisy']}/config.yaml", "--data.test_domains=[thick]"])
-    beside = Path(lm.open_weights(experts["noisy"]).path).with_suffix(".statistics.safetensors")
-    found = {"rotated": beside.as_posix(), "noisy": beside.as_posix()}
-    with pytest.raises(SystemExit):
-        main(["merge", *more, f"--statistics={json.dumps(found)}"])
-    assert "statistics of other weights than those of expert rotated" in capsys.readouterr().err
-
-
-def test_search(experts, capsys):
-    """The best setting's checkpoint is written, and it is a merge by hand; the test split is not touched."""
-    run = f"--config={experts['rotated']}/config.yaml"
-    grid = "--grid={scale: [0.5, 1, 1.5], common_fraction: [0.5, 0.8]}"
-    main(["search", run, f"--experts={json.dumps(experts)}", "--method=IsoCTS", grid, "--results=out"])
-    shown = capsys.readouterr().out
-    records = [r for r in read_jsonl("out/results.jsonl") if r["row"] != "own expert"]
-    assert {r["domain"] for r in records} == set(experts)
-    assert {(r["setting"]["common_fraction"], r["setting"]["scale"]) for r in records} == {
-        (c, s) for c in (0.5, 0.8) for s in (0.5, 1, 1.5)
+def test_every_config_is_run_by_a_test():
+    tested = {
+        "fit/digits.yaml",
+        "fit/folders.yaml",
+        "fit/score_paper.yaml",
+        "merge/score.yaml",
+        "merge/iso_cts.yaml",
+        "merge/ties.yaml",
+        "merge/foundations.yaml",  # in test_align_and_repair.py
+        "evaluate/held_out.yaml",
+        "benchmark/digits.yaml",
+        "benchmark/digits_all_methods.yaml",
+        "benchmark/pacs.yaml",
+        "benchmark/nonlocal.yaml",
     }
-    chosen = lm.open_weights("merged.ckpt").header["merge"]["method"]["init_args"]
-    method = lm.methods.IsoCTS(**chosen)
-    by_hand = lm.merge("experts/upright", experts, method).weights
-    assert all(torch.equal(lm.open_weights("merged.ckpt")[name], tensor) for name, tensor in by_hand.items())
-    assert f"common_fraction {method.common_fraction}, scale {method.scale}: the best of 6 settings" in shown
-    assert "| common_fraction 0.8, scale 1.5 |" in shown
-    main(["validate", run, "--ckpt_path=merged.ckpt", "--data.train_domains=[rotated]"])
-    setting = {"common_fraction": method.common_fraction, "scale": method.scale}
-    best = next(r for r in records if r["domain"] == "rotated" and r["setting"] == setting)
-    assert str(best["accuracy"])[:8] in capsys.readouterr().out
-
-
-class TestEveryConfigRuns:
-    def test_all_are_tested(self):
-        tested = {
-            "fit/digits.yaml",
-            "fit/folders.yaml",
-            "fit/score_paper.yaml",
-            "merge/score.yaml",
-            "merge/iso_cts.yaml",
-            "merge/ties.yaml",
-            "merge/foundations.yaml",  # in test_align_and_repair.py
-            "evaluate/held_out.yaml",
-            "benchmark/digits.yaml",
-            "benchmark/digits_all_methods.yaml",
-            "benchmark/pacs.yaml",
-            "benchmark/nonlocal.yaml",
-        }
-        assert {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")} == tested
-
-    def test_fit_folders(self):
-        root = image_folders(Path("data"))
-        main(
-            ["fit", f"--config={CONFIGS / 'fit/folders.yaml'}", f"--data.root={root}", "--data.train_domains=[photo]"]
-            + [*TINY_DIGITS, *TINY_VIT, "--model.num_classes=2", "--data.batch_size=4"]
-            + ["--trainer.default_root_dir=run"]
-        )
-        assert len(lm.open_weights("run")) > 0
-
-    def test_fit_score_paper(self):
-        import open_clip
-
-        name = register_tiny_clip(Path())
-        torch.save(open_clip.create_model(name).state_dict(), "clip.pt")
-        names = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
-        root = image_folders(Path("data"), domains=["photo", "sketch"], classes=names, n=10)
-        main(
-            ["fit", f"--config={CONFIGS / 'fit/score_paper.yaml'}", f"--data.root={root}"]
-            + [f"--model.backbone=open_clip/{name}", "--model.pretrained=clip.pt", "--data.train_domains=[photo]"]
-            + ["--model.templates=['a photo of a {}.']", "--data.num_workers=0", "--data.batch_size=8"]
-            + ["--model.warmup_steps=1", *TINY_DIGITS, "--trainer.default_root_dir=run"]
-        )
-        assert lm.open_weights("run")["head.weight"].shape == (7, 16)
-
-    @pytest.mark.parametrize("name", ["score", "iso_cts", "ties"])
-    def test_merge(self, name):
-        for i in range(3):
-            lm.save_weights(f"{i}.safetensors", {"w": torch.randn(6, 6)})
-        main(
-            ["merge", f"--config={CONFIGS / 'merge' / name}.yaml", "--base=0.safetensors"]
-            + ["--experts=[1.safetensors, 2.safetensors]", "--output=m.safetensors"]
-        )
-        assert lm.open_weights("m.safetensors")["w"].shape == (6, 6)
-
-    def test_benchmark_digits(self, capsys):
-        """Both as they are, but for the number of steps and images; the second takes the experts of the first."""
-        few = {"AdaMerging": {"steps": 2}, "WUDI": {"iterations": 2}, "DOGE": {"iterations": 2}}
-        times = []
-        for name in ("digits", "digits_all_methods"):
-            config = yaml.safe_load((CONFIGS / "benchmark" / f"{name}.yaml").read_text())
-            for method in config["methods"].values():
-                method["init_args"] = method.get("init_args", {}) | few.get(method["class_path"], {})
-            Path("c.yaml").write_text(yaml.safe_dump(config))
-            main(
-                ["benchmark", "--config=c.yaml", *TINY_DIGITS, "--pretrain.max_epochs=1"]
-                + ["--domains=[noisy, thick, slanted]", "--statistics.batches=1"]
-                + [f"--report={json.dumps(name == 'digits_all_methods')}"]
-            )
-            shown = capsys.readouterr().out
-            assert all(f"| {row} " in shown for row in config["methods"])
-            fits = [Path("results/digits/base"), *Path("results/digits/experts").iterdir()]
-            times.append({folder: (folder / "expert.ckpt").stat().st_mtime_ns for folder in fits})
-        assert times[0] == times[1]
-        assert len(times[0]) == 4
-
-    def test_benchmark_pacs(self, capsys):
-        root = image_folders(Path("data"))
-        main(
-            ["benchmark", f"--config={CONFIGS / 'benchmark/pacs.yaml'}", f"--data.root={root}", *TINY_DIGITS, *TINY_VIT]
-            + ["--model.num_classes=2", "--data.batch_size=4", "--output=out"]
-        )
-        assert "| SCORE, full " in capsys.readouterr().out
-
-    def test_benchmark_nonlocal(self, capsys):
-        root = digit_tasks(Path("tasks"))
-        sources = {"mnist": "inverted", "fashion_mnist": "parity", "usps": "halves", "notmnist": "upright"}
-        for name, source in {**sources, "cifar10": "upright"}.items():
-            shutil.copy(root / f"{source}.npz", root / f"{name}.npz")
-        main(
-            ["benchmark", f"--config={CONFIGS / 'benchmark/nonlocal.yaml'}", f"--data.root={root}", *TINY_DIGITS]
-            + ["--model.backbone_args={stages: [[8], [8], [8], [8]], hidden: [8], in_chans: 1, img_size: 16}"]
-            + ["--foundations.merged=[2]", "--foundations.seeds=[0]", "--foundations.max_epochs=1"]
-            + ["--foundations.batches=1", "--foundations.batch_size=32", "--data.max_test=50"]
-        )
-        shown = capsys.readouterr().out
-        assert "| activations + TACT " in shown
-        assert "Consensus TA" in shown
+    assert {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")} == tested
 
 
 class Theirs(LightningModule):
@@ -437,7 +162,8 @@ class TheirSaver(SaveConfigCallback):
 
 
 QUIET = ["--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
-QUIET += ["--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
 FIT = ["fit", *QUIET]
 
 
