@@ -28,6 +28,8 @@ def modules() -> dict[str, Path]:
 def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
     """What a file imports of the package, also within functions and for type checkers only."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path}, line {node.lineno}: import by the whole name, so that the order can be seen")
         if isinstance(node, ast.ImportFrom) and node.module in known:
             yield from (
                 f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in known else node.module for a in node.names
@@ -60,3 +62,8 @@ def test_no_file_stands_in_a_circle():
 def test_every_module_stands_in_a_room():
     loose = [name for name in modules() if name.count(".") and name.split(".")[1] not in (*ROOMS, "__main__")]
     assert not loose
+
+
+def test_no_file_is_too_long():
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    assert not [name for name, count in lines.items() if count > 300 and name != "lightning_merge.testing"]

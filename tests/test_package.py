@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -26,6 +27,18 @@ def test_every_public_name_is_there():
         assert getattr(lm, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = lm.nonsense
+
+
+def test_type_checkers_see_every_public_name():
+    """What stands under ``TYPE_CHECKING`` is what the lazy names give."""
+    tree = ast.parse(Path(lm.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {}
+    for node in block.body:
+        scope = {}
+        exec(ast.unparse(node), scope)
+        seen |= {alias.name: scope[alias.name] for alias in node.names}
+    assert seen == {name: getattr(lm, name) for name in lm.__all__}
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -57,6 +70,7 @@ def test_every_package_is_listed_for_installation():
         p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in ROOT.glob("lightning_merge/**/__init__.py")
     }
     assert listed == folders | {"lightning_merge.callbacks"}
+    assert (ROOT / "lightning_merge" / "py.typed").is_file()
 
 
 def test_python_dash_m_says_its_version_of_help():
