@@ -77,20 +77,14 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     return max(min(times[1:]), 1e-7)
 
 
-def layers(method: MergeMethod) -> list[MergeMethod]:
-    """A method and the methods inside it, from the outside in."""
-    inside = getattr(method, "method", None)
-    return [method, *(layers(inside) if isinstance(inside, MergeMethod) else [])]
-
-
 def factorizes(method: MergeMethod) -> bool:
     """Whether a method, or one inside it, decomposes matrices."""
-    return any(layer.factorizes for layer in layers(method))
+    return any(layer.factorizes for layer in method.nested())
 
 
 def surveys(method: MergeMethod) -> bool:
     """Whether a method looks at the whole model before it merges, and so reads the experts more often."""
-    return any(type(layer).survey not in (MergeMethod.survey, Wrapper.survey) for layer in layers(method))
+    return any(type(layer).survey not in (MergeMethod.survey, Wrapper.survey) for layer in method.nested())
 
 
 def matrix_seconds(method: MergeMethod, m: int, n: int, num_experts: int, machine: Machine) -> float:
@@ -102,7 +96,7 @@ def matrix_seconds(method: MergeMethod, m: int, n: int, num_experts: int, machin
     short = min(m, n)
     product = 2 * m * n * short / machine.flops
     seconds = 0.0
-    for layer in layers(method):
+    for layer in method.nested():
         if layer.factorizes:
             each, more = _FACTORIZATIONS.get(type(layer).__name__, (1, 1))
             seconds += (each * num_experts + more) * (3 * product + machine.eigh * short**3)

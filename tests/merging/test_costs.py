@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_merge.merging.costs import Machine, estimate_seconds, layers, matrix_seconds, measure_machine, surveys
+from lightning_merge.merging.costs import Machine, estimate_seconds, matrix_seconds, measure_machine, surveys
 from lightning_merge.methods import DARE, EMR, SVC, TIES, TSVM, AdaMerging, IsoC, KnOTS, RegMean, WeightAverage
 
 ONE = Machine(flops=1.0, eigh=1.0, bandwidth=1.0, hashing=1.0)
@@ -59,10 +59,3 @@ def test_time_is_shared_by_workers_where_it_is_arithmetic():
 )
 def test_which_methods_survey(method, expected):
     assert surveys(method) == expected
-
-
-def test_layers():
-    inner = TIES()
-    middle = DARE(method=inner)
-    outer = SVC(method=middle)
-    assert layers(outer) == [outer, middle, inner]

@@ -138,8 +138,13 @@ class MergeMethod(ABC):
         """
         return self.update(deltas, context)
 
+    def nested(self) -> list[MergeMethod]:
+        """Return the method and the methods inside it, from the outside in."""
+        inside = [getattr(self, argument.name) for argument in fields(self)]
+        return [self, *(layer for value in inside if isinstance(value, MergeMethod) for layer in value.nested())]
+
     def describe(self) -> dict[str, Any]:
-        """The method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
+        """Return the method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
         arguments = {argument.name: getattr(self, argument.name) for argument in fields(self)}
         arguments = {k: v.describe() if isinstance(v, MergeMethod) else v for k, v in arguments.items()}
         return {"class_path": type(self).__name__, "init_args": arguments}
