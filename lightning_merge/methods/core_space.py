@@ -84,6 +84,7 @@ class CoreSpace(Wrapper):
     paper: ClassVar[Paper] = Paper("Panariello et al.", "NeurIPS", 2025, "2509.17786")
     formula: ClassVar[str] = "τ = U M Vᵀ; M merges Uᵀ Δ_t V; Δ_t = B_t A_t; U spans [B_1 … B_T], V spans [A_1ᵀ … A_Tᵀ]"
     factorizes: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TSVM()
 
     isotropize: bool = False

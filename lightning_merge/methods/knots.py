@@ -106,6 +106,8 @@ class KnOTS(Wrapper):
     paper: ClassVar[Paper] = Paper("Stoica et al.", "ICLR", 2025, "2410.19735")
     formula: ClassVar[str] = "τ = U M; M merges the M_t; [Δ_1 | … | Δ_T] = U [M_1 | … | M_T], U its singular vectors"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (1, 0)
+    reads_twice: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TIES()
 
     layers: Literal["official", "matrices"] = "official"

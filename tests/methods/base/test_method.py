@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_merge.methods import DARE, SVC, TIES, IsoC, KnOTS, MergeMethod
+import pytest
+
+from lightning_merge import methods
+from lightning_merge.methods import DARE, SVC, TIES, IsoC, KnOTS, MergeMethod, Wrapper
+
+CLASSES = [cls for cls in map(methods.__getattribute__, methods.__all__) if issubclass(cls, MergeMethod)]
 
 
 @dataclass(frozen=True)
@@ -31,3 +36,8 @@ class TestNested:
     def test_a_method_need_not_be_called_so(self):
         method = TwoInside(IsoC(), DARE())
         assert [type(layer) for layer in method.nested()] == [TwoInside, IsoC, DARE, type(DARE.default_method)]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_a_method_with_a_survey_of_its_own_says_that_it_reads_twice(cls):
+    assert cls.reads_twice == (cls.survey not in (MergeMethod.survey, Wrapper.survey))
