@@ -23,7 +23,7 @@ from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.task_data import TaskData
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.utilities.batches import TaskBatches
 from lightning_merge.utilities.linalg import paths_taken
 from lightning_merge.utilities.processes import Processes
@@ -131,7 +131,7 @@ def merge(
         if method.needs_data:
             kept = keep(origin, sources, inventory)
             tasks = TaskData(module, data, kept, sources, inventory.tied, inventory.private, widest(origin), seed)
-        task_vectors = TaskVectors(
+        task_vectors = ExpertTaskVectors(
             origin,
             list(sources.values()),
             inventory.merged,

@@ -126,7 +126,7 @@ class KnOTS(Wrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Find the layers and their bases, and have the method inside survey the coordinates."""
-        shapes = {name: task_vectors.context(name).base.shape for name in task_vectors}
+        shapes = {name: task_vectors.shape(name) for name in task_vectors}
         if self.layers == "official":
             layers = find_layers(shapes)
         else:
