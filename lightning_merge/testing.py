@@ -24,7 +24,7 @@ from lightning_merge.merging.merge import merge
 from lightning_merge.merging.toy_models import State, ToyModule, make_data, make_models, make_statistics
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.task_data import TaskData
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 
 
 def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
@@ -116,7 +116,7 @@ def _check_rule(method: MergeMethod, tolerance: float) -> None:
     copied = {name: base[name] for name in inventory.copied}
     for dtype, device in product((torch.float32, torch.float64), devices):
         tasks = TaskData(ToyModule().to(device), make_data(experts), copied, sources, inventory.tied, inventory.private)
-        task_vectors = TaskVectors(
+        task_vectors = ExpertTaskVectors(
             origin, [*sources.values()], names, dtype, device, statistics=statistics, tasks=tasks
         )
         with _attempt(method, f"{dtype} on {device}"):
@@ -139,7 +139,7 @@ def _check_entrywise(method: MergeMethod, tolerance: float) -> None:
     base, experts = make_models(_count(method))
     sources = [open_weights(state, name) for name, state in experts.items()]
     names = [name for name in base if base[name].is_floating_point()]
-    task_vectors = TaskVectors(open_weights(base, "base"), sources, names)
+    task_vectors = ExpertTaskVectors(open_weights(base, "base"), sources, names)
     survey = method.survey(task_vectors)
     for name in names:
         deltas, context = task_vectors[name], task_vectors.context(name, survey)

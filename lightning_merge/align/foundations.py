@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -26,13 +27,20 @@ Match = Callable[[Mapping[str, Weights]], Mapping[str, Permutation]]
 
 
 class Permuted(Weights):
-    """A model in another order of its channels, permuted when it is read."""
+    """A model in another order of its channels, permuted when it is read.
+
+    Its values are others than the model's, so it has a digest of its own, and statistics of the model are not its own.
+
+    Args:
+        original: The model.
+        permutation: How its channels are ordered.
+    """
 
     def __init__(self, original: Weights, permutation: Permutation) -> None:
         permutation.symmetries.check(original, original.name)
         super().__init__(
             original.name,
-            {name: lambda name=name: permutation.apply_to(name, original[name]) for name in original},
+            {name: partial(self._permuted, name) for name in original},
             original.meta,
             header=original.header,
             tied=original.tied,
@@ -40,8 +48,11 @@ class Permuted(Weights):
         )
         self.original, self.permutation = original, permutation
 
+    def _permuted(self, name: str) -> Tensor:
+        return self.permutation.apply_to(name, self.original[name])
+
     def provenance(self) -> dict[str, Any]:
-        """Where the model is from, and which permutation it is seen through."""
+        """Return where the model is from, and which permutation it is seen through."""
         return self.original.provenance() | {"permutation": self.permutation.digest()}
 
 

@@ -20,7 +20,7 @@ from lightning_merge.checkpoints.weights import widest
 from lightning_merge.merging.inventory import take_inventory
 from lightning_merge.merging.merged import Merged
 from lightning_merge.methods.base.matrices import Matrices
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.tensors import Scratch, is_finite
 from lightning_merge.utilities.workers import count_workers, run_each
@@ -111,9 +111,10 @@ class _Models:
         self._names = names
         self._rule = rule
         self._labels = [f"the expert {name}" for name in experts]
-        self._experts = TaskVectors(base, list(experts.values()), names, widest(base), matrices=rule)
+        self._experts = ExpertTaskVectors(base, list(experts.values()), names, widest(base), matrices=rule)
         self._merged = {
-            name: TaskVectors(base, [weights], names, widest(base), matrices=rule) for name, weights in merged.items()
+            name: ExpertTaskVectors(base, [weights], names, widest(base), matrices=rule)
+            for name, weights in merged.items()
         }
         self._scratch, self._scratch_of_merged = Scratch(), Scratch()
 

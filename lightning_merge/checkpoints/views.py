@@ -1,8 +1,9 @@
-"""Weights that take from another model what they lack."""
+"""Views: one model's weights under other names, completed by another model's, or several models' mean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,73 +14,50 @@ from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.utilities.tensors import wide
 
 
-class Completed(Weights):
-    """One model's weights under exactly the names of another one, which gives what the first lacks.
-
-    Files, digest and header are those of the first one. Names that share a tensor in the other model do so here.
+class View(Weights):
+    """The weights of a model under other names. Its files, its digest and whatever else is known of it are its own.
 
     Args:
-        weights: The first model.
-        whole: The other one.
-        kept: Names that the other one gives in any case.
+        original: The model.
+        places: For every name of the view the model that has its tensor (the original, or another one that completes
+            it), and the name there.
+        tied: Names that share a tensor with another name: ``{alias: name}``.
     """
 
-    def __init__(self, weights: Weights, whole: Weights, kept: Callable[[str], bool] = lambda name: False) -> None:
-        self.__dict__.update(weights.__dict__)
-        homes: dict[str, tuple[Weights, str]] = {}
-        twins: dict[str, str] = {}  # of names that share a tensor, one that the first model has
-        for name in whole:
-            if name in weights:
-                twins.setdefault(whole.tied.get(name, name), name)
-        for name in whole:
-            twin = name if name in weights else twins.get(whole.tied.get(name, name))
-            homes[name] = (whole, name) if kept(name) or twin is None else (weights, twin)
-        self._readers = {name: lambda home=home, old=old: home[old] for name, (home, old) in homes.items()}
-        self.meta = {name: home.meta[old] for name, (home, old) in homes.items()}
-        self.tied = {alias: owner for alias, owner in whole.tied.items() if homes[alias][0] is homes[owner][0]}
-        self.original = weights
-
-    def digest(self) -> str:
-        """The first model's digest, by which its statistics know it."""
-        return self.original.digest()
-
-
-class Mean(Weights):
-    """The mean of several models, computed when it is read. What is no floating point number is the first one's."""
-
-    def __init__(self, name: str, models: Mapping[str, Weights]) -> None:
-        first, *others = models.values()
-        shared = {key for key in first if all(key in o and o.meta[key].shape == first.meta[key].shape for o in others)}
-
-        def read(key: str) -> Tensor:
-            if key not in shared or not first.meta[key].is_floating_point():
-                return first[key]
-            return mean_of(key, first, models)
-
+    def __init__(self, original: Weights, places: Mapping[str, tuple[Weights, str]], tied: Mapping[str, str]) -> None:
         super().__init__(
-            name,
-            {key: lambda key=key: read(key) for key in first},
-            first.meta,
-            header=first.header,
-            tied=first.tied,
-            inputs=tuple(file for model in models.values() for file in model.inputs),
+            original.name,
+            readers={name: partial(model.__getitem__, old) for name, (model, old) in places.items()},
+            meta={name: model.meta[old] for name, (model, old) in places.items()},
+            path=original.path,
+            header=original.header,
+            tied=tied,
+            inputs=original.inputs,
         )
-        self.models = dict(models)
+        self.original, self.places = original, places
+        self.origin, self.low_rank = original.origin, original.low_rank
 
     def provenance(self) -> dict[str, Any]:
-        """What the mean is of."""
-        return {"mean_of": {name: model.provenance() for name, model in self.models.items()}}
+        """Return where the model is from."""
+        return self.original.provenance()
+
+    def digest(self) -> str:
+        """Return the model's own digest, by which its statistics know it."""
+        return self.original.digest()
+
+    def delta(self, name: str, base: Tensor) -> Tensor | None:
+        """Return what is known of the difference of a parameter ``(…)`` to a base's, as the model that has it says."""
+        model, old = self.places[name]
+        return model.delta(old, base)
+
+    def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+        """Return the factors ``(m, r)`` and ``(r, n)`` of that difference, as the model that has it says."""
+        model, old = self.places[name]
+        return model.factors(old, base)
 
 
-def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:
-    """The mean of the experts' running statistics, in the dtype and on the device of the base."""
-    own = base[name]
-    copies = [wide(expert[name]).to(own.device) for expert in experts.values()]
-    return torch.stack(copies).mean(dim=0).to(own)
-
-
-class Renamed(Weights):
-    """A model under other names. Its files, its digest and whatever else is known of it are the model's own.
+class Renamed(View):
+    """A model under other names.
 
     Args:
         original: The model.
@@ -88,43 +66,102 @@ class Renamed(Weights):
     """
 
     def __init__(self, original: Weights, names: Mapping[str, str], prefix: Prefix) -> None:
-        self.__dict__.update(original.__dict__)
-        new = {old: name for name, old in names.items()}
-        self._readers = {name: lambda old=old: original[old] for name, old in names.items()}
-        self.meta = {name: original.meta[old] for name, old in names.items()}
-        self.tied = {new[alias]: new[owner] for alias, owner in original.tied.items()}
-        self.original, self.names, self.prefix = original, names, prefix
+        new_names = {old: new for new, old in names.items()}
+        super().__init__(
+            original,
+            {new: (original, old) for new, old in names.items()},
+            {new_names[alias]: new_names[owner] for alias, owner in original.tied.items()},
+        )
+        self.names, self.prefix = names, prefix
 
-    def digest(self) -> str:
-        """The model's own digest, by which its statistics know it."""
-        return self.original.digest()
 
-    def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """What the model knows of a parameter's difference to a base."""
-        return self.original.delta(self.names[name], base)
+class Completed(View):
+    """A model under exactly the names of another one, which gives what the first lacks.
 
-    def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The factors of that difference."""
-        return self.original.factors(self.names[name], base)
+    Files, digest and header are those of the first one. Names that share a tensor in the other model do so here.
+
+    Args:
+        original: The first model.
+        whole: The other one.
+        kept: Tells names that the other one gives in any case.
+    """
+
+    def __init__(self, original: Weights, whole: Weights, kept: Callable[[str], bool] = lambda name: False) -> None:
+        twins: dict[str, str] = {}  # of names that share a tensor, one that the first model has
+        for name in whole:
+            if name in original:
+                twins.setdefault(whole.tied.get(name, name), name)
+        places: dict[str, tuple[Weights, str]] = {}
+        for name in whole:
+            twin = name if name in original else twins.get(whole.tied.get(name, name))
+            places[name] = (whole, name) if kept(name) or twin is None else (original, twin)
+        tied = {alias: owner for alias, owner in whole.tied.items() if places[alias][0] is places[owner][0]}
+        super().__init__(original, places, tied)
+
+
+class Mean(Weights):
+    """The mean of several models, computed when it is read. What is no floating point number is the first one's.
+
+    Args:
+        name: What to call the mean in messages.
+        models: The models by name; the names of the mean are those of the first one.
+    """
+
+    def __init__(self, name: str, models: Mapping[str, Weights]) -> None:
+        first, *others = models.values()
+        averaged = {
+            key
+            for key, meta in first.meta.items()
+            if meta.is_floating_point() and all(key in o and o.meta[key].shape == meta.shape for o in others)
+        }
+        super().__init__(
+            name,
+            {
+                key: partial(mean_of, key, first, models) if key in averaged else partial(first.__getitem__, key)
+                for key in first
+            },
+            first.meta,
+            header=first.header,
+            tied=first.tied,
+            inputs=tuple(file for model in models.values() for file in model.inputs),
+        )
+        self.models = dict(models)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return where the models are from that the mean is of."""
+        return {"mean_of": {name: model.provenance() for name, model in self.models.items()}}
+
+
+def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:
+    """Compute the mean ``(…)`` of a parameter of the experts, in the dtype and on the device of the base's.
+
+    Args:
+        name: The name of the parameter.
+        base: The base, which gives dtype and device.
+        experts: T experts by name.
+    """
+    like = base[name]
+    copies = [wide(expert[name]).to(like.device) for expert in experts.values()]
+    return torch.stack(copies).mean(dim=0).to(like)
 
 
 def as_named(expert: Weights, base: Weights) -> Weights:
     """See an expert that has the base's own names as the base is seen; names that the base lacks stay what they are."""
     if not isinstance(base, Renamed):
         return expert
-    names = {old: new for new, old in base.names.items()}
-    return Renamed(expert, {names.get(name, name): name for name in expert}, base.prefix)
+    new_names = {old: new for new, old in base.names.items()}
+    return Renamed(expert, {new_names.get(name, name): name for name in expert}, base.prefix)
 
 
 def own_names(base: Weights) -> Weights:
-    """The base under its own names."""
+    """Return the base under its own names."""
     return base.original if isinstance(base, Renamed) else base
 
 
 def match_names(base: Weights, expert: Weights) -> Weights:
-    """See an expert under the base's names, if one prefix makes the difference; else give it back as it is.
+    """See an expert under the base's names, if one prefix makes the difference; otherwise return it as it is.
 
-    Names that the prefix does not stand before (a head beside a backbone) stay what they are.
+    Names that the prefix does not stand before (a head next to a backbone) stay what they are.
     """
     prefix = find_prefix(base, expert)
     return expert if prefix is None else Renamed(expert, {prefix.applied(name): name for name in expert}, prefix)
@@ -144,9 +181,9 @@ def rename_statistics(statistics: Weights, expert: Weights) -> Weights:
     """See the statistics of an expert (``kind.<parameter>``) under the names under which the expert is seen."""
     if not isinstance(expert, Renamed):
         return statistics
-    new = {old: name for name, old in expert.names.items()}
+    new_names = {old: new for new, old in expert.names.items()}
     keys = {}
     for key in statistics:
         kind, dot, parameter = key.partition(".")
-        keys[f"{kind}{dot}{new.get(parameter, parameter)}"] = key
+        keys[f"{kind}{dot}{new_names.get(parameter, parameter)}"] = key
     return Renamed(statistics, keys, expert.prefix)

@@ -13,7 +13,7 @@ from lightning_merge.checkpoints import Weights
 from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.methods import MergeMethod
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.utilities.tensors import Scratch
 from lightning_merge.utilities.workers import run_each
 
@@ -37,7 +37,7 @@ class Computation:
     method: MergeMethod
     base: Weights
     experts: Mapping[str, Weights]
-    task_vectors: TaskVectors
+    task_vectors: ExpertTaskVectors
     survey: Any
     inventory: Inventory
     workers: int = 1

@@ -1,4 +1,4 @@
-"""What a merge costs, estimated before it is done: bytes, memory, and time as this machine needs it."""
+"""Estimated costs of a merge: memory, and time as this machine needs it."""
 
 from __future__ import annotations
 
@@ -9,35 +9,24 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_merge.methods import MergeMethod, Wrapper
+from lightning_merge.methods import MergeMethod
 from lightning_merge.utilities.workers import one_thread
 
 _SIDE = 192
-"""Of the small matrices that are timed."""
+"""Side of the small matrices that are timed."""
 _PASSES = 12
-"""How often the arithmetic of a method that only adds, trims and masks goes through the task vectors."""
-_FACTORIZATIONS = {
-    "IsoC": (0, 1),
-    "IsoCTS": (1, 3),
-    "TSVM": (1, 2),
-    "TSVC": (1, 0),
-    "STAR": (1, 0),
-    "KnOTS": (1, 0),
-    "SVC": (0, 1),
-    "RegMean": (0, 1),
-}
-"""Factorizations of a matrix by method: so many for each expert, and so many more. All others count as (1, 1)."""
+"""Passes over the task vectors that a method makes which only adds, trims and masks."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one core (or one GPU) does in a second, measured in a few hundredths of one.
+    """Speed of one core (or one GPU), measured in a few hundredths of a second.
 
     Args:
-        flops: Floating-point operations of a product of matrices.
+        flops: Floating-point operations of a matrix product, in a second.
         eigh: Seconds that the eigenvalues and vectors of a symmetric matrix take, over its side to the power of three.
-        bandwidth: Bytes of memory that are copied.
-        hashing: Bytes whose sha256 is computed.
+        bandwidth: Bytes of memory that are copied in a second.
+        hashing: Bytes whose sha256 is computed in a second.
     """
 
     flops: float
@@ -50,7 +39,7 @@ def measure_machine(device: torch.device | str | None = None) -> Machine:
     """Time one small product, one small ``eigh``, one copy and one hash, on one thread as a worker has it.
 
     Args:
-        device: Where the arithmetic is done.
+        device: The device whose arithmetic is timed.
     """
     draw = torch.Generator().manual_seed(0)
     square = torch.randn(_SIDE, _SIDE, generator=draw, dtype=torch.float64).to(device)  # matrices are factorized in it
@@ -66,7 +55,7 @@ def measure_machine(device: torch.device | str | None = None) -> Machine:
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of three calls, after one to warm up."""
+    """Return the seconds of the fastest of three calls, after one to warm up."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
@@ -77,35 +66,30 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     return max(min(times[1:]), 1e-7)
 
 
-def layers(method: MergeMethod) -> list[MergeMethod]:
-    """A method and the methods inside it, from the outside in."""
-    inside = getattr(method, "method", None)
-    return [method, *(layers(inside) if isinstance(inside, MergeMethod) else [])]
-
-
 def factorizes(method: MergeMethod) -> bool:
-    """Whether a method, or one inside it, decomposes matrices."""
-    return any(layer.factorizes for layer in layers(method))
+    """Tell whether a method, or one inside it, decomposes matrices."""
+    return any(layer.factorizes for layer in method.nested())
 
 
-def surveys(method: MergeMethod) -> bool:
-    """Whether a method looks at the whole model before it merges, and so reads the experts more often."""
-    return any(type(layer).survey not in (MergeMethod.survey, Wrapper.survey) for layer in layers(method))
+def reads_twice(method: MergeMethod) -> bool:
+    """Tell whether a method, or one inside it, looks at the whole model before it merges."""
+    return any(layer.reads_twice for layer in method.nested())
 
 
 def matrix_seconds(method: MergeMethod, m: int, n: int, num_experts: int, machine: Machine) -> float:
-    """What factorizing a matrix ``(m, n)`` of every expert takes, and the steps of a method that iterates.
+    """Estimate the seconds that a method takes for a matrix ``(m, n)`` of every expert.
 
-    A factorization is ``eigh`` of the Gram matrix of the short side, and three products: the Gram matrix itself, the
-    other side's vectors, and what is put together again.
+    Counted are its factorizations and, of a method that iterates, its steps. A factorization is ``eigh`` of the Gram
+    matrix of the short side, and three products: the Gram matrix itself, the other side's vectors, and what is put
+    together again.
     """
     short = min(m, n)
     product = 2 * m * n * short / machine.flops
     seconds = 0.0
-    for layer in layers(method):
+    for layer in method.nested():
         if layer.factorizes:
-            each, more = _FACTORIZATIONS.get(type(layer).__name__, (1, 1))
-            seconds += (each * num_experts + more) * (3 * product + machine.eigh * short**3)
+            for_each_expert, besides = layer.factorizations
+            seconds += (for_each_expert * num_experts + besides) * (3 * product + machine.eigh * short**3)
         steps = getattr(layer, "iterations", 0)
         seconds += 2 * m * n * n / machine.flops * steps if isinstance(steps, int) else 0.0
     return seconds
@@ -125,7 +109,7 @@ def estimate_seconds(
     """Estimate how long a merge takes, without what a method does with a model and data.
 
     Args:
-        method: The method.
+        method: The merging method.
         matrices: ``(count, m, n)``: so many merged matrices of one shape.
         values: Entries of all merged parameters of one model.
         num_experts: T.
@@ -138,7 +122,7 @@ def estimate_seconds(
     Returns:
         Seconds.
     """
-    passes = _PASSES * (3 if surveys(method) else 1)
+    passes = _PASSES * (3 if reads_twice(method) else 1)
     seconds = sum(count * matrix_seconds(method, m, n, num_experts, machine) for count, m, n in matrices)
     seconds += passes * values * (num_experts + 1) * itemsize / machine.bandwidth
     return (seconds + hashed / machine.hashing) / max(workers, 1) + moved / machine.bandwidth
@@ -147,7 +131,7 @@ def estimate_seconds(
 def peak_memory(
     sizes: Sequence[int], matrices: Sequence[tuple[int, int, int]], num_experts: int, itemsize: int, workers: int
 ) -> int:
-    """Bytes of what is in flight at once: the largest parameters, one for each worker, of every model and two more.
+    """Estimate the bytes in flight at once: the largest parameters, one for each worker, of every model and two more.
 
     Args:
         sizes: The number of entries of every merged parameter.
@@ -158,5 +142,6 @@ def peak_memory(
         workers: Parameters that are merged at the same time.
     """
     largest = sorted(sizes, reverse=True)[: max(workers, 1)]
-    room = sorted((2 * m * n + 3 * min(m, n) ** 2 for count, m, n in matrices for _ in range(count)), reverse=True)
-    return itemsize * sum(largest) * (num_experts + 2) + 8 * sum(room[: max(workers, 1)])
+    workspaces = (2 * m * n + 3 * min(m, n) ** 2 for count, m, n in matrices for _ in range(count))
+    largest_workspaces = sorted(workspaces, reverse=True)[: max(workers, 1)]
+    return itemsize * sum(largest) * (num_experts + 2) + 8 * sum(largest_workspaces)

@@ -24,7 +24,7 @@ from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.task_data import TaskData
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.utilities.batches import TaskBatches
 from lightning_merge.utilities.linalg import paths_taken
 from lightning_merge.utilities.processes import Processes
@@ -191,7 +191,7 @@ def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tu
     """
     method, base, experts, inventory = inputs.method, inputs.base, inputs.experts, inputs.inventory
     with processes.together():
-        task_vectors = TaskVectors(
+        task_vectors = ExpertTaskVectors(
             base,
             list(experts.values()),
             inventory.merged,

@@ -26,7 +26,7 @@ from lightning_merge.checkpoints.experts import open_each
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.checkpoints.views import Renamed
 from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
-from lightning_merge.merging.costs import estimate_seconds, factorizes, measure_machine, peak_memory, surveys
+from lightning_merge.merging.costs import estimate_seconds, factorizes, measure_machine, peak_memory, reads_twice
 from lightning_merge.merging.inventory import Inventory, compare
 from lightning_merge.merging.merge import precision_of
 from lightning_merge.merging.options import MergeOptions
@@ -241,7 +241,7 @@ def _costs(
     )
     memory = peak_memory(sizes, matrices if factorizes(method) else (), count, dtype.itemsize, workers)
     memory += in_memory + options.keep_update * models.values["merged"] * dtype.itemsize
-    return Costs(read, passes, write, memory, seconds, surveys(method))
+    return Costs(read, passes, write, memory, seconds, reads_twice(method))
 
 
 def _stored_bytes(weights: Weights) -> int:

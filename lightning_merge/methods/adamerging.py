@@ -99,6 +99,7 @@ class AdaMerging(MergeMethod):
     paper: ClassVar[Paper] = Paper("Yang et al.", "ICLR", 2024, "2310.02575")
     formula: ClassVar[str] = "τ = Σ_t λ_t Δ_t; λ minimises the entropy of the merged model's predictions"
     needs_data: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
 
     granularity: Literal["layer", "task"] = "layer"
     trimmed: bool = False

@@ -20,12 +20,12 @@ def list_methods() -> list[dict[str, Any]]:
 
     Returns:
         For each the name of its class under ``method``, ``paper``, ``arxiv``, ``year``, a list of what it ``needs``
-        beside the experts' weights, and its arguments under ``defaults``.
+        besides the experts' weights, and its arguments under ``defaults``.
     """
     classes = [getattr(methods, name) for name in methods.__all__]
-    found = [cls() for cls in classes if issubclass(cls, MergeMethod) and cls not in (MergeMethod, Wrapper)]
+    exported = [cls() for cls in classes if issubclass(cls, MergeMethod) and cls not in (MergeMethod, Wrapper)]
     rows = []
-    for method in found:
+    for method in exported:
         paper = method.paper
         rows.append(
             {
@@ -41,16 +41,13 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def _needs(method: MergeMethod) -> Iterator[str]:
-    """What a method needs or does beside adding up weights, in words; of a wrapper with its default method inside."""
-    layers = [method]
-    while isinstance(layers[-1], Wrapper):
-        layers.append(layers[-1].method)
+    """Say what a method needs, or does besides adding up weights, and so the methods inside it."""
     yield from (f"data ({kind})" for kind in method.needs)
     if method.needs_data:
         yield "data (the model is run on images)"
-    if any(layer.factorizes for layer in layers):
+    if any(layer.factorizes for layer in method.nested()):
         yield "factorized matrices"
-    if any(layer.draws for layer in layers):
+    if any(layer.draws for layer in method.nested()):
         yield "random numbers"
     if method.per_task:
         yield "a model per task"
@@ -61,7 +58,7 @@ def _needs(method: MergeMethod) -> Iterator[str]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The methods as a Markdown table, whose papers are links."""
+    """Format the methods as a Markdown table, whose papers are links."""
 
     def line(row: dict[str, Any]) -> list[str]:
         paper = row["paper"] or ""
@@ -79,13 +76,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _arguments(arguments: dict[str, Any]) -> str:
-    """Arguments as they are written in Python, a method inside with those that differ from its own defaults."""
+    """Format arguments as Python does; a method inside is given with those that differ from its own defaults."""
 
     def text(value: Any) -> str:
         if not isinstance(value, dict):
             return repr(value)
-        own = getattr(methods, value["class_path"])().describe()["init_args"]
-        changed = {k: v for k, v in value["init_args"].items() if v != own[k]}
+        defaults = getattr(methods, value["class_path"])().describe()["init_args"]
+        changed = {name: given for name, given in value["init_args"].items() if given != defaults[name]}
         return f"{value['class_path']}({_arguments(changed)})"
 
     return ", ".join(f"{name}={text(value)}" for name, value in arguments.items())

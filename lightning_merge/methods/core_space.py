@@ -5,7 +5,6 @@ Panariello et al., "Accurate and Efficient Low-Rank Model Merging in Core Space"
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.base.blocks import Blocks
+from lightning_merge.methods.base.coordinate_wrapper import CoordinateWrapper, Rule
 from lightning_merge.methods.base.task_vectors import TaskVectors
-from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.tsv_m import TSVM
 from lightning_merge.utilities.linalg import isotropize, svd
 
 
 class Survey(NamedTuple):
-    """What Core Space knows about the whole model.
+    """The reference bases of a model's matrices, and the task vectors in them.
 
     Args:
         bases: Every adapted matrix's reference bases ``U (m, a)`` and ``Vt (b, n)``.
@@ -35,7 +34,7 @@ class Survey(NamedTuple):
 
 
 def reference_bases(factors: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The bases that all experts share: left singular vectors of ``[B_1 … B_T]``, right ones of ``[A_1; …; A_T]``.
+    """Compute bases that all experts share: left singular vectors of ``[B_1 … B_T]``, right ones of ``[A_1; …; A_T]``.
 
     Args:
         factors: ``B_i (m, r_i)`` and ``A_i (r_i, n)`` of every expert.
@@ -64,7 +63,7 @@ def balanced_factors(deltas: Tensor, threshold: float = 1e-5) -> list[tuple[Tens
 
 
 @dataclass(frozen=True)
-class CoreSpace(Wrapper):
+class CoreSpace(CoordinateWrapper):
     """Merge LoRA experts in the small space that their factors span; nothing of them is lost there.
 
     The method inside sees the core matrices ``Uᵀ Δ_i V`` instead of the experts' matrices. The bases come from the
@@ -84,16 +83,12 @@ class CoreSpace(Wrapper):
     paper: ClassVar[Paper] = Paper("Panariello et al.", "NeurIPS", 2025, "2509.17786")
     formula: ClassVar[str] = "τ = U M Vᵀ; M merges Uᵀ Δ_t V; Δ_t = B_t A_t; U spans [B_1 … B_T], V spans [A_1ᵀ … A_Tᵀ]"
     factorizes: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TSVM()
 
     isotropize: bool = False
     per_layer: bool = True
     sv_threshold: float = 1e-5
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Float64, to factorize."""
-        return torch.float64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,12 +103,12 @@ class CoreSpace(Wrapper):
             return None if blocks is None else blocks[0]
 
         def core(name: str, stack: Tensor) -> Tensor:
-            U, Vt = bases[name]
-            return U.mT @ matrices(name, stack) @ Vt.mT
+            U, Vt = bases[name]  # (m, a), (b, n)
+            return U.mT @ matrices(name, stack) @ Vt.mT  # (T, a, b)
 
         bases, sizes = {}, {}
         for name, deltas in task_vectors.items():
-            dense = matrices(name, deltas)
+            dense = matrices(name, deltas)  # (T, m, n)
             if dense is None or not dense.any():
                 continue
             factors = [(B.to(dense), A.to(dense)) for B, A in task_vectors.factors(name) or ()]
@@ -132,15 +127,8 @@ class CoreSpace(Wrapper):
             inner = self.method.survey(blocks) if sizes else None
         return Survey(bases, blocks, inner)
 
-    def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """The update of the method inside, out of the core space: ``(T, …) -> (…)``."""
-        return self._lift(deltas, context, self.method.update)
-
-    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """The update for one expert's task, out of the core space: ``(T, …) -> (…)``."""
-        return self._lift(deltas, context, lambda block, inner: self.method.task_update(block, expert, inner))
-
-    def _lift(self, deltas: Tensor, context: Context, rule: Callable[[Tensor, Context], Tensor]) -> Tensor:
+    def merge_coordinates(self, deltas: Tensor, context: Context, rule: Rule) -> Tensor:
+        """Merge a matrix in the core space: ``(T, …) -> (…)``. What is no matrix is averaged."""
         survey: Survey = context.survey
         name = context.name
         if context.matrices.view(name, deltas.shape[1:]) is None:
@@ -149,7 +137,7 @@ class CoreSpace(Wrapper):
             return torch.zeros_like(deltas[0])
         U, Vt = survey.bases[name]
         inner = survey.inner[name] if self.per_layer else survey.inner
-        merged = rule(survey.blocks[name], survey.blocks.context(name, inner))
+        merged = rule(survey.blocks[name], survey.blocks.context(name, inner))  # (a, b)
         if self.isotropize:
             merged = isotropize(merged)
         return (U @ merged @ Vt).reshape(deltas.shape[1:])

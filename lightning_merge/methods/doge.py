@@ -75,6 +75,7 @@ class DOGE(MergeMethod):
     paper: ClassVar[Paper] = Paper("Wei et al.", "ICML", 2025, "2501.01230")
     formula: ClassVar[str] = "τ = Σ_t λ_t m_t ∘ (Δ_t + Δ*); λ_t = η / ‖Δ_t‖; Δ* brings the sum nearest to every Δ_t"
     factorizes: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
     dtype: ClassVar[torch.dtype] = torch.float64
 
     eta: float = 0.07

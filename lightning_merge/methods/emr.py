@@ -43,6 +43,7 @@ class EMR(MergeMethod):
         "τ = s ∘ max |Δ_t| over the t with sign(Δ_t) = s; s = sign(Σ_t Δ_t); for a task: λ_t m_t ∘ τ"
     )
     entrywise: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
     per_task: ClassVar[bool] = True
 
     def survey(self, task_vectors: TaskVectors) -> Tensor:

@@ -58,6 +58,7 @@ class Fisher(MergeMethod):
     paper: ClassVar[Paper] = Paper("Matena and Raffel", "NeurIPS", 2022, "2111.09832")
     formula: ClassVar[str] = "θ = Σ_t F_t ∘ θ_t / Σ_t F_t"
     needs: ClassVar[tuple[str, ...]] = ("fisher",)
+    reads_twice: ClassVar[bool] = True
 
     smooth: float = 1e-10
     floor: float = 0.0

@@ -31,6 +31,7 @@ class IsoC(MergeMethod):
     paper: ClassVar[Paper] = Paper("Marczak et al.", "ICML", 2025, "2502.04959")
     formula: ClassVar[str] = "τ = mean(σ) U Vᵀ; U diag(σ) Vᵀ = Σ_t Δ_t"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (0, 1)
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
         """``(T, m, n) -> (m, n)``, see :func:`iso_c`."""

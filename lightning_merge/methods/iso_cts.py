@@ -63,6 +63,7 @@ class IsoCTS(MergeMethod):
         "τ = mean(σ) polar([U_1 … U_T U]) polar([V_1 … V_T V])ᵀ; U, V lead Σ_t Δ_t, U_t, V_t the rest"
     )
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (1, 3)
 
     common_fraction: float = 0.8
 

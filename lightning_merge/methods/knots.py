@@ -12,21 +12,21 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.base.blocks import Blocks
+from lightning_merge.methods.base.coordinate_wrapper import CoordinateWrapper, Rule
 from lightning_merge.methods.base.task_vectors import TaskVectors
-from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.ties import TIES
 from lightning_merge.utilities.linalg import sign_of_largest, svd
 
 
 class Layer(NamedTuple):
-    """The parameters that are seen as one matrix: a weight, and its bias as one more column."""
+    """A weight and, as one more column, its bias, which are seen as one matrix."""
 
     weight: str
     bias: str | None
 
 
 class Survey(NamedTuple):
-    """What KnOTS knows about the whole model.
+    """The layers of a model, their common bases, and the task vectors in them.
 
     Args:
         layers: The layer of every parameter that belongs to one.
@@ -42,7 +42,7 @@ class Survey(NamedTuple):
 
 
 def common_basis(matrices: Tensor, threshold: float = 1e-5, span: Tensor | None = None) -> Tensor:
-    """The left singular vectors of ``[Δ_1 | … | Δ_T]`` whose singular value is above the threshold.
+    """Compute the left singular vectors of ``[Δ_1 | … | Δ_T]`` whose singular value is above the threshold.
 
     Args:
         matrices: ``(T, m, n)``.
@@ -61,7 +61,7 @@ def common_basis(matrices: Tensor, threshold: float = 1e-5, span: Tensor | None 
 
 
 def join(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See the parameters of a layer, ``(T, m, …)`` and ``(T, m)``, as matrices ``(T, m, n)``.
+    """Join the parameters of a layer, ``(T, m, …)`` and ``(T, m)``, into matrices ``(T, m, n)``.
 
     The scale of a normalization is a diagonal matrix, a convolution ``(out, in · height · width)``, a bias a column.
     """
@@ -76,9 +76,9 @@ def find_layers(shapes: Mapping[str, torch.Size]) -> dict[str, Layer]:
         if match := re.fullmatch(r"(?:(.*)[._])?(weight|bias)", name):
             stems.setdefault(match[1] or "", {})[match[2]] = name
     layers = {}
-    for found in stems.values():
-        if weight := found.get("weight"):
-            bias = found.get("bias")
+    for parts in stems.values():
+        if weight := parts.get("weight"):
+            bias = parts.get("bias")
             if bias and shapes[bias] != shapes[weight][:1]:
                 bias = None  # not one entry per row
             layers |= {name: Layer(weight, bias) for name in (weight, bias) if name}
@@ -86,7 +86,7 @@ def find_layers(shapes: Mapping[str, torch.Size]) -> dict[str, Layer]:
 
 
 @dataclass(frozen=True)
-class KnOTS(Wrapper):
+class KnOTS(CoordinateWrapper):
     """Knowledge orientation through SVD: merge in a basis that the experts share, layer by layer.
 
     ``KnOTS(TIES())`` is KnOTS-TIES; KnOTS-DARE-TIES is KnOTS around DARE around ``TIES(density=1)``. The method inside
@@ -106,16 +106,13 @@ class KnOTS(Wrapper):
     paper: ClassVar[Paper] = Paper("Stoica et al.", "ICLR", 2025, "2410.19735")
     formula: ClassVar[str] = "τ = U M; M merges the M_t; [Δ_1 | … | Δ_T] = U [M_1 | … | M_T], U its singular vectors"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (1, 0)
+    reads_twice: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TIES()
 
     layers: Literal["official", "matrices"] = "official"
     sv_threshold: float = 1e-5
     concat_across_output: bool = True
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Float64, to factorize."""
-        return torch.float64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,49 +121,44 @@ class KnOTS(Wrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Find the layers and their bases, and have the method inside survey the coordinates."""
-        shapes = {name: task_vectors.context(name).base.shape for name in task_vectors}
-        if self.layers == "official":
-            layers = find_layers(shapes)
-        else:
-            rule = task_vectors.matrices
-            layers = {name: Layer(name, None) for name in task_vectors if rule.view(name, shapes[name])}
-
-        def matrices(layer: Layer, read: Callable[[str], Tensor]) -> Tensor:
-            joined = join(read(layer.weight), None if layer.bias is None else read(layer.bias))
-            return joined if self.concat_across_output else joined.mT
-
-        def span(layer: Layer, like: Tensor) -> Tensor | None:
-            factors = task_vectors.factors(layer.weight)
-            if not factors or not self.concat_across_output or (layer.bias and task_vectors.factors(layer.bias) != []):
-                return None
-            return torch.cat([B.to(like) for B, _ in factors], dim=1)
-
-        by_key = {layer.weight: layer for layer in layers.values()}
+        layers = self._find_layers(task_vectors)
         bases, sizes = {}, {}
-        for key, layer in by_key.items():
-            deltas = matrices(layer, task_vectors.__getitem__)
-            U = common_basis(deltas, self.sv_threshold, span(layer, deltas))
+        for key in {layer.weight: None for layer in layers.values()}:
+            deltas = self._matrices(layers[key], task_vectors.__getitem__)  # (T, m, n)
+            U = common_basis(deltas, self.sv_threshold, self._span(layers[key], task_vectors, deltas))  # (m, k)
             if U.shape[1]:  # otherwise no expert has changed this layer
                 bases[key], sizes[key] = U, (U.shape[1], deltas.shape[2])
+
+        def coordinates(key: str, read: Callable[[str], Tensor]) -> Tensor:
+            return bases[key].mT @ self._matrices(layers[key], read)  # (T, k, n)
+
         blocks = Blocks(
             task_vectors,
             sizes,
-            read=lambda key: bases[key].mT @ matrices(by_key[key], task_vectors.__getitem__),
-            read_base=lambda key: (
-                bases[key].mT @ matrices(by_key[key], lambda n: task_vectors.context(n).base[None])[0]
-            ),
+            read=lambda key: coordinates(key, task_vectors.__getitem__),
+            read_base=lambda key: coordinates(key, lambda name: task_vectors.context(name).base[None])[0],
         )
         return Survey(layers, bases, blocks, self.method.survey(blocks) if sizes else None)
 
-    def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """The update of the method inside, out of the common basis: ``(T, …) -> (…)``."""
-        return self._lift(deltas, context, self.method.update)
+    def _find_layers(self, task_vectors: TaskVectors) -> dict[str, Layer]:
+        if self.layers == "official":
+            return find_layers({name: task_vectors.shape(name) for name in task_vectors})
+        return {name: Layer(name, None) for name in task_vectors if task_vectors.is_matrix(name)}
 
-    def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """The update for one expert's task, out of the common basis: ``(T, …) -> (…)``."""
-        return self._lift(deltas, context, lambda block, inner: self.method.task_update(block, expert, inner))
+    def _matrices(self, layer: Layer, read: Callable[[str], Tensor]) -> Tensor:
+        """Read a layer as matrices ``(T, m, n)`` whose columns are to share a basis."""
+        joined = join(read(layer.weight), None if layer.bias is None else read(layer.bias))
+        return joined if self.concat_across_output else joined.mT
 
-    def _lift(self, deltas: Tensor, context: Context, rule: Callable[[Tensor, Context], Tensor]) -> Tensor:
+    def _span(self, layer: Layer, task_vectors: TaskVectors, like: Tensor) -> Tensor | None:
+        """Find ``(m, R)``, what all columns of a layer's matrices are made of; None if that is not known."""
+        factors = task_vectors.factors(layer.weight)
+        if not factors or not self.concat_across_output or (layer.bias and task_vectors.factors(layer.bias) != []):
+            return None
+        return torch.cat([B.to(like) for B, _ in factors], dim=1)
+
+    def merge_coordinates(self, deltas: Tensor, context: Context, rule: Rule) -> Tensor:
+        """Merge a layer in its common basis, and take the parameter out of it: ``(T, …) -> (…)``."""
         survey: Survey = context.survey
         layer = survey.layers.get(context.name)
         if layer is None and self.layers == "matrices":
@@ -174,7 +166,7 @@ class KnOTS(Wrapper):
         if layer is None or layer.weight not in survey.bases:
             return torch.zeros_like(deltas[0])
         key = layer.weight
-        merged = survey.bases[key] @ rule(survey.blocks[key], survey.blocks.context(key, survey.inner))
+        merged = survey.bases[key] @ rule(survey.blocks[key], survey.blocks.context(key, survey.inner))  # (m, n)
         merged = merged if self.concat_across_output else merged.mT
         if context.name == layer.bias:
             return merged[:, -1]

@@ -55,6 +55,7 @@ class LiNeS(Wrapper):
 
     paper: ClassVar[Paper] = Paper("Wang et al.", "ICLR", 2025, "2410.17146")
     formula: ClassVar[str] = "τ becomes (α + β l / (L - 1)) τ in block l of L"
+    reads_twice: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     alpha: float | None = None

@@ -100,6 +100,7 @@ class PCB(MergeMethod):
         "τ = Σ_t w_t ∘ Δ_t / Σ_t w_t; w_t = top(exp(T s_t²) ∘ Σ_j tanh(s_t ∘ s_j)); s_t: normalised Δ_t"
     )
     entrywise: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
 
     ratio: float = 0.05
     clamp: float = 0.01

@@ -52,6 +52,7 @@ class RegMean(MergeMethod):
     paper: ClassVar[Paper] = Paper("Jin et al.", "ICLR", 2023, "2212.09849")
     formula: ClassVar[str] = "W = (Σ_t W_t G_t) (Σ_t G_t)⁻¹; G_t = X_tᵀ X_t of a layer's inputs"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (0, 1)
     dtype: ClassVar[torch.dtype] = torch.float64
     needs: ClassVar[tuple[str, ...]] = ("gram",)
 

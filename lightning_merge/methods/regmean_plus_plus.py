@@ -97,6 +97,8 @@ class RegMeanPlusPlus(RegMean):
     paper: ClassVar[Paper] = Paper("Nguyen et al.", "arXiv", 2025, "2508.03121")
     formula: ClassVar[str] = "W = (Σ_t W_t G_t) (Σ_t G_t)⁻¹; G_t = X_tᵀ X_t of a layer's inputs in the merged model"
     needs_data: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (0, 2)  # in the survey, and again
+    reads_twice: ClassVar[bool] = True
 
     num_examples: int = 256
 

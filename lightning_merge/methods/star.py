@@ -44,6 +44,7 @@ class STAR(MergeMethod):
     paper: ClassVar[Paper] = Paper("Lee et al.", "NAACL", 2025, "2502.10339")
     formula: ClassVar[str] = "τ = 1/T Σ_t c_t U_t diag(σ_t) V_tᵀ; σ_t leads Δ_t with η % of its sum, c_t restores that"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (1, 0)
 
     eta: float = 40.0
 

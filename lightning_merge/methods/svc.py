@@ -61,6 +61,8 @@ class SVC(Wrapper):
     paper: ClassVar[Paper] = Paper("Li et al.", "ICML", 2026, "2602.05536")
     formula: ClassVar[str] = "σ_r of τ becomes σ_r T / Σ_t max(α, p_rt); p_rt = ⟨u_rᵀ τ, u_rᵀ Δ_t⟩ / ‖u_rᵀ Δ_t‖²"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (0, 1)
+    reads_twice: ClassVar[bool] = True
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     alpha: float | None = None

@@ -151,6 +151,7 @@ class TIES(MergeMethod):
     paper: ClassVar[Paper] = Paper("Yadav et al.", "NeurIPS", 2023, "2306.01708")
     formula: ClassVar[str] = "τ = mean of the Δ'_t with sign(Δ'_t) = sign(Σ_j Δ'_j); Δ'_t = trim(Δ_t)"
     entrywise: ClassVar[bool] = True
+    reads_twice: ClassVar[bool] = True
 
     density: float = 0.2
     trim: Literal["topk", "normfrac", "std", "none"] = "topk"

@@ -35,6 +35,7 @@ class TSVC(MergeMethod):
     paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
     formula: ClassVar[str] = "for a task: low_rank(Δ_t), of rank r / T; τ = 1/T Σ_t low_rank(Δ_t)"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (1, 0)
     per_task: ClassVar[bool] = True
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:

@@ -84,6 +84,7 @@ class TSVM(MergeMethod):
     paper: ClassVar[Paper] = Paper("Gargiulo et al.", "CVPR", 2025, "2412.00081")
     formula: ClassVar[str] = "τ = polar([U_1 … U_T]) diag(σ_1, …, σ_T) polar([V_1 … V_T])ᵀ; U_t, σ_t, V_t lead Δ_t"
     factorizes: ClassVar[bool] = True
+    factorizations: ClassVar[tuple[int, int]] = (1, 2)
 
     variant: Variant = "svd"
 

@@ -76,6 +76,7 @@ class WUDI(MergeMethod):
     paper: ClassVar[Paper] = Paper("Cheng et al.", "ICML", 2025, "2503.08099")
     formula: ClassVar[str] = "τ minimises Σ_t ‖(τ - Δ_t) Δ_tᵀ‖² / ‖Δ_t‖²"
     dtype: ClassVar[torch.dtype] = torch.float64
+    reads_twice: ClassVar[bool] = True
 
     iterations: int = 300
     lr: float = 1e-5

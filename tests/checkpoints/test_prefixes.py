@@ -179,11 +179,9 @@ class TestSeenAs:
         base = base_weights()
         save_weights("expert.ckpt", under("model.", expert_weights(base, 1)), hyper_parameters={"lr": 1})
         expert = open_weights("expert.ckpt")
-        expert.noted = "something"
         seen = match_names(open_weights(base), expert)
         assert isinstance(seen, Renamed)
         assert (seen.path, seen.header, seen.name) == (expert.path, expert.header, expert.name)
-        assert seen.noted == "something"
         assert (seen.digest(), seen.fingerprint()) == (expert.digest(), expert.fingerprint())
         with pytest.raises(KeyError, match=r"expert.ckpt has no parameter 'model\.mlp\.weight'"):
             _ = seen["model.mlp.weight"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_merge.merging.costs import Machine, estimate_seconds, layers, matrix_seconds, measure_machine, surveys
-from lightning_merge.methods import DARE, EMR, SVC, TIES, TSVM, AdaMerging, IsoC, KnOTS, RegMean, WeightAverage
+from lightning_merge.merging.costs import Machine, estimate_seconds, matrix_seconds, measure_machine, reads_twice
+from lightning_merge.methods import DARE, EMR, SCORE, SVC, TIES, TSVM, AdaMerging, IsoC, KnOTS, RegMean, WeightAverage
 
 ONE = Machine(flops=1.0, eigh=1.0, bandwidth=1.0, hashing=1.0)
 
@@ -27,6 +27,7 @@ def test_a_factorization_is_three_products_and_an_eigh(shape):
     once = 3 * 2 * 3 * 5 * 3 + 3**3
     assert matrix_seconds(IsoC(), *shape, 4, ONE) == once
     assert matrix_seconds(TSVM(), *shape, 4, ONE) == (4 + 2) * once
+    assert matrix_seconds(SCORE(), *shape, 4, ONE) == (4 + 1) * once
     assert matrix_seconds(SVC(method=TSVM()), *shape, 4, ONE) == (1 + 4 + 2) * once
     assert matrix_seconds(WeightAverage(), *shape, 4, ONE) == 0
 
@@ -57,12 +58,5 @@ def test_time_is_shared_by_workers_where_it_is_arithmetic():
     ],
     ids=repr,
 )
-def test_which_methods_survey(method, expected):
-    assert surveys(method) == expected
-
-
-def test_layers():
-    inner = TIES()
-    middle = DARE(method=inner)
-    outer = SVC(method=middle)
-    assert layers(outer) == [outer, middle, inner]
+def test_which_methods_read_twice(method, expected):
+    assert reads_twice(method) == expected

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_merge.checkpoints import open_adapter, open_weights
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.core_space import CoreSpace, reference_bases
@@ -42,7 +42,7 @@ def write_adapters(folder, groups, scaling=1.0):
 
 def merge_all(method, base, experts):
     weights = [open_weights(e) for e in experts]
-    task_vectors = TaskVectors(open_weights(base), weights, list(base), torch.float64)
+    task_vectors = ExpertTaskVectors(open_weights(base), weights, list(base), torch.float64)
     survey = method.survey(task_vectors)
     return {n: method.update(task_vectors[n], task_vectors.context(n, survey)) for n in base}
 
@@ -125,7 +125,9 @@ def test_dense_experts_give_the_same_where_the_rule_commutes_with_rotations(grou
 
 
 def test_nothing_is_lost(groups, adapters):
-    task_vectors = TaskVectors(open_weights(groups["pretrained"]), adapters, list(groups["pretrained"]), torch.float64)
+    task_vectors = ExpertTaskVectors(
+        open_weights(groups["pretrained"]), adapters, list(groups["pretrained"]), torch.float64
+    )
     for name, deltas in task_vectors.items():
         U, Vt = reference_bases([(B.double(), A.double()) for B, A in task_vectors.factors(name)])
         assert U.shape[1] == len(Vt) == 8  # four experts of rank 2

@@ -6,7 +6,7 @@ import torch
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.merging.merge import merge
 from lightning_merge.methods.base import Context
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.consensus_ta import ConsensusTA
 from lightning_merge.methods.dare import DARE
@@ -60,7 +60,7 @@ def models(num_experts, step=0.01, seed=0):
 
 def task_vectors(base, experts, dtype=torch.float32):
     opened = [open_weights(expert, str(i)) for i, expert in enumerate(experts)]
-    return TaskVectors(open_weights(base, "base"), opened, list(base), dtype)
+    return ExpertTaskVectors(open_weights(base, "base"), opened, list(base), dtype)
 
 
 def updates(method, base, experts, expert=None):

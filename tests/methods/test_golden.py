@@ -7,7 +7,7 @@ import torch
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.methods import SCORE, TIES, TSVM, IsoC, IsoCTS, MagMax, TaskArithmetic, WeightAverage
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.score import resolve
 from lightning_merge.methods.tsv_m import task_singular_basis
 from tests.toys import golden, golden_experts
@@ -48,7 +48,9 @@ def test_in_float32_too(name, method, group):
 def _compare(name, method, group, is_weights, tolerance, dtype):
     groups = golden(name)
     base = groups["pretrained"]
-    vectors = TaskVectors(open_weights(base), [open_weights(e) for e in golden_experts(groups)], list(base), dtype)
+    vectors = ExpertTaskVectors(
+        open_weights(base), [open_weights(e) for e in golden_experts(groups)], list(base), dtype
+    )
     survey = method.survey(vectors)
     assert groups[group].keys() == base.keys()
     for key, expected in groups[group].items():

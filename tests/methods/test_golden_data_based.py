@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.merging.merge import merge
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.fisher import Fisher
 from lightning_merge.methods.mats import MaTS
 from lightning_merge.methods.regmean import RegMean
@@ -67,7 +67,7 @@ def load(name):
 def test_golden(name, method, group, scaled, dtype, tolerance):
     groups, experts, statistics = load(name)
     base = open_weights(groups["pretrained"], "base")
-    task_vectors = TaskVectors(
+    task_vectors = ExpertTaskVectors(
         base,
         [open_weights(expert, f"expert {i}") for i, expert in enumerate(experts)],
         list(base),

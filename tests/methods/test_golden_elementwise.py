@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.breadcrumbs import Breadcrumbs
 from lightning_merge.methods.consensus_ta import ConsensusTA
 from lightning_merge.methods.dare import dare, keep_largest
@@ -33,7 +33,7 @@ def groups(name):
 
 def task_vectors(golden, method):
     experts = [golden[f"expert{i}"] for i in range(sum(group.startswith("expert") for group in golden))]
-    return TaskVectors(
+    return ExpertTaskVectors(
         open_weights(golden["pretrained"], "base"),
         [open_weights(expert, str(i)) for i, expert in enumerate(experts)],
         list(golden["pretrained"]),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.methods.base.matrices import Matrices
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.dc_merge import DCMerge
 from lightning_merge.methods.lines import LiNeS
@@ -40,7 +40,7 @@ def load(name: str) -> dict[str, dict[str, torch.Tensor]]:
 def open_task_vectors(groups, names=None, dtype=torch.float64, matrices=Matrices()):  # noqa: B008
     experts = [open_weights(groups[f"expert{i}"]) for i in range(sum(g.startswith("expert") for g in groups))]
     base = open_weights(groups["pretrained"])
-    return TaskVectors(base, experts, list(names or groups["pretrained"]), dtype, matrices=matrices)
+    return ExpertTaskVectors(base, experts, list(names or groups["pretrained"]), dtype, matrices=matrices)
 
 
 def worst(groups, group, method, matrices=Matrices(), expert=None, form="update", dtype=None):  # noqa: B008

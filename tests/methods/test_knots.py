@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_merge.checkpoints import open_weights
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.base.wrapper import Wrapper
 from lightning_merge.methods.knots import KnOTS, common_basis
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
@@ -73,7 +73,7 @@ def test_official_dare(name):
 
 
 def merge_all(method, base, experts, dtype=torch.float64):
-    task_vectors = TaskVectors(open_weights(base), [open_weights(e) for e in experts], list(base), dtype)
+    task_vectors = ExpertTaskVectors(open_weights(base), [open_weights(e) for e in experts], list(base), dtype)
     survey = method.survey(task_vectors)
     return {n: method.update(task_vectors[n], task_vectors.context(n, survey)) for n in base}
 
@@ -174,7 +174,7 @@ class Own(TaskArithmetic):
 
 def test_a_method_inside_may_keep_a_model_for_each_task():
     base, experts = model(7)
-    task_vectors = TaskVectors(open_weights(base), [open_weights(e) for e in experts], list(base), torch.float64)
+    task_vectors = ExpertTaskVectors(open_weights(base), [open_weights(e) for e in experts], list(base), torch.float64)
     method = KnOTS(Own())
     survey = method.survey(task_vectors)
     for name in ("fc.weight", "fc.bias", "norm.weight", "stem.weight"):

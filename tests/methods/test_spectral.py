@@ -11,7 +11,7 @@ from lightning_merge.checkpoints import open_weights
 from lightning_merge.merging.merge import merge
 from lightning_merge.methods.base import Context
 from lightning_merge.methods.base.matrices import Matrices
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.cart import CART
 from lightning_merge.methods.dc_merge import DCMerge
 from lightning_merge.methods.iso_c import IsoC
@@ -65,7 +65,7 @@ def model(T, seed=0):
 
 
 def updates(method, base, experts, matrices=Matrices()):  # noqa: B008
-    task_vectors = TaskVectors(
+    task_vectors = ExpertTaskVectors(
         open_weights(base), [open_weights(e) for e in experts], list(base), method.dtype, matrices=matrices
     )
     survey = method.survey(task_vectors)

@@ -7,7 +7,7 @@ import torch
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.methods import EMR, PCB, TIES, Context, MagMax, MergeMethod, TALLMask, TaskArithmetic, Wrapper
-from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.methods.consensus_ta import ConsensusTA
 from lightning_merge.utilities import tiling as module
 from lightning_merge.utilities.tiling import in_pieces, indicator, pieces
@@ -60,7 +60,7 @@ def test_methods_give_the_same_bits_in_pieces(method, monkeypatch):
     }
     experts = [{k: v + 0.1 * torch.randn(v.shape, generator=g) for k, v in base.items()} for _ in range(7)]
     sources = [open_weights(expert, str(i)) for i, expert in enumerate(experts)]
-    task_vectors = TaskVectors(open_weights(base, "base"), sources, list(base))
+    task_vectors = ExpertTaskVectors(open_weights(base, "base"), sources, list(base))
     survey = method.survey(task_vectors)
     for name in base:
         context, deltas = task_vectors.context(name, survey), task_vectors[name]

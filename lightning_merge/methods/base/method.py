@@ -57,6 +57,12 @@ class MergeMethod(ABC):
     """Whether the method draws random numbers, which follow from the seed of the merge."""
     factorizes: ClassVar[bool] = False
     """Whether the method decomposes matrices, which is what costs most in a large model."""
+    factorizations: ClassVar[tuple[int, int]] = (1, 1)
+    """How many factorizations of a matrix a method that ``factorizes`` computes: so many for each expert, and so many
+    besides. The time that a merge takes is estimated from it."""
+    reads_twice: ClassVar[bool] = False
+    """Whether the method looks at the whole model in :meth:`survey`, and so reads the experts again before it merges.
+    A wrapper says it for its own survey; that of the method inside counts anyway."""
     dtype: ClassVar[torch.dtype] = torch.float32
     """The precision in which task vectors reach the rules; :mod:`lightning_merge.utilities.linalg` factorizes in
     float64."""
@@ -138,8 +144,13 @@ class MergeMethod(ABC):
         """
         return self.update(deltas, context)
 
+    def nested(self) -> list[MergeMethod]:
+        """Return the method and the methods inside it, from the outside in."""
+        inside = [getattr(self, argument.name) for argument in fields(self)]
+        return [self, *(layer for value in inside if isinstance(value, MergeMethod) for layer in value.nested())]
+
     def describe(self) -> dict[str, Any]:
-        """The method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
+        """Return the method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
         arguments = {argument.name: getattr(self, argument.name) for argument in fields(self)}
         arguments = {k: v.describe() if isinstance(v, MergeMethod) else v for k, v in arguments.items()}
         return {"class_path": type(self).__name__, "init_args": arguments}

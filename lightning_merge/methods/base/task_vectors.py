@@ -1,10 +1,10 @@
-"""The differences of the experts to the base, and whether the values are finite."""
+"""Task vectors: the differences ``expert - base``, computed one parameter at a time."""
 
 from __future__ import annotations
 
-import copy
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,140 @@ from lightning_merge.methods.base.task_data import TaskData
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.tensors import Scratch, wide
 
+Transform = Callable[[Tensor, Context], Tensor]
+"""Changes the task tensors of one parameter: ``(T, …) -> (T, …)``."""
 
-class TaskVectors:
-    """The differences ``expert - base`` of every merged parameter, computed when they are asked for.
+
+class TaskVectors(ABC):
+    """The task vectors of T experts as a method sees them, computed when they are asked for.
+
+    Args:
+        names: The parameters.
+        matrices: Which parameters count as matrices.
+        seed: What every parameter's own seed is derived from.
+    """
+
+    def __init__(self, names: Iterable[str], matrices: Matrices, seed: int) -> None:
+        self._names = tuple(names)
+        self.matrices = matrices
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int:
+        """The number of experts, T."""
+
+    @property
+    def tasks(self) -> TaskData:
+        """The experts' module and the data of their tasks, for methods that need them.
+
+        Raises:
+            MergeError: If there are none, or if these task vectors are no differences of the module's parameters.
+        """
+        raise MergeError(
+            "A method that runs the model cannot merge in other coordinates than the parameters' own; use it by "
+            "itself and not inside KnOTS or CoreSpace."
+        )
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> Tensor:
+        """Compute the task tensors of one parameter: ``(T, …)``."""
+
+    @abstractmethod
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape ``(…)`` of a parameter in one model, without reading it."""
+
+    @abstractmethod
+    def context(self, name: str, survey: Any = None) -> Context:
+        """Return what a method's rule may know about a parameter."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every parameter's name and task tensors ``(T, …)``, one at a time."""
+        for name in self:
+            yield name, self[name]
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same as :meth:`items`, for one look at each: a tensor may be overwritten when the next is read."""
+        return self.items()
+
+    def numel(self, name: str) -> int:
+        """Return the number of entries of a parameter in one model, without reading it."""
+        return self.shape(name).numel()
+
+    def is_matrix(self, name: str) -> bool:
+        """Tell whether a parameter counts as a matrix (or as several), without reading it."""
+        return self.matrices.view(name, self.shape(name)) is not None
+
+    def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """Return the LoRA factors ``B (m, r)`` and ``A (r, n)`` that span what the experts did to a parameter.
+
+        Returns:
+            Those of all experts; None if they are not known.
+        """
+        return None
+
+    def map(self, transform: Transform) -> TaskVectors:
+        """See the task vectors through a transformation."""
+        return Transformed(self, transform)
+
+    def seed_of(self, name: str) -> int:
+        """Derive the seed of one parameter."""
+        return zlib.crc32(f"{self.seed}/{name}".encode())
+
+
+class Transformed(TaskVectors):
+    """Task vectors seen through a transformation, as a wrapper shows them to the method inside.
+
+    Args:
+        source: The task vectors.
+        transform: What is done to the task tensors ``(T, …)`` of a parameter before anyone sees them.
+    """
+
+    def __init__(self, source: TaskVectors, transform: Transform) -> None:
+        super().__init__(source, source.matrices, source.seed)
+        self._source = source
+        self._transform = transform
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, T."""
+        return self._source.num_experts
+
+    @property
+    def tasks(self) -> TaskData:
+        """The experts' module and the data of their tasks, which stay what they are."""
+        return self._source.tasks
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Compute the transformed task tensors of one parameter: ``(T, …)``."""
+        return self._transform(self._source[name], self.context(name))
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape ``(…)`` of a parameter, which no transformation changes."""
+        return self._source.shape(name)
+
+    def context(self, name: str, survey: Any = None) -> Context:
+        """Return what a method's rule may know about a parameter."""
+        return self._source.context(name, survey)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same as :meth:`items`, for one look at each: a tensor may be overwritten when the next is read."""
+        for name, deltas in self._source.stream():
+            yield name, self._transform(deltas, self.context(name))
+
+    def map(self, transform: Transform) -> TaskVectors:
+        """See the task vectors through one more transformation; both are given one context, which reads the base."""
+        return Transformed(self._source, lambda deltas, context: transform(self._transform(deltas, context), context))
+
+
+class ExpertTaskVectors(TaskVectors):
+    """The differences ``expert - base`` of every merged parameter.
 
     Args:
         base: The base.
@@ -30,69 +161,29 @@ class TaskVectors:
         device: Where they are put; by default where the weights are.
         matrices: Which parameters count as matrices.
         seed: What every parameter's own seed is derived from.
-        transform: What is done to the task tensors ``(T, …)`` of a parameter before anyone sees them.
         statistics: What each expert's data say about its parameters, in the order of the experts; or nothing.
         tasks: The experts' module and the data of their tasks; or nothing.
     """
-
-    _tasks: TaskData | None = None
 
     def __init__(
         self,
         base: Weights,
         experts: Sequence[Weights],
-        names: Sequence[str],
+        names: Iterable[str],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         matrices: Matrices = Matrices(),  # noqa: B008, a frozen dataclass
         seed: int = 0,
-        transform: Callable[[Tensor, Context], Tensor] | None = None,
         statistics: Sequence[Weights] = (),
         tasks: TaskData | None = None,
     ) -> None:
+        super().__init__(names, matrices, seed)
         self._base = base
         self._experts = experts
-        self._names = names
         self._dtype = dtype
         self._device = device
-        self.matrices = matrices
-        self._seed = seed
-        self._transform = transform
         self._statistics = statistics
         self._tasks = tasks
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The stacked differences of one parameter: ``(T, …)``."""
-        return self.stack(name, self._base[name])
-
-    def stack(self, name: str, own: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """The stacked differences of one parameter ``(T, …)`` to the base's ``(…)``, which was read already.
-
-        With a ``scratch`` they stand there, until it is used again.
-        """
-        base = wide(own).to(self._device)
-        empty = torch.empty if scratch is None else scratch.empty
-        deltas = empty((len(self._experts), *base.shape), dtype=self._dtype, device=base.device)
-        for expert, delta in zip(self._experts, deltas, strict=True):
-            _subtract(expert, name, base, delta)
-        return deltas if self._transform is None else self._transform(deltas, self.context(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter's name and task tensors, one at a time."""
-        for name in self._names:
-            yield name, self[name]
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """The same as :meth:`items`, for one look at each: the tensors are overwritten when the next are asked for."""
-        scratch = Scratch()
-        for name in self._names:
-            yield name, self.stack(name, self._base[name], scratch)
 
     @property
     def num_experts(self) -> int:
@@ -101,52 +192,59 @@ class TaskVectors:
 
     @property
     def tasks(self) -> TaskData:
-        """The experts' module and the data of their tasks, for methods that need them.
+        """The experts' module and the data of their tasks, for methods that need them."""
+        return super().tasks if self._tasks is None else self._tasks
 
-        Raises:
-            MergeError: If there are none, or if these task vectors are no differences of the module's parameters.
+    def __getitem__(self, name: str) -> Tensor:
+        """Compute the stacked differences of one parameter: ``(T, …)``."""
+        return self.stack(name, self._base[name])
+
+    def stack(self, name: str, base: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Compute the stacked differences of one parameter, whose base was read already: ``(T, …)``.
+
+        Args:
+            name: The name of the parameter.
+            base: The base's parameter ``(…)``.
+            scratch: Memory in which they stand until it is used again; by default they get memory of their own.
         """
-        if self._tasks is None:
-            raise MergeError(
-                "A method that runs the model cannot merge in other coordinates than the parameters' own; use it by "
-                "itself and not inside KnOTS or CoreSpace."
-            )
-        return self._tasks
+        base = wide(base).to(self._device)
+        empty = torch.empty if scratch is None else scratch.empty
+        deltas = empty((self.num_experts, *base.shape), dtype=self._dtype, device=base.device)
+        for expert, delta in zip(self._experts, deltas, strict=True):
+            _subtract(expert, name, base, delta)
+        return deltas
 
-    def is_matrix(self, name: str) -> bool:
-        """Whether a parameter counts as a matrix (or as several), known without reading it."""
-        return self.matrices.view(name, self._base.meta[name].shape) is not None
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the same as :meth:`items`, for one look at each: a tensor is overwritten when the next is asked for."""
+        scratch = Scratch()
+        for name in self:
+            yield name, self.stack(name, self._base[name], scratch)
 
-    def numel(self, name: str) -> int:
-        """The number of entries of a parameter in one model, known without reading it."""
-        return self._base.meta[name].numel()
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape ``(…)`` of a parameter, without reading it."""
+        return self._base.meta[name].shape
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
-        """The LoRA factors ``(B, A)`` that span what the experts did to a parameter; None if they are not known."""
-        if self._transform is not None:
-            return None
+        """Return the LoRA factors ``B (m, r)`` and ``A (r, n)`` of a parameter of all experts; None if one has none."""
         base = wide(self._base[name])
-        found = [expert.factors(name, base) for expert in self._experts]
-        return None if None in found else [pair for pairs in found for pair in pairs]
+        by_expert = [expert.factors(name, base) for expert in self._experts]
+        return None if None in by_expert else [pair for pairs in by_expert for pair in pairs]
 
-    def map(self, transform: Callable[[Tensor, Context], Tensor]) -> TaskVectors:
-        """The same task vectors, seen through one more transformation."""
-        before = self._transform
-        both = transform if before is None else (lambda deltas, context: transform(before(deltas, context), context))
-        other = copy.copy(self)
-        other._transform = both
-        return other
+    def context(self, name: str, survey: Any = None, base: Tensor | None = None) -> Context:
+        """Return what a method's rule may know about a parameter.
 
-    def context(self, name: str, survey: Any = None, own: Tensor | None = None) -> Context:
-        """What a method's rule may know about a parameter; ``own`` is the base's ``(…)``, if it was read already."""
-        base = wide(self._base[name] if own is None else own).to(self._device, self._dtype)
-        seed = zlib.crc32(f"{self._seed}/{name}".encode())
+        Args:
+            name: The name of the parameter.
+            survey: What the method found in its look at the whole model.
+            base: The base's parameter ``(…)``, if it was read already.
+        """
+        base = wide(self._base[name] if base is None else base).to(self._device, self._dtype)
         statistics = ParameterStatistics(name, self._statistics, base)
-        return Context(name, base, self.matrices, seed, survey, statistics)
+        return Context(name, base, self.matrices, self.seed_of(name), survey, statistics)
 
 
 def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:
-    """Put what an expert did to a parameter ``(…)`` into ``delta``; that of an adapter is exact."""
+    """Write the difference of an expert's parameter to the base's ``(…)`` into ``delta``; an adapter's is exact."""
     exact = expert.delta(name, base)
     if exact is not None:
         delta.copy_(exact)
