@@ -26,6 +26,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Keep PyTorch's encoder layers from their fused kernel, which calls none of their parts and runs no hook there.
+
+    Afterwards PyTorch's switch, which is one for the whole process, is as before.
+    """
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
+
+
+@contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from PyTorch's global generators as if they had just been seeded; afterwards they are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
