@@ -20,7 +20,7 @@ from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
 from lightning_merge.utilities.batches import read_images, rereading_problems
 from lightning_merge.utilities.errors import MergeError, raise_all
-from lightning_merge.utilities.modules import common_dtype, lacking, plain
+from lightning_merge.utilities.modules import common_dtype, fit_problems, plain, stored_tensors
 from lightning_merge.utilities.processes import Processes
 from lightning_merge.utilities.sites import Site
 
@@ -78,7 +78,10 @@ def repair(
     processes = Processes(distributed)
     calibration = Calibration("all tasks", pool, batches, passes, seed, processes)
     weights = list(alpha) if alpha is not None else [1 / max(len(experts), 1)] * len(experts)
-    problems = [line for name, expert in experts.items() for line in lacking(plain(module), expert, f"expert {name}")]
+    own = stored_tensors(plain(module))
+    problems = [
+        problem for name, expert in experts.items() for problem in fit_problems(own, expert, f"expert {name}", "cover")
+    ]
     with processes.together():
         raise_all([*_problems(experts, data, weights), *calibration.problems(), *problems])
         Goals({}, {}, max_gain, eps)  # whether these can be, before work starts

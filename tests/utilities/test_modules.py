@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -9,13 +11,16 @@ from torch.func import functional_call
 
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.modules import (
+    all_tensors,
     common_dtype,
     complete_state,
     device_of,
     distinct_names,
     evaluating,
+    fit_problems,
     plain,
     seeded,
+    stored_tensors,
     unfused_attention,
 )
 
@@ -182,5 +187,45 @@ class TestCompleteState:
         del weights["norm.running_var"], weights["two.bias"]
         with pytest.raises(MergeError, match="2 problems") as refused:
             complete_state(module, weights, "expert art")
-        assert "xpert art lacks 'norm.running_var' of the module" in str(refused.value)
-        assert "xpert art lacks 'two.bias' of the module" in str(refused.value)
+        for name in ("norm.running_var", "two.bias"):
+            assert f"'{name}' of the module is missing in expert art; is that another model?" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "exactly", "cover", "within"),
+    [
+        ("two.bias", torch.ones(4), True, True, True),
+        ("two.bias", None, False, False, True),
+        ("two.weight", None, False, True, True),  # an alias: the value is there under the first name
+        ("one.weight", None, False, False, True),
+        ("three.weight", torch.zeros(1), False, True, False),
+        ("two.bias", torch.zeros(5), False, True, False),
+        ("offset", torch.zeros(4), False, True, True),  # a buffer that is not stored
+    ],
+)
+def test_what_fits_exactly_is_what_torch_loads(name, value, exactly, cover, within):
+    weights = {key: tensor for key, tensor in (drawn(Tied()) | {name: value}).items() if tensor is not None}
+    own = stored_tensors(Tied())
+    assert (not fit_problems(own, weights, "it")) == (not fit_problems(own, weights, "it", "exactly")) == exactly
+    assert (not fit_problems(own, weights, "it", "cover")) == cover
+    assert (not fit_problems(all_tensors(Tied()), weights, "it", "within")) == within
+    with nullcontext() if exactly else pytest.raises(RuntimeError):
+        Tied().load_state_dict(weights)
+
+
+def test_what_does_not_fit_is_said_with_its_remedy():
+    own = {"kept": torch.zeros(2), "lost": torch.zeros(2), "grown": torch.zeros(2, 3)}
+    weights = {"kept": torch.ones(2), "grown": torch.ones(4, 3), "new": torch.ones(1)}
+    assert fit_problems(own, weights, "the base") == [
+        "'lost' of the module is missing in the base; is that another model?",
+        "'new' of the base is no parameter of the module; give the models' own module.",
+        "'grown' has shape (4, 3) in the base and (2, 3) in the module; is it of another backbone or head?",
+    ]
+    assert fit_problems(own, weights, "the base", "cover") == fit_problems(own, weights, "the base")[:1]
+    assert fit_problems(own, weights, "the base", "within") == fit_problems(own, weights, "the base")[1:]
+
+
+def test_the_tensors_of_a_module():
+    stored, every = stored_tensors(Tied()), all_tensors(Tied())
+    assert stored.keys() == Tied().state_dict().keys()
+    assert every.keys() - stored.keys() == {"offset"}
