@@ -24,7 +24,7 @@ from lightning_merge.align.entries import Entries, Key, aligned_but, entries_alo
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
-from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.batches import read_images, rereading_problems
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain, seeded
 from lightning_merge.utilities.processes import Processes
@@ -78,7 +78,7 @@ def match_activations(
         a, b = checked(reference, symmetries, "the reference"), checked(other, symmetries, "the other model")
         models = complete_state(module, reference, "the reference"), complete_state(module, other, "the other model")
         readings = _readings(symmetries)
-        raise_all(reading_problems(batches) if len(readings) > 1 else [])
+        raise_all(rereading_problems(batches, TASK) if len(readings) > 1 else [])
     orders = dict(Permutation.identity(symmetries).orders)
     for reading in readings:
         with seeded(seed, device_of(module)), evaluating(module), processes.together():
@@ -183,12 +183,6 @@ def _rows(feature: _Feature, activation: Tensor, orders: Orders, symmetries: Sym
     if feature.others:
         activation = aligned_but(activation, axes, orders, symmetries.within, feature.family, site.axis)
     return feature.entries.rows(activation, site.axis).T
-
-
-def reading_problems(batches: Iterable[Any]) -> list[str]:
-    """What is wrong with batches that are read again and again, in sentences."""
-    again = "can be read only once; give a DataLoader or a list of batches."
-    return [f"The data of {TASK} {again}"] if isinstance(batches, Iterator) else []
 
 
 def _assign(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_merge.align.activation_matching import TASK, reading_problems
+from lightning_merge.align.activation_matching import TASK
 from lightning_merge.align.descent import Descent
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.align.weight_matching import checked
-from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.batches import read_images, rereading_problems
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain, seeded
 
@@ -66,7 +66,7 @@ def refine_straight_through(
         MergeError: If the models, the module or the data do not fit.
     """
     module = plain(module)
-    raise_all([*reading_problems(batches), *([] if epochs > 0 else [f"epochs={epochs} must be at least 1."])])
+    raise_all([*rereading_problems(batches, TASK), *([] if epochs > 0 else [f"epochs={epochs} must be at least 1."])])
     checked(reference, symmetries, "the reference")
     checked(other, symmetries, "the other model")
     a, b = complete_state(module, reference, "the reference"), complete_state(module, other, "the other model")

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.modules import unfused_attention
 
 BY_HAND = "Describe its groups by hand with Symmetries.from_axes or Symmetries.from_json."
 
@@ -89,14 +90,11 @@ def exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
             handles.append(part.register_forward_hook(_mark_output(path)))
             if not any(part.children()):
                 handles.append(part.register_forward_pre_hook(_mark_input(path)))
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's fused encoder layer calls none of its parts
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with unfused_attention(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _export(module, inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +12,15 @@ from torch.nn import functional as F
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.utilities.errors import MergeError, raise_all
-from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain
+from lightning_merge.utilities.modules import (
+    all_tensors,
+    common_dtype,
+    complete_state,
+    device_of,
+    evaluating,
+    fit_problems,
+    plain,
+)
 
 
 def run(module: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
@@ -77,20 +84,7 @@ def loss_and_accuracy(module: nn.Module, batches: Iterable[Any], weights: Mappin
 
 def check_weights(module: nn.Module, weights: Mapping[str, Tensor], name: str = "the model") -> None:
     """Raise a :class:`MergeError` unless a module can be run with these weights."""
-    module = plain(module)
-    own = dict(chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)))
-    raise_all(
-        [
-            f"{key!r} of {name} is no parameter of the module; give the models' own module."
-            for key in weights
-            if key not in own
-        ]
-        + [
-            f"{key!r} has shape {tuple(tensor.shape)} in {name} and {tuple(own[key].shape)} in the module."
-            for key, tensor in weights.items()
-            if key in own and own[key].shape != tensor.shape
-        ]
-    )
+    raise_all(fit_problems(all_tensors(plain(module)), weights, name, "within"))
 
 
 def check_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")) -> None:

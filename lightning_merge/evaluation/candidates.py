@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.models.metrics import classification_metrics
 from lightning_merge.utilities.errors import raise_all
-from lightning_merge.utilities.modules import distinct_names
+from lightning_merge.utilities.modules import distinct_names, fit_problems
 
 Record = dict[str, Any]
 """One measurement: ``row``, ``domain``, and a value in [0, 1] for every metric."""
@@ -60,17 +60,13 @@ def evaluate_candidates(
 def check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Raise a :class:`lightning_merge.MergeError` unless every candidate has exactly the module's parameters."""
     own = open_weights(module.state_dict(), "the model").meta
-    problems = []
-    for name, weights in candidates.items():
-        problems += [f"The candidate {name!r} lacks {key!r} of the model." for key in own if key not in weights]
-        problems += [f"The candidate {name!r} has {key!r}, which the model lacks." for key in weights if key not in own]
-        problems += [
-            f"{key!r} has shape {tuple(weights[key].shape)} in the candidate {name!r}, {tuple(own[key].shape)} in the "
-            "model; is the candidate of another backbone or head?"
-            for key in own
-            if key in weights and weights[key].shape != own[key].shape
+    raise_all(
+        [
+            problem
+            for name, weights in candidates.items()
+            for problem in fit_problems(own, weights, f"the candidate {name!r}", "exactly")
         ]
-    raise_all(problems)
+    )
 
 
 class CandidateEvaluator(LightningModule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_merge.evaluation.held_out import BASE, evaluate_domain
 from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.merging.merged import Merged
 from lightning_merge.merging.repairing import ALL_TASKS
+from lightning_merge.models.rebuilding import accepted_arguments, build_again
 from lightning_merge.repair import Correction, fold, insert
 from lightning_merge.repair.corrections import state_of
 from lightning_merge.utilities.errors import MergeError
@@ -29,7 +29,7 @@ def model_of_task(
     """Build a model like another one, with weights of its own and a head for the classes of a task.
 
     Args:
-        model: The other one; its class is called again with its ``hparams``.
+        model: The other one.
         datamodule: Says how many classes the task has.
         task: The task.
         hparams: Hyper-parameters that differ.
@@ -37,18 +37,18 @@ def model_of_task(
     Raises:
         MergeError: If the task has another number of classes and the model does not take ``num_classes``.
     """
-    accepted = inspect.signature(type(model).__init__).parameters
-    arguments = {name: value for name, value in model.hparams.items() if name in accepted}
+    accepted = accepted_arguments(model)
     classes = datamodule.class_names_of(task)
+    changes: dict[str, Any] = {}
     if "num_classes" in accepted:
-        arguments["num_classes"] = len(classes)
-        arguments |= {name: None for name in ("class_names", "weights") if name in accepted}
+        changes = {"num_classes": len(classes)}
+        changes |= {name: None for name in ("class_names", "weights") if name in accepted}
     elif len(classes) != len(datamodule.class_names_of(datamodule.domains[0])):
         raise MergeError(
             f"{type(model).__name__} takes no num_classes, so that it cannot have a head for the {len(classes)} "
             f"classes of {task!r}; let its constructor take num_classes."
         )
-    return type(model)(**{**arguments, **(hparams or {})})
+    return build_again(model, {**changes, **(hparams or {})})
 
 
 def start_from(model: LightningModule, weights: Mapping[str, Tensor], private: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import MergeMethod
 from lightning_merge.utilities.batches import TaskBatches, data_problems
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
-from lightning_merge.utilities.modules import plain
+from lightning_merge.utilities.modules import fit_problems, plain, stored_tensors
 
 
 def check_arguments(
@@ -96,19 +96,11 @@ def check_task_data(
 def _module_problems(
     module: nn.Module, base: Weights, experts: Mapping[str, Weights], inventory: Inventory
 ) -> list[str]:
-    own = module.state_dict()
-    shared = [*inventory.merged, *inventory.averaged]
-    return [
-        *(f"The module lacks {name!r} of the base; is it another model?" for name in shared if name not in own),
-        *(
-            f"{name!r} has shape {tuple(own[name].shape)} in the module and {tuple(base.meta[name].shape)} in the base."
-            for name in shared
-            if name in own and own[name].shape != base.meta[name].shape
-        ),
-        *(
-            f"The module has {name!r}, which neither the base nor the expert {expert} has; is it another model?"
-            for name in own
-            for expert, weights in experts.items()
-            if name not in base and name not in inventory.private[weights.name]
-        ),
-    ]
+    """Check that the module has all that is merged, and that base and expert together have all of the module."""
+    own = stored_tensors(module)
+    shared = {name: base.meta[name] for name in (*inventory.merged, *inventory.averaged)}
+    problems = fit_problems(own, shared, "the base", "within")
+    for expert, weights in experts.items():
+        for_task = {**base.meta, **{name: weights.meta[name] for name in inventory.private[weights.name]}}
+        problems += fit_problems(own, for_task, f"the base and in what expert {expert} keeps to itself", "cover")
+    return problems

@@ -1,9 +1,9 @@
-"""What comes out of a merge: one model, what happened to every parameter, and how it was made."""
+"""The result of a merge: one model, what happened to every parameter, and how it was made."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from lightning_merge.checkpoints.streaming import SHARD_SIZE, StreamedModel
 from lightning_merge.merging.computation import Computation
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.merging.model_card import Scores, model_card
+from lightning_merge.merging.repair_result import RepairResult
 from lightning_merge.repair.corrections import Correction
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import Processes
@@ -24,13 +25,9 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 
-Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-"""Takes complete weights and gives others."""
-
-
 @dataclass(frozen=True)
 class Merged:
-    """One model made of several.
+    """Model made of several.
 
     Args:
         weights: The merged parameters and buffers, in the dtype and on the device of the base; where the model was
@@ -43,10 +40,7 @@ class Merged:
         paths: How often this process has decomposed matrices in which way, see
             :func:`lightning_merge.utilities.linalg.paths_taken`.
         computation: What gives the models of the tasks, and other scales, where they are not these weights.
-        repairs: What is done to the model of an expert's task, where it was repaired after the merge.
-        unrepaired: The merged parameters as they were before a repair that ``weights`` have, too.
-        corrections: The corrections of activations that the weights do not hold, by task.
-        heads: The heads that were trained anew, by task.
+        repair: What a repair after the merge has found; None if there was none.
     """
 
     weights: Mapping[str, Tensor]
@@ -57,10 +51,7 @@ class Merged:
     hyper_parameters: dict[str, Any]
     paths: Mapping[str, int] = field(default_factory=dict)
     computation: Computation | None = field(default=None, repr=False)
-    repairs: Mapping[str, Change] = field(default_factory=dict, repr=False)
-    unrepaired: Mapping[str, Tensor] | None = field(default=None, repr=False)
-    corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    repair: RepairResult | None = field(default=None, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:
         """Return the model for one expert's task.
@@ -76,17 +67,28 @@ class Merged:
         if expert not in self.experts:
             raise MergeError(f"There is no expert {expert!r}; the experts are {', '.join(self.experts)}.")
         source = self.experts[expert]
-        own = self.computation.for_task(list(self.experts).index(expert)) if self.computation else {}
+        of_task = self.computation.for_task(list(self.experts).index(expert)) if self.computation else {}
         private = {name: source[name].clone() for name in self.inventory.private[source.name]}
-        shared = self.weights if self.unrepaired is None else self.unrepaired
-        weights = {**shared, **own, **private}
-        return self.repairs[expert](weights) if expert in self.repairs else weights
+        if self.repair is None:
+            return {**self.weights, **of_task, **private}
+        shared = self.weights if self.repair.unrepaired is None else self.repair.unrepaired
+        return self.repair.changes[expert]({**shared, **of_task, **private})
 
     @property
     def knows_tasks(self) -> bool:
         """Whether the model for an expert's task may differ from ``weights``."""
         per_task = self.computation is not None and self.computation.method.per_task
-        return per_task or bool(self.repairs) or any(self.inventory.private.values())
+        return per_task or self.repair is not None or any(self.inventory.private.values())
+
+    @property
+    def corrections(self) -> Mapping[str, Correction]:
+        """The corrections of activations that the weights do not hold, by task, where the model was repaired."""
+        return {} if self.repair is None else self.repair.corrections
+
+    @property
+    def heads(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The heads that a repair has trained anew, by task and the parameter's name."""
+        return {} if self.repair is None else self.repair.heads
 
     def rescaled(self, scale: float) -> Merged:
         """Return the same merge with another scaling coefficient, bit for bit, without merging again.
@@ -94,7 +96,7 @@ class Merged:
         Raises:
             MergeError: If the update was not kept.
         """
-        if self.repairs:
+        if self.repair is not None:
             raise MergeError("This model was repaired after the merge; rescale first and repair what comes out.")
         if self.computation is None or self.computation.updates is None:
             raise MergeError("The update of this merge is gone; keep it with merge(…, keep_update=True) to rescale it.")
@@ -107,13 +109,12 @@ class Merged:
         )
 
     def summary(self) -> str:
-        """What was merged, in one line."""
-        found = self.inventory
-        parts = [f"{len(found.merged)} parameters merged"]
+        """Say in one line what was merged."""
+        parts = [f"{len(self.inventory.merged)} parameters merged"]
         for names, what in (
-            (found.averaged, "running statistics averaged"),
-            (found.copied, "copied from the base"),
-            (found.tied, "tied"),
+            (self.inventory.averaged, "running statistics averaged"),
+            (self.inventory.copied, "copied from the base"),
+            (self.inventory.tied, "tied"),
         ):
             parts += [f"{len(names)} {what}"] if names else []
         method = self.manifest["method"]["class_path"]
@@ -127,7 +128,7 @@ class Merged:
             path: Ends in ``.ckpt`` (a checkpoint that ``LightningModule.load_from_checkpoint`` and
                 ``trainer.test(ckpt_path=…)`` take), ``.safetensors``, or ``.pt`` / ``.pth`` / ``.bin`` (a state dict).
                 Without a suffix it is a folder like the base's, which its library loads (Hugging Face, timm,
-                open_clip), with what lies beside the base's weights and a model card.
+                open_clip), with what lies next to the base's weights and a model card.
             shard_size: The most bytes of one file in a folder.
 
         Returns:

@@ -1,28 +1,27 @@
-"""What a merge would do, as values and in words."""
+"""The plan of a merge: what it would do, as values and in words."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_merge.merging.inventory import Inventory
+from lightning_merge.utilities.grid import Cell, Grid
 
-_NUMBER = re.compile(r"([\d.]+( [kMB])?)?")
 _SHOWN = 6
 """How many names of a list are shown."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a merge costs, about.
+    """Estimated cost of a merge.
 
     Args:
         read: Bytes to read, over all passes.
         passes: How often the files are read.
         write: Bytes to write.
-        memory: Bytes in memory at the peak, beside the interpreter and torch.
+        memory: Bytes in memory at the peak, besides the interpreter and torch.
         seconds: How long it takes.
         open_ended: Whether ``read``, ``memory`` and ``seconds`` are the least, as the method looks at the whole model
             before it merges.
@@ -38,7 +37,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge would do. It can be done if there are no ``problems``.
+    """Plan of a merge, which can be done if there are no ``problems``.
 
     Args:
         method: The method, as class path and arguments.
@@ -65,17 +64,20 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values, for programs."""
+        """Return all of it as plain values, for programs."""
         return asdict(self)
 
     def text(self) -> str:
-        """All of it in words, as Markdown that reads well in a terminal."""
+        """Write all of it in words, as Markdown that reads well in a terminal."""
         experts = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'} ({', '.join(self.experts)})"
         blocks = [f"# Plan: {self.method['class_path']} of {experts}", self._headline()]
         if self.inventory is not None:
-            blocks += [_table(("parameters", "tensors", "values"), self._rows()), *self._details(self.inventory)]
+            blocks += [
+                Grid(("parameters", "tensors", "values"), list(self._rows(self.inventory))).markdown(),
+                *self._details(self.inventory),
+            ]
         if self.costs is not None:
-            blocks.append(_table(("it costs about", ""), _cost_rows(self.costs, self.output)))
+            blocks.append(Grid(("it costs about", ""), list(_cost_rows(self.costs, self.output))).markdown())
         return "\n\n".join([*blocks, *self.notes])
 
     def _headline(self) -> str:
@@ -84,17 +86,19 @@ class Plan:
         count = "One thing stands" if len(self.problems) == 1 else f"{len(self.problems)} things stand"
         return "\n".join([f"**{count} in its way:**\n", *(f"- {problem}" for problem in self.problems)])
 
-    def _rows(self) -> Iterator[tuple[str, str, str]]:
-        found = self.inventory
+    def _rows(self, inventory: Inventory) -> Iterator[list[Cell]]:
+        """Make a row for each thing that happens to parameters."""
         counts = {
-            "merged": ("merged", len(found.merged)),
+            "merged": ("merged", len(inventory.merged)),
             "matrices": ("of these, matrices", sum(count for count, _, _ in self.matrices)),
-            "averaged": ("running statistics, averaged", len(found.averaged)),
-            "copied": ("copied from the base", len(found.copied)),
+            "averaged": ("running statistics, averaged", len(inventory.averaged)),
+            "copied": ("copied from the base", len(inventory.copied)),
         }
         for key, (what, count) in counts.items():
-            yield what, str(count), _count(self.values.get(key, 0))
-        yield "tied to another name", str(len(found.tied)), ""
+            values = self.values.get(key, 0)
+            yield [Cell(what), Cell(str(count), count), Cell(_count(values), values)]
+        tied = len(inventory.tied)
+        yield [Cell("tied to another name"), Cell(str(tied), tied), Cell("")]
 
     def _details(self, inventory: Inventory) -> Iterator[str]:
         if self.matrices:
@@ -109,31 +113,19 @@ class Plan:
             yield f"Tied: {_some([f'{alias} = {name}' for alias, name in inventory.tied.items()])}."
 
 
-def _cost_rows(costs: Costs, output: str | None) -> Iterator[tuple[str, str]]:
+def _cost_rows(costs: Costs, output: str | None) -> Iterator[list[Cell]]:
+    """Make a row for each kind of cost; a path is shown as it is typed."""
     least = "at least " if costs.open_ended else ""
     passes = "once" if costs.passes == 1 else f"{costs.passes} times"
-    yield "to read", f"{least}{size(costs.read)}: every file {passes}"
-    yield "to write", f"{size(costs.write)} to {output}" if output else "nothing"
-    yield "memory", f"{least}{size(costs.memory)} at the peak, beside Python and torch"
-    yield "time", f"{least}{_duration(costs.seconds)}; more if the disk is slow"
-
-
-def _table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    """A Markdown table; numbers stand at the right."""
-    lines = [tuple(header), *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = [all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*lines[1:], strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        columns = zip(cells, widths, right, strict=True)
-        return f"| {' | '.join(cell.rjust(width) if at else cell.ljust(width) for cell, width, at in columns)} |"
-
-    rule = [f"{'-' * (width - 1)}{':' if at else '-'}" for width, at in zip(widths, right, strict=True)]
-    return "\n".join([line(lines[0]), line(rule), *map(line, lines[1:])])
+    written = f"{size(costs.write)} to {output}" if output else "nothing"
+    yield [Cell("to read"), Cell(f"{least}{size(costs.read)}: every file {passes}")]
+    yield [Cell("to write"), Cell(written, markdown=written)]
+    yield [Cell("memory"), Cell(f"{least}{size(costs.memory)} at the peak, besides Python and torch")]
+    yield [Cell("time"), Cell(f"{least}{_duration(costs.seconds)}; more if the disk is slow")]
 
 
 def size(number: float) -> str:
-    """A number of bytes in words: ``343 MB``."""
+    """Write a number of bytes in words: ``343 MB``."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= unit:
             return f"{number / unit:.3g} {name}"
@@ -148,7 +140,7 @@ def _count(number: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """Two digits are more than is known."""
+    """Write a number of seconds in words, with two digits: more are not known."""
     for unit, name in ((3600, "h"), (60, "min")):
         if seconds >= 2 * unit:
             return f"{seconds / unit:.2g} {name}"

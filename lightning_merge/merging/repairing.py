@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from torch import Tensor, nn
 
-from lightning_merge.merging.merged import Change, Merged
+from lightning_merge.merging.merged import Merged
 from lightning_merge.merging.recorded_moments import read_moments
+from lightning_merge.merging.repair_result import Change, RepairResult
 from lightning_merge.methods import MergeMethod
-from lightning_merge.repair import Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
+from lightning_merge.repair import Correction, Pool, corrected_weights, fold, probe_head, reestimate_batch_norm, tact
 from lightning_merge.repair import repair as shared_repair
 from lightning_merge.repair.calibration import Known
 from lightning_merge.repair.tact import OWN_DATA
@@ -26,7 +27,7 @@ ALL_TASKS = "all tasks"
 
 @dataclass(frozen=True)
 class Repair:
-    """What is corrected once a model is merged.
+    """Options of the repair of a merged model.
 
     Args:
         by: ``tact``: the activations of every task, towards those of its expert. ``repair``: those of all tasks in one
@@ -47,19 +48,19 @@ class Repair:
     sites: Sequence[str] | None = None
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, in sentences."""
-        known = get_args(get_type_hints(Repair)["by"])
-        found = [] if self.by in known else [f"repair.by must be one of {', '.join(known)}, got {self.by!r}."]
-        found += [] if self.batches >= 1 else [f"repair.batches must be at least 1, got {self.batches}."]
+        """Check the values; return what is wrong, a sentence each."""
+        kinds = get_args(get_type_hints(Repair)["by"])
+        problems = [] if self.by in kinds else [f"repair.by must be one of {', '.join(kinds)}, got {self.by!r}."]
+        problems += [] if self.batches >= 1 else [f"repair.batches must be at least 1, got {self.batches}."]
         if self.recorded and self.by != "tact":
-            found.append(
+            problems.append(
                 f"repair.recorded: recorded moments are of each expert's own data, and {self.by} looks at those of all "
                 "tasks; use repair.by=tact."
             )
-        return found + ([] if self.max_gain > 0 else [f"repair.max_gain must be positive, got {self.max_gain}."])
+        return problems + ([] if self.max_gain > 0 else [f"repair.max_gain must be positive, got {self.max_gain}."])
 
     def problems_with(self, method: MergeMethod) -> list[str]:
-        """Why models merged by a method cannot be repaired like this."""
+        """Check that models merged by a method can be repaired like this; return why not, a sentence each."""
         if method.per_task and self.by in ("repair", "batch_norm"):
             name = type(method).__name__
             return [f"{name} keeps a model for each task, which one correction does not fit; use repair.by=tact."]
@@ -96,7 +97,7 @@ def repair(
         MergeError: If data are missing or too few, or if there is nothing to repair.
     """
     raise_all([*options.problems(), *data_problems(data, merged.experts, "repair")])
-    if merged.repairs:
+    if merged.repair is not None:
         raise MergeError("This model was repaired already; repair what was merged.")
     if ALL_TASKS in merged.experts:
         raise MergeError(f"No expert can be called {ALL_TASKS!r}, which a correction of all of them is; rename it.")
@@ -104,26 +105,24 @@ def repair(
         raise_all(options.problems_with(merged.computation.method))
     processes = Processes(distributed)
     with processes.together():
-        found = _found(options, merged, module, data, seed, known)
+        found = _repairs(options, merged, module, data, seed, known)
     found = processes.gather(found)[0]
     if options.by == "tact":
         changes = {task: partial(corrected_weights, module, correction=own) for task, own in found.items()}
-        return replace(merged, repairs=changes, corrections=found)
+        return replace(merged, repair=RepairResult(changes, corrections=found))
     if options.by == "probe":
-        return replace(
-            merged, repairs={task: partial(_replaced, own=head) for task, head in found.items()}, heads=found
-        )
+        changes = {task: partial(_replaced, renewed=head) for task, head in found.items()}
+        return replace(merged, repair=RepairResult(changes, heads=found))
     if options.by == "batch_norm":
-        return _for_all_tasks(merged, partial(_replaced, own=found))
-    _, rest = fold(module, merged.weights, found)
-    change = partial(corrected_weights, module, correction=found)
-    return replace(_for_all_tasks(merged, change), corrections={ALL_TASKS: rest} if rest else {})
+        return _for_all_tasks(merged, partial(_replaced, renewed=found))
+    _, unfolded = fold(module, merged.weights, found)
+    return _for_all_tasks(merged, partial(corrected_weights, module, correction=found), unfolded)
 
 
-def _found(
+def _repairs(
     options: Repair, merged: Merged, module: nn.Module, data: TaskBatches, seed: int, known: dict[Any, Known] | None
 ) -> Any:
-    """The corrections of the tasks (``tact``) or of all of them, the tasks' heads, or BatchNorm's statistics."""
+    """Compute the corrections of the tasks (``tact``) or of all of them, their heads, or BatchNorm's statistics."""
     if options.by == "probe":
         return {
             task: probe_head(module, merged.for_task(task), data[task], batches=options.batches, seed=seed)
@@ -133,20 +132,25 @@ def _found(
         complete = {**next(iter(merged.experts.values())), **merged.weights}
         renewed = reestimate_batch_norm(module, complete, Pool(data), batches=options.batches, seed=seed)
         return {name: tensor for name, tensor in renewed.items() if tensor is not complete[name]}
-    ours = None if known is None else known.setdefault((options.batches, *(options.sites or ())), {})
+    moments = None if known is None else known.setdefault((options.batches, *(options.sites or ())), {})
     if options.recorded:
-        ours = {(OWN_DATA, task): read_moments(expert, task) for task, expert in merged.experts.items()}
+        moments = {(OWN_DATA, task): read_moments(expert, task) for task, expert in merged.experts.items()}
     arguments = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain, "seed": seed}
     if options.by == "repair":
-        return shared_repair(module, merged.weights, merged.experts, data, known=ours, **arguments)
-    return tact(module, merged.for_task, merged.experts, data, known=ours, **arguments)
+        return shared_repair(module, merged.weights, merged.experts, data, known=moments, **arguments)
+    return tact(module, merged.for_task, merged.experts, data, known=moments, **arguments)
 
 
-def _for_all_tasks(merged: Merged, change: Change) -> Merged:
-    """A model in which one change serves all tasks."""
-    weights = change(dict(merged.weights))
-    return replace(merged, weights=weights, unrepaired=merged.weights, repairs=dict.fromkeys(merged.experts, change))
+def _for_all_tasks(merged: Merged, change: Change, unfolded: Correction | None = None) -> Merged:
+    """Repair a model in one way for all tasks; of the corrections, those that its weights do not hold are noted."""
+    result = RepairResult(
+        changes=dict.fromkeys(merged.experts, change),
+        unrepaired=merged.weights,
+        corrections={ALL_TASKS: unfolded} if unfolded else {},
+    )
+    return replace(merged, weights=change(dict(merged.weights)), repair=result)
 
 
-def _replaced(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**weights, **own}
+def _replaced(weights: Mapping[str, Tensor], renewed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put renewed parameters and buffers into weights."""
+    return {**weights, **renewed}

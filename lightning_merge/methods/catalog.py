@@ -11,6 +11,7 @@ from typing import Any
 from lightning_merge import methods
 from lightning_merge.methods.base import MergeMethod
 from lightning_merge.methods.base.wrapper import Wrapper
+from lightning_merge.utilities.grid import Cell, Grid, as_markdown
 
 _HEADER = ("method", "paper", "year", "needs", "defaults")
 
@@ -60,19 +61,18 @@ def _needs(method: MergeMethod) -> Iterator[str]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Format the methods as a Markdown table, whose papers are links."""
 
-    def line(row: dict[str, Any]) -> list[str]:
-        paper = row["paper"] or ""
-        if row["arxiv"]:
-            paper = f"[{paper}](https://arxiv.org/abs/{row['arxiv']})"
-        call = _arguments(row["defaults"])
-        return [f"`{row['method']}`", paper, str(row["year"] or ""), ", ".join(row["needs"]), f"`{call}`"]
+    def cells(row: dict[str, Any]) -> list[Cell]:
+        paper, year, call = row["paper"] or "", row["year"], _arguments(row["defaults"])
+        link = f"[{as_markdown(paper)}](https://arxiv.org/abs/{row['arxiv']})" if row["arxiv"] else None
+        return [
+            Cell(row["method"], markdown=f"`{row['method']}`"),
+            Cell(paper, markdown=link),
+            Cell(str(year or ""), year),
+            Cell(", ".join(row["needs"])),
+            Cell(call, markdown=f"`{call}`"),
+        ]
 
-    lines = [list(_HEADER), *map(line, rows)]
-    widths = [*(max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]), len("defaults")]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |" for cells in lines
-    )
+    return "\n".join(Grid(_HEADER, [cells(row) for row in rows]).markdown_lines(ragged=True))
 
 
 def _arguments(arguments: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_merge.repair.moments import Moments
-from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.batches import read_images, rereading_problems
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.modules import common_dtype, complete_state, device_of, evaluating, plain, seeded
 from lightning_merge.utilities.processes import Processes
@@ -48,15 +48,11 @@ class Calibration:
 
     def problems(self) -> list[str]:
         """What is wrong with the arguments, in sentences."""
-        found = []
-        if isinstance(self.batches, Iterator):
-            found.append(f"The data of {self.task} can be read only once; give a DataLoader or a list of batches.")
-        found += [
+        return rereading_problems(self.batches, self.task) + [
             f"{name} must be at least 1, got {value}."
             for name, value in (("batches", self.limit), ("passes", self.passes))
             if value is not None and value < 1
         ]
-        return found
 
     def read(self) -> Iterator[Tensor]:
         """Read this process's part of every batch: ``(N, …)``.

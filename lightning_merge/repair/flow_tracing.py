@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_merge.repair.flow import Call, Flow, Kind, Step
 from lightning_merge.utilities.errors import MergeError
-from lightning_merge.utilities.modules import device_of, evaluating, plain
+from lightning_merge.utilities.modules import device_of, evaluating, plain, unfused_attention
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 _ACTIVATIONS = [
@@ -43,17 +43,14 @@ def trace(module: nn.Module, images: Tensor) -> Flow:
     dtype = next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), images.dtype)
     images = images.to(device_of(module), dtype if images.is_floating_point() else images.dtype)
     recorder = _Recorder(module)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's fused encoder layer calls none of its parts
     try:
-        with evaluating(module), torch.no_grad(), recorder:
+        with unfused_attention(), evaluating(module), torch.no_grad(), recorder:
             recorder.run(images)
         recorder.remove_hooks()
         recorder.find_axes()
     except Exception as error:  # whatever the module raises
         raise MergeError(f"The model cannot be run on images {tuple(images.shape)}: {error}") from error
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         recorder.remove_hooks()
     return recorder.flow
 

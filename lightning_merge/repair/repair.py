@@ -18,9 +18,9 @@ from lightning_merge.repair.calibration import Calibration, Goals, Known, NewMom
 from lightning_merge.repair.corrections import Correction, correction_towards
 from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
-from lightning_merge.utilities.batches import read_images
+from lightning_merge.utilities.batches import read_images, rereading_problems
 from lightning_merge.utilities.errors import MergeError, raise_all
-from lightning_merge.utilities.modules import common_dtype, lacking, plain
+from lightning_merge.utilities.modules import common_dtype, fit_problems, plain, stored_tensors
 from lightning_merge.utilities.processes import Processes
 from lightning_merge.utilities.sites import Site
 
@@ -78,7 +78,10 @@ def repair(
     processes = Processes(distributed)
     calibration = Calibration("all tasks", pool, batches, passes, seed, processes)
     weights = list(alpha) if alpha is not None else [1 / max(len(experts), 1)] * len(experts)
-    problems = [line for name, expert in experts.items() for line in lacking(plain(module), expert, f"expert {name}")]
+    own = stored_tensors(plain(module))
+    problems = [
+        problem for name, expert in experts.items() for problem in fit_problems(own, expert, f"expert {name}", "cover")
+    ]
     with processes.together():
         raise_all([*_problems(experts, data, weights), *calibration.problems(), *problems])
         Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
@@ -122,10 +125,7 @@ def _problems(experts: Mapping[str, Weights], data: Any, alpha: Sequence[float])
     if any(not weight >= 0 for weight in alpha) or (alpha and abs(sum(alpha) - 1) > 1e-6):
         found.append(f"alpha must be at least 0 and add up to 1, got {list(alpha)}.")
     if isinstance(data, Mapping):
-        found += [
-            f"The data of task {task} can be read only once; give a DataLoader or a list of batches."
-            for task, batches in data.items()
-            if isinstance(batches, Iterator)
-        ]
+        for task, batches in data.items():
+            found += rereading_problems(batches, f"task {task}")
         found += [] if data else ["data: give the data of at least one task."]
     return found

@@ -25,7 +25,7 @@ from lightning_merge.repair.find_sites import find_sites
 from lightning_merge.repair.moments import Moments
 from lightning_merge.utilities.batches import data_problems
 from lightning_merge.utilities.errors import raise_all
-from lightning_merge.utilities.modules import common_dtype, lacking, plain
+from lightning_merge.utilities.modules import common_dtype, fit_problems, plain, stored_tensors
 from lightning_merge.utilities.processes import Processes
 from lightning_merge.utilities.sites import Site
 
@@ -92,7 +92,9 @@ def tact(
         task: Calibration(f"expert {task}", data.get(task, ()), batches, passes, seed, processes) for task in experts
     }
     problems = [problem for calibration in calibrations.values() for problem in calibration.problems()]
-    problems += [line for task, expert in experts.items() for line in lacking(plain(module), expert, f"expert {task}")]
+    own = stored_tensors(plain(module))
+    for task, expert in experts.items():
+        problems += fit_problems(own, expert, f"expert {task}", "cover")
     problems += [] if experts else ["experts: give the weights of at least one expert."]
     with processes.together():
         raise_all(list(dict.fromkeys([*data_problems(data, experts, "tact"), *problems])))

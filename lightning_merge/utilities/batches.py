@@ -11,7 +11,7 @@ from lightning_merge.utilities.errors import MergeError
 
 
 def images_of(batch: Any, data: str) -> Tensor:
-    """The images ``(N, …)`` of a batch, which is the images or ``(images, labels)``.
+    """Take the images ``(N, …)`` out of a batch, which is the images or ``(images, labels)``.
 
     Args:
         batch: The batch.
@@ -46,12 +46,36 @@ def read_images(batches: Iterable[Any], task: str) -> Iterator[Tensor]:
         raise MergeError(f"The data of {task} hold no batch; give at least one.")
 
 
+def rereading_problems(batches: Iterable[Any], what: str) -> list[str]:
+    """Check that batches can be read more than once, which an iterator cannot.
+
+    Args:
+        batches: The batches; none is read.
+        what: What the data are of, in messages: ``expert art``, ``all tasks``.
+
+    Returns:
+        One sentence, or none.
+    """
+    if not isinstance(batches, Iterator):
+        return []
+    return [f"The data of {what} can be read only once; give a DataLoader or a list of batches."]
+
+
 TaskBatches = Mapping[str, Iterable[Any]]
 """By expert, batches that can be read again and again: images, or ``(images, labels)``, whose labels are not read."""
 
 
 def data_problems(data: TaskBatches, experts: Iterable[str], call: str) -> list[str]:
-    """What is wrong with the data of some experts, which are given to a function, in sentences."""
+    """Check that there are data of every expert, of nobody else, and that they can be read more than once.
+
+    Args:
+        data: The batches of every expert; none is read.
+        experts: The names of the experts.
+        call: The function that takes ``data``, as messages call it.
+
+    Returns:
+        What is wrong, a sentence each.
+    """
     return [
         *(
             f"There are no data of expert {name}; give {call}(…, data={{{name!r}: loader}})."
@@ -63,9 +87,5 @@ def data_problems(data: TaskBatches, experts: Iterable[str], call: str) -> list[
             for name in data
             if name not in experts
         ),
-        *(
-            f"The data of expert {name} can be read only once; give a DataLoader or a list of batches."
-            for name, batches in data.items()
-            if isinstance(batches, Iterator)
-        ),
+        *(problem for name, batches in data.items() for problem in rereading_problems(batches, f"expert {name}")),
     ]

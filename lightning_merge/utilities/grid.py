@@ -37,11 +37,13 @@ class Cell:
         text: As it is shown, rounded; plain text.
         value: The number behind it, unrounded, which a table is sorted by and CSV holds; None where the text is all.
         place: 1 for the best of its column, 2 for the second.
+        markdown: How Markdown says it where that is more than the text: a link, code.
     """
 
     text: str
     value: float | str | None = None
     place: Place | None = None
+    markdown: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,18 @@ class Grid:
             not i or any(c.text and not isinstance(c.value, (int, float)) for c in x) for i, x in enumerate(columns)
         ]
 
-    def markdown_lines(self) -> list[str]:
-        """The table in Markdown, the best of a column in bold: the header, a rule, and a line for each row.
+    def markdown_lines(self, *, ragged: bool = False) -> list[str]:
+        """Write the table in Markdown, the best of a column in bold: the header, a rule, and a line for each row.
 
         They are readable as they are: text to the left, numbers to the right, all padded to one width.
+
+        Args:
+            ragged: Leave the last column, of text, as wide as it is in each row; for one that is too long to pad.
         """
         lines = [[as_markdown(name) for name in self.header], *([_markdown(cell) for cell in row] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
+        if ragged:
+            widths[-1] = len(lines[0][-1])
         columns = list(zip(widths, self.holds_text, strict=True))
 
         def join(cells: Sequence[str]) -> str:
@@ -148,7 +154,7 @@ def one_line(text: str) -> str:
 
 
 def _markdown(cell: Cell) -> str:
-    text = as_markdown(cell.text)
+    text = as_markdown(cell.text) if cell.markdown is None else cell.markdown
     return f"**{text}**" if cell.place == 1 else text
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_merge.utilities.modules import unfused_attention
+
 
 @contextmanager
 def watch_inputs(module: nn.Module, names: Collection[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -35,12 +37,10 @@ def watch_inputs(module: nn.Module, names: Collection[str], see: Callable[[str, 
         return part.register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [watch(part, f"{path}." if path else "") for path, part in module.named_modules() if _weights(part)]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's fused encoder layer calls none of its parts
     try:
-        yield
+        with unfused_attention():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
 

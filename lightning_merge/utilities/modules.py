@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.utilities.errors import raise_all
 from lightning_merge.utilities.tensors import tied_names
+
+Fit = Literal["exactly", "cover", "within"]
+"""How weights are to fit a module.
+
+``exactly``: the same names and shapes. ``cover``: a value for every tensor of the module, but that aliases of a tied
+one may be missing; other names and shapes do not matter. ``within``: only tensors of the module, in their shapes;
+what is missing stays the module's own.
+"""
 
 
 @contextmanager
@@ -23,6 +32,20 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Keep PyTorch's encoder layers from their fused kernel, which calls none of their parts and runs no hook there.
+
+    Afterwards PyTorch's switch, which is one for the whole process, is as before.
+    """
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextmanager
@@ -61,32 +84,63 @@ def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) 
     Raises:
         MergeError: If parameters are missing.
     """
-    raise_all(lacking(module, weights, what))
-    owners = _owners(module, weights)
-    found = {owner: weights[owner] for owner in dict.fromkeys(owners.values())}
-    dtype, device = common_dtype(found), device_of(module)
+    own = stored_tensors(module)
+    raise_all(fit_problems(own, weights, what, "cover"))
+    tied = tied_names(own)
+    names = [name for name in distinct_names(module) if name in own]
+    owners = {name: name if name in weights else tied.get(name, name) for name in names}
+    values = {owner: weights[owner] for owner in dict.fromkeys(owners.values())}
+    dtype, device = common_dtype(values), device_of(module)
     moved = {
         name: tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in found.items()
+        for name, tensor in values.items()
     }
     return {name: moved[owner] for name, owner in owners.items()}
 
 
-def lacking(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> list[str]:
-    """What weights lack of a module, in sentences."""
-    return [
-        f"{what} lacks {name!r} of the module; is it another model?"
-        for name, owner in _owners(module, weights).items()
-        if owner not in weights
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module that its state dict holds; other entries are left out."""
+    return {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers of a module, also those that its state dict leaves out."""
+    named = (module.named_parameters, module.named_buffers)
+    return {name: tensor for tensors in named for name, tensor in tensors(remove_duplicate=False)}
+
+
+def fit_problems(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str, fit: Fit = "exactly"
+) -> list[str]:
+    """Check that weights fit a module.
+
+    Args:
+        own: The tensors of the module by name; only their names and shapes are looked at.
+        weights: The weights; only their names and, but for ``cover``, their shapes are looked at.
+        what: What to call the weights in messages: ``the base``, ``expert art``.
+        fit: What is asked of them, see :data:`Fit`.
+
+    Returns:
+        What is wrong, a sentence each.
+    """
+    missing = [] if fit == "within" else [name for name in own if name not in weights]
+    if fit == "cover":
+        tied = tied_names(own)
+        missing = [name for name in missing if name not in tied]
+    problems = [f"{name!r} of the module is missing in {what}; is that another model?" for name in missing]
+    if fit == "cover":
+        return problems
+    problems += [
+        f"{name!r} of {what} is no parameter of the module; give the models' own module."
+        for name in weights
+        if name not in own
     ]
-
-
-def _owners(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """For every place of a module the name under which its value is among weights, or should be."""
-    state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
-    tied = tied_names(state)
-    names = [name for name in distinct_names(module) if name in state]
-    return {name: name if name in weights else tied.get(name, name) for name in names}
+    return problems + [
+        f"{name!r} has shape {tuple(weights[name].shape)} in {what} and {tuple(own[name].shape)} in the module; is it "
+        "of another backbone or head?"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
 
 
 def common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:

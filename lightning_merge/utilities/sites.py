@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_merge.utilities.errors import raise_all
+from lightning_merge.utilities.modules import unfused_attention
 
 Act = Callable[["Site", Tensor], Tensor | None]
 """Called with a site and its activation; a tensor that it returns takes the activation's place."""
@@ -92,11 +92,9 @@ def at_sites(module: nn.Module, sites: Iterable[Site], act: Act) -> Iterator[Non
         else parts[site.path].register_forward_hook(after(site))
         for site in sites
     ]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # PyTorch's fused encoder layer calls none of its parts
     try:
-        yield
+        with unfused_attention():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()

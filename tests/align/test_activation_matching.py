@@ -146,7 +146,7 @@ def test_refusals():
     assert "holds a dict; it must be images or (images, labels)" in refusal([{"image": images()}])
     assert "rest='nothing' must be 'weights' or 'identity'" in refusal(rest="nothing")
     assert "is not finite on the data of the alignment" in refusal([images() / 0])
-    assert "the other model lacks 'head.bias' of the module" in refusal(
+    assert "'head.bias' of the module is missing in the other model" in refusal(
         other={name: tensor for name, tensor in state.items() if name != "head.bias"}
     )
     assert "there is none; call" in refusal(distributed=True)

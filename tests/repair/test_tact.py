@@ -254,7 +254,7 @@ def test_arguments_that_do_not_fit_are_refused():
         tact(module, state, {"a": state}, {"a": data}, batches=0)
     with pytest.raises(MergeError, match="max_gain and eps must be positive"):
         tact(module, state, {"a": state}, {"a": data}, max_gain=0)
-    with pytest.raises(MergeError, match=r"expert a lacks 'hidden\.0\.weight'"):
+    with pytest.raises(MergeError, match=r"'hidden\.0\.weight' of the module is missing in expert a"):
         tact(module, {}, {"a": {k: v for k, v in state.items() if k != "hidden.0.weight"}}, {"a": data})
     with pytest.raises(MergeError, match="there is none"):
         tact(module, state, {"a": state}, {"a": data}, distributed=True)

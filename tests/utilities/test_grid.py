@@ -48,6 +48,21 @@ def test_markdown():
     assert Grid(["method"], [[Cell("SCORE")]]).markdown() == "| method |\n|--------|\n| SCORE  |"
 
 
+def test_a_cell_may_be_more_than_text_in_markdown_alone():
+    grid = Grid(["paper"], [[Cell("A & B_", markdown="[A & B\\_](https://x)")], [Cell("`C`", markdown="`C`")]])
+    assert grid.markdown_lines()[2:] == ["| [A & B\\_](https://x) |", "| `C`                  |"]
+    assert "https" not in grid.latex() + grid.csv()
+    assert r"A \& B\_ \\" in grid.latex()
+    assert "A & B_" in grid.csv()
+
+
+def test_a_last_column_too_long_to_pad():
+    grid = Grid(["a", "text"], [[Cell("1", 1), Cell("x" * 30)], [Cell("22", 22), Cell("y")]])
+    lines = grid.markdown_lines(ragged=True)
+    assert lines == ["| a  | text |", "|----|------|", f"| 1  | {'x' * 30} |", "| 22 | y    |"]
+    assert len({len(line) for line in grid.markdown_lines()}) == 1
+
+
 def test_text_stands_at_the_left():
     grid = Grid(
         ["model", "file", "experts"], [[Cell("base"), Cell("a.ckpt"), Cell("")], [Cell("A"), Cell(""), number(2)]]
