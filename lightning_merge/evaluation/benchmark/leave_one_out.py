@@ -30,7 +30,7 @@ from lightning_merge.analysis.compare_experts import update_ratios
 from lightning_merge.analysis.comparison_files import COMPARISON, save_comparison
 from lightning_merge.checkpoints import Weights, open_weights, statistics_file
 from lightning_merge.data import DomainDataModule
-from lightning_merge.evaluation.benchmark.options import Pretrain
+from lightning_merge.evaluation.benchmark.options import Pretrain, unknown_domains
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.engines import Engine, Sequential
 from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
@@ -55,7 +55,7 @@ from lightning_merge.merging.merge import merge
 from lightning_merge.merging.sweeping import SearchGrid
 from lightning_merge.methods import MergeMethod
 from lightning_merge.models.rebuilding import rebuild
-from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.errors import problems_of, raise_all
 from lightning_merge.utilities.processes import processes_of_run
 
 
@@ -223,48 +223,22 @@ class Benchmark(JobList):
         found = {domain: self._updates(domain) for domain in self.domains}
         return {d: {name: own[name] for name in self.methods if name in own} for d, own in found.items()}
 
-    # Checks before anything runs
+    # Before anything runs
 
     def _check(self) -> None:
+        """Raise one :class:`MergeError` that lists everything that cannot work."""
         self.engine.check(self.trainer)
-        known, pretrain = self.datamodule.domains, list(self.pretrain.domains if self.pretrain else [])
-        unknown = [domain for domain in [*self.domains, *pretrain] if domain not in known]
-        if unknown:
-            raise MergeError(f"There is no domain {unknown[0]!r}; the domains are {', '.join(known)}.")
-        if len(self.domains) < 2:
-            raise MergeError(
-                f"Leaving a domain out needs at least two, and there is {', '.join(self.domains) or 'none'}."
-            )
-        both = [domain for domain in self.domains if domain in pretrain]
-        if both:
-            raise MergeError(f"The base would be fitted on {both[0]!r}, which is held out later; take it out of one.")
-        unknown = [key for key in (self.pretrain.hparams if self.pretrain else {}) if key not in self.model.hparams]
-        if unknown:
-            raise MergeError(
-                f"The model has no hyper-parameter {unknown[0]!r} to change for the base; it has "
-                f"{', '.join(self.model.hparams)}."
-            )
-        check_names(self.methods)
-        if not self.methods:
-            raise MergeError("There are no methods to compare; give at least one.")
-        merged = len(self.domains) - 1
-        for name, method in self.methods.items():
-            if not method.min_experts <= merged <= (method.max_experts or merged):
-                raise MergeError(
-                    f"With {len(self.domains)} domains {merged} experts are merged at a time, which is not for "
-                    f"{name!r}: it merges {method.min_experts} to {method.max_experts or 'any number'}; leave it out."
-                )
-            try:
-                json.dumps(method.describe())
-            except TypeError as error:
-                raise MergeError(f"The arguments of the method {name!r} must be plain values: {error}.") from error
-        for name, grid in self.search.items():
-            if name not in self.methods:
-                raise MergeError(f"There is no method {name!r} to search; the methods are {', '.join(self.methods)}.")
-            check_search(self.methods[name], grid)
-        for domain in [*self.domains, *pretrain]:
+        used = [*self.domains, *(self.pretrain.domains if self.pretrain else [])]
+        problems = [
+            *_domain_problems(self.domains, self.datamodule.domains),
+            *(self.pretrain.problems(self.domains, self.datamodule.domains, self.model) if self.pretrain else []),
+            *_method_problems(self.methods, len(self.domains)),
+            *_search_problems(self.search, self.methods),
+        ]
+        raise_all(problems)
+        for domain in used:
             self.datamodule.split(domain, "test")
-        self.datamodule.check([*self.domains, *pretrain])
+        self.datamodule.check(used)
 
     def _claim_output(self, seed: int) -> None:
         """Note the settings in the output folder, or make sure that what is there was made with the same ones."""
@@ -276,3 +250,40 @@ class Benchmark(JobList):
             "seed": seed,
         }
         claim_output(self.output, settings, write=self.trainer.is_global_zero)
+
+
+def _domain_problems(domains: Sequence[str], available: Sequence[str]) -> list[str]:
+    """List what is wrong with the domains that are left out in turn."""
+    problems = unknown_domains(domains, available)
+    if len(domains) < 2:
+        problems.append(f"Leaving a domain out needs at least two, and there is {', '.join(domains) or 'none'}.")
+    return problems
+
+
+def _method_problems(methods: Mapping[str, MergeMethod], domains: int) -> list[str]:
+    """List what is wrong with the methods, of which each merges the experts of all domains but one."""
+    problems = [] if methods else ["There are no methods to compare; give at least one."]
+    problems += problems_of(check_names, methods)
+    merged = domains - 1
+    for name, method in methods.items():
+        if merged >= 1 and not method.min_experts <= merged <= (method.max_experts or merged):
+            problems.append(
+                f"With {domains} domains {merged} experts are merged at a time, which is not for {name!r}: it merges "
+                f"{method.min_experts} to {method.max_experts or 'any number'}; leave it out."
+            )
+        try:
+            json.dumps(method.describe())
+        except TypeError as error:
+            problems.append(f"The arguments of the method {name!r} must be plain values: {error}.")
+    return problems
+
+
+def _search_problems(search: Mapping[str, SearchGrid], methods: Mapping[str, MergeMethod]) -> list[str]:
+    """List what is wrong with the grids that methods are searched over."""
+    problems = []
+    for name, grid in search.items():
+        if name in methods:
+            problems += problems_of(check_search, methods[name], grid)
+        else:
+            problems.append(f"There is no method {name!r} to search; the methods are {', '.join(methods)}.")
+    return problems

@@ -105,11 +105,11 @@ def test_corrections_that_no_weight_can_hold_are_measured_too(tmp_path, monkeypa
 
 
 def test_the_validation_split_is_tested_on_where_that_is_asked_for(tmp_path, monkeypatch):
-    from lightning_merge.evaluation.benchmark import foundations
+    from lightning_merge.evaluation.benchmark import foundations_models
 
     seen = []
     monkeypatch.setattr(
-        foundations,
+        foundations_models,
         "evaluate_candidates",
         lambda trainer, model, data, rows: seen.append(data.test_on) or [{"row": row, "accuracy": 1.0} for row in rows],
     )
@@ -151,3 +151,16 @@ def test_what_cannot_work_is_said_before_anything_is_written(tmp_path, changes, 
     with pytest.raises(MergeError, match=message):
         run(tmp_path, **({"trainer": {}} | changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_all_problems_are_said_at_once(tmp_path):
+    with pytest.raises(MergeError) as info:
+        run(tmp_path, methods={}, domains=["faces"], arms={}, seeds=[1, 1], private=["classifier.*"])
+    starts = [
+        "There is no task 'faces'",
+        "There are no methods",
+        "There is no way",
+        "foundations.seeds holds",
+        "No para",
+    ]
+    assert [next(start for start in starts if problem.startswith(start)) for problem in info.value.problems] == starts

@@ -239,6 +239,20 @@ def test_what_cannot_work_is_said_before_anything_is_written(arguments, message)
     assert not Path("out").exists()
 
 
+def test_all_problems_are_said_at_once():
+    pretrain = Pretrain(["nosy", "noisy"], hparams={"lr": 1})
+    with pytest.raises(lm.MergeError) as info:
+        run({"base": SCORE(), "three": ConsensusTA(k=3)}, pretrain=pretrain, search={"SCOR": {}})
+    assert [problem.split(";")[0].split(", which")[0] for problem in info.value.problems] == [
+        "There is no domain 'nosy'",
+        "The base would be fitted on 'noisy'",
+        "The model has no hyper-parameter 'lr' to change for the base",
+        "The row 'base' is there anyway, for what merged models are compared with",
+        "With 3 domains 2 experts are merged at a time",
+        "There is no method 'SCOR' to search",
+    ]
+
+
 @pytest.mark.usefixtures("fitted")
 def test_methods_that_need_statistics_are_rows_like_any_other():
     methods = {"average": WeightAverage(), "RegMean": RegMean(), "Fisher": Fisher()}
