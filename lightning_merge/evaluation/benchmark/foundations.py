@@ -189,7 +189,7 @@ class FoundationsBenchmark(JobList):
         return table
 
     def _check(self) -> None:
-        """Raise one :class:`MergeError` that lists everything that cannot work, before any job is begun."""
+        """Raise one :class:`lightning_merge.MergeError` that lists everything that cannot work, before any job is begun."""
         self.engine.check(self.trainer)
         names = list(self.model.state_dict())
         problems = [

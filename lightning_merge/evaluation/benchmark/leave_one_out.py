@@ -226,7 +226,7 @@ class Benchmark(JobList):
     # Before anything runs
 
     def _check(self) -> None:
-        """Raise one :class:`MergeError` that lists everything that cannot work."""
+        """Raise one :class:`lightning_merge.MergeError` that lists everything that cannot work."""
         self.engine.check(self.trainer)
         used = [*self.domains, *(self.pretrain.domains if self.pretrain else [])]
         problems = [
