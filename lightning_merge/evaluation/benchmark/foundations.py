@@ -189,7 +189,11 @@ class FoundationsBenchmark(JobList):
         return table
 
     def _check(self) -> None:
-        """Raise one :class:`lightning_merge.MergeError` that lists everything that cannot work, before any job is begun."""
+        """Check everything that can be checked before any job is begun.
+
+        Raises:
+            MergeError: If something cannot work; every problem is listed.
+        """
         self.engine.check(self.trainer)
         names = list(self.model.state_dict())
         problems = [
