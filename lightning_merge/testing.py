@@ -127,8 +127,10 @@ def _check_rule(method: MergeMethod, tolerance: float) -> None:
             with _attempt(method, f"{name!r}, {dtype} on {device}"):
                 update = method.update(deltas, context)
             for what in ("shape", "dtype", "device"):
-                expected, found = getattr(deltas[0], what), getattr(update, what)
-                _require(found == expected, method, f"must keep the {what} of {name!r}: it is {expected}, not {found}")
+                expected, actual = getattr(deltas[0], what), getattr(update, what)
+                _require(
+                    actual == expected, method, f"must keep the {what} of {name!r}: it is {expected}, not {actual}"
+                )
             untouched = torch.equal(deltas, kept[0]) and torch.equal(context.base, kept[1])
             _require(untouched, method, f"must not change its inputs, but it changed the tensors of {name!r}")
 
@@ -201,27 +203,27 @@ def _check_order_of_experts(method: MergeMethod, tolerance: float) -> None:
         return
     base, experts = make_models(_count(method))
     turned = dict(reversed(experts.items()))
-    first, *own = _merge(method, "the order of experts", base, experts)
-    again, *turned_own = _merge(method, "the order of experts", base, turned)
-    for weights, other in zip([first, *own], [again, *reversed(turned_own)], strict=True):
+    first, *for_tasks = _merge(method, "the order of experts", base, experts)
+    again, *turned_for_tasks = _merge(method, "the order of experts", base, turned)
+    for weights, other in zip([first, *for_tasks], [again, *reversed(turned_for_tasks)], strict=True):
         _require_close(method, "must not depend on the order of experts", base, weights, other, tolerance)
 
 
 def _check_order_of_parameters(method: MergeMethod, tolerance: float) -> None:
     base, experts = make_models(_count(method))
     turned = [dict(reversed(state.items())) for state in (base, *experts.values())]
-    found = _merge(method, "the order of parameters", base, experts)
+    models = _merge(method, "the order of parameters", base, experts)
     again = _merge(method, "the order of parameters", turned[0], dict(zip(experts, turned[1:], strict=True)))
-    for weights, other in zip(found, again, strict=True):
+    for weights, other in zip(models, again, strict=True):
         _require_close(method, "must not depend on the order of parameters", base, weights, other, tolerance)
 
 
 def _check_repeatable(method: MergeMethod, tolerance: float) -> None:
     base, experts = make_models(_count(method))
-    found = _merge(method, "repeated merges", base, experts)
+    models = _merge(method, "repeated merges", base, experts)
     for workers, when in ((1, "twice"), (3, "with any number of workers")):
         again = _merge(method, f"{workers} workers", base, experts, workers=workers)
-        for weights, other in zip(found, again, strict=True):
+        for weights, other in zip(models, again, strict=True):
             changed = [name for name in weights if not _same(weights[name], other[name])]
             _require(not changed, method, f"must give the same bytes {when}, but {changed[:3]} differ")
 
@@ -280,7 +282,7 @@ def _merge(
     experts: Mapping[str, State],
     **options: Any,
 ) -> list[State]:
-    """The merged model, and one for each expert where the method keeps them."""
+    """Merge, and return the model, and one for each expert where the method keeps them."""
     made_up = {"statistics": make_statistics(base, experts), "module": ToyModule(), "data": make_data(experts)}
     with _attempt(method, case):
         merged = merge(base, experts, method, **{**made_up, **options})
@@ -298,7 +300,7 @@ def _attempt(method: MergeMethod, case: str) -> Iterator[None]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bit by bit (where NaN is NaN and -0 is not 0)."""
+    """Tell whether two tensors are the same bit by bit (where NaN is NaN and -0 is not 0)."""
     return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 

@@ -25,7 +25,7 @@ _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisatio
 
 
 def is_adapter(source: Source) -> bool:
-    """Whether a source is a folder that peft has written."""
+    """Tell whether a source is a folder that peft has written."""
     return isinstance(source, (str, os.PathLike)) and (Path(source).expanduser() / _CONFIG).is_file()
 
 
@@ -108,7 +108,7 @@ def open_adapter(
 
 
 def _sort_keys(adapter: Weights, name: str, prefix: str) -> tuple[dict[str, dict[str, str]], dict[str, str], list[str]]:
-    """What the adapter's tensors are.
+    """Sort the adapter's tensors into factors and weights that were trained as a whole.
 
     Returns:
         ``{parameter: {"A": key, "B": key}}``, ``{parameter: key}`` of what was trained as a whole, and the problems.
@@ -128,7 +128,11 @@ def _sort_keys(adapter: Weights, name: str, prefix: str) -> tuple[dict[str, dict
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The adapter's configuration, if it is one of a plain LoRA."""
+    """Read the adapter's configuration.
+
+    Raises:
+        MergeError: If it cannot be read, or is not that of a plain LoRA.
+    """
     try:
         config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except OSError as error:
@@ -157,7 +161,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as peft looks it up."""
+    """Return the value of the first pattern that matches the end of a module's name, as peft looks it up."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -18,35 +18,35 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Change(ABC):
-    """How one parameter is changed."""
+    """A change of one parameter."""
 
     @abstractmethod
     def delta(self, shape: torch.Size) -> Tensor:
-        """The difference of the parameter, of this shape, in the precision in which it is known."""
+        """Compute the difference ``(…)`` of the parameter, of this shape, in the precision in which it is known."""
 
     def factors(self) -> Factors | None:
-        """The factors that the difference is a product of, without a coefficient; None if there are none."""
+        """Return the factors that the difference is a product of, without a coefficient; None if there are none."""
         return None
 
 
 @dataclass(frozen=True)
 class Dense(Change):
-    """A parameter is changed by a difference that is stored.
+    """A change by a difference that is stored.
 
     Args:
-        stored: Reads it.
+        stored: Reads the difference, in the parameter's number of entries.
     """
 
     stored: Callable[[], Tensor]
 
     def delta(self, shape: torch.Size) -> Tensor:
-        """The difference."""
+        """Read the difference ``(…)``."""
         return wide(self.stored()).reshape(shape)
 
 
 @dataclass(frozen=True)
 class Product(Change):
-    """A parameter is changed by ``scaling · B A``.
+    """A change by ``scaling · B A``.
 
     Args:
         A: Reads ``(r, in, …)``.
@@ -61,12 +61,12 @@ class Product(Change):
     transposed: bool = False
 
     def factors(self) -> Factors:
-        """The factors, without the scaling."""
+        """Read the factors ``B (m, r)`` and ``A (r, n)``, without the scaling."""
         A, B = wide(self.A()).flatten(1), wide(self.B()).flatten(1)
         return (A.mT, B.mT) if self.transposed else (B, A)
 
     def delta(self, shape: torch.Size) -> Tensor:
-        """The product, in float64."""
+        """Compute the product ``(…)`` in float64."""
         left, right = self.factors()
         return (self.scaling * (left.double() @ right.double())).reshape(shape)
 
@@ -122,7 +122,7 @@ class Difference(Weights):
         return (weight.double() + delta).to(weight.dtype)
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """The difference of a parameter to a base, as it is stored; None if it is not known.
+        """Return the difference ``(…)`` of a parameter to a base's, as it is stored; None if it is not known.
 
         A product of factors has their rank to the last digit. A difference of float32 weights would have full rank, by
         rounding errors that methods which flatten the spectrum take for directions like any other.
@@ -133,10 +133,10 @@ class Difference(Weights):
         return self.changes[name].delta(base.shape).to(base.device)
 
     def factors(self, name: str, base: Tensor) -> list[Factors] | None:
-        """The factors ``(B, A)`` of the difference of a parameter to a base.
+        """Return the factors ``B (m, r)`` and ``A (r, n)`` of the difference of a parameter to a base's ``(…)``.
 
         Returns:
-            Nothing where the expert leaves the parameter alone; None where no factors are known.
+            No pair where the expert leaves the parameter alone; None where no factors are known.
         """
         name = self.tied.get(name, name)
         if not self._is_over(name, base):
@@ -145,5 +145,5 @@ class Difference(Weights):
         return None if factors is None else [factors] if factors else []
 
     def _is_over(self, name: str, base: Tensor) -> bool:
-        """Whether a parameter is a difference to these very values, and not replaced or opened over another base."""
+        """Tell whether a parameter is a difference to these values (not replaced, nor opened over another base)."""
         return name not in self.own and torch.equal(wide(self.origin[name]).to(base.device), base)

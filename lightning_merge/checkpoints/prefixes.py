@@ -20,7 +20,7 @@ _ENOUGH = 0.9
 
 @dataclass(frozen=True)
 class Prefix:
-    """How an expert's names become the base's.
+    """A change of prefix by which an expert's names become the base's.
 
     Args:
         strip: What stands before the expert's names, with its dot; empty if nothing does.
@@ -31,7 +31,7 @@ class Prefix:
     add: str
 
     def applied(self, name: str) -> str:
-        """The name that a parameter of the expert has in the base; its own if the prefix does not stand before it."""
+        """Return the name of a parameter of the expert in the base; its own if the prefix does not stand before it."""
         return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else name
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ def find_prefix(base: Weights, expert: Weights) -> Prefix | None:
 
 
 def _leading(names: Iterable[str], needed: float) -> list[str]:
-    """What stands before at least so many names: nothing, ``model.``, ``model.blocks.``."""
+    """List what stands before at least so many names: nothing, ``model.``, ``model.blocks.``."""
     counts: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -68,7 +68,7 @@ def _leading(names: Iterable[str], needed: float) -> list[str]:
 
 
 def _shortened(strip: str, add: str) -> Prefix:
-    """The same prefix without what both have in common at their ends: ``model.blocks.`` and ``blocks.``: ``model.``."""
+    """Drop what both have in common at their ends: of ``model.blocks.`` and ``blocks.`` only ``model.`` is left."""
     old, new = strip.split(".")[:-1], add.split(".")[:-1]
     while old and new and old[-1] == new[-1]:
         old.pop()

@@ -1,4 +1,4 @@
-"""Task vectors as files: what an expert differs by from its base, and nothing else.
+"""Task vectors as files: the difference of an expert to its base.
 
 A ``NAME.task_vector.safetensors`` holds for every parameter that differs from the base
 
@@ -36,7 +36,7 @@ _MODEL = {"path": (str, type(None)), "digest": str}
 
 
 def task_vector_file(checkpoint: Path) -> Path:
-    """What the task vector beside a checkpoint ``NAME.ckpt`` is called."""
+    """Name the file of the task vector next to a checkpoint ``NAME.ckpt``."""
     return checkpoint.with_name(checkpoint.stem + _SUFFIX)
 
 
@@ -45,7 +45,7 @@ def _decode(parts: Mapping[str, Callable[[], Tensor]]) -> Change:
 
 
 def is_task_vector(source: Source) -> bool:
-    """Whether a source is the file of a task vector, by its header."""
+    """Tell whether a source is the file of a task vector, by its header."""
     if not isinstance(source, (str, os.PathLike)):
         return False
     path = Path(source).expanduser()
@@ -61,7 +61,7 @@ class TaskVector(Difference):
     """An expert that is kept as a task vector."""
 
     def digest(self) -> str:
-        """The expert's own digest, by which its statistics know it; if the file holds less than that, of what it is."""
+        """Return the expert's own digest, by which its statistics know it; if the file holds less, that of its own."""
         about = self.header[TASK_VECTOR]
         return about["expert"]["digest"] if not (about["relative_error"] or about["exclude"]) else super().digest()
 
@@ -126,7 +126,16 @@ def _check_header(file: Path, about: Mapping[str, Any]) -> None:
 
 
 def _sort(stored: Weights, base: Weights, about: Mapping[str, Any]) -> tuple[dict[str, set[str]], list[str]]:
-    """In which form the file holds each parameter, and what does not fit the base."""
+    """Find in which form the file holds each parameter, and what does not fit the base.
+
+    Args:
+        stored: What the file holds.
+        base: The base that it is opened over.
+        about: What the header says of the task vector.
+
+    Returns:
+        The kinds of tensors of every parameter (``{"delta"}``, ``{"left", "right"}`` or ``{"own"}``), and the problems.
+    """
     parts: dict[str, set[str]] = {}
     for key in stored:
         kind, _, parameter = key.partition(".")
@@ -139,16 +148,16 @@ def _sort(stored: Weights, base: Weights, about: Mapping[str, Any]) -> tuple[dic
             problems.append(f"{stored.path} is damaged: of {parameter!r} it holds {', '.join(sorted(kinds))}.")
         elif parameter not in base:
             problems.append(f"{_which(stored.name, about)}, and {_where(base)} lacks {parameter!r}.")
-        elif (found := _shapes(stored, parameter, kinds)) != (wanted := _wanted(base.meta[parameter].shape, kinds)):
+        elif (shape := _shapes(stored, parameter, kinds)) != (wanted := _wanted(base.meta[parameter].shape, kinds)):
             problems.append(
-                f"{_which(stored.name, about)}, and its difference of {parameter!r} is {found} where {_where(base)} "
+                f"{_which(stored.name, about)}, and its difference of {parameter!r} is {shape} where {_where(base)} "
                 f"asks for {wanted}."
             )
     return parts, problems
 
 
 def _shapes(stored: Weights, parameter: str, kinds: set[str]) -> tuple[int, ...]:
-    """The shape of a difference, or the outer sides of its factors."""
+    """Return the shape of a difference, or the outer sides of its factors, for messages."""
     if "delta" in kinds:
         return tuple(stored.meta[f"delta.{parameter}"].shape)
     left, right = (stored.meta[f"{kind}.{parameter}"].shape for kind in ("left", "right"))
@@ -160,7 +169,7 @@ def _wanted(shape: torch.Size, kinds: set[str]) -> tuple[int, ...]:
 
 
 def _which(name: str, about: Mapping[str, Any]) -> str:
-    """The beginning of a sentence that says of which base a task vector is."""
+    """Begin a sentence that says of which base a task vector is."""
     path, digest = about["base"]["path"], about["base"]["digest"]
     return f"The task vector {name} is the difference to {path or 'a base in memory'} ({_short(digest)})"
 

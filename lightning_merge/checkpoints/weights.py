@@ -87,7 +87,7 @@ class Weights(Mapping[str, Tensor]):
             file.check_unchanged()
 
     def fingerprint(self) -> str | dict[str, str] | None:
-        """The sha256 of the file behind these weights, of several by file name; None where they live in memory.
+        """Compute the sha256 of the file behind these weights, of several by file name; None where they are in memory.
 
         Raises:
             MergeError: If a file was changed since these weights were opened.
@@ -96,19 +96,19 @@ class Weights(Mapping[str, Tensor]):
         return digests if len(digests) > 1 else next(iter(digests.values()), None)
 
     def provenance(self) -> dict[str, Any]:
-        """Where these weights are from, in plain values: the path and the sha256 of the file, if there is one."""
+        """Return where these weights are from, in plain values: path and sha256 of the file, if there is one."""
         return {"path": str(self.path) if self.path else None, "sha256": self.fingerprint()}
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """The difference of a parameter ``(…)`` to a base's, where more is known of it than both weights; else None."""
+        """Return the difference ``(…)`` of a parameter to a base's where it is known exactly, otherwise None."""
         return None
 
     def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """The factors, left ``(m, r)`` and right ``(r, n)``, of that difference; None where none are known."""
+        """Return the factors, left ``(m, r)`` and right ``(r, n)``, of that difference; None where none are known."""
         return None
 
     def digest(self) -> str:
-        """The sha256 of all names, types, shapes and values: the same for the same weights in any file or in memory.
+        """Compute the sha256 of all names, types, shapes and values, which is the same in any file or in memory.
 
         That of files is computed once.
         """
@@ -142,26 +142,26 @@ def from_memory(
 
 
 def named_tensors(name: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict by their plain names.
+    """Return the tensors of a state dict by their plain names.
 
     Raises:
         MergeError: If there are none, if a key is no name, or if one is not stored as a plain array of numbers.
     """
-    found = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
-    if not found:
+    tensors = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
         raise MergeError(f"{name} holds no tensors.")
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         if not isinstance(key, str):
             raise MergeError(f"{name} is no state dict: a tensor in it has the key {key!r} instead of a name.")
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
             raise MergeError(
                 f"{key!r} in {name} is sparse, quantized or nested; make it a plain tensor, or leave it out."
             )
-    return {plain: found[key] for plain, key in plain_names(name, found).items()}
+    return {plain: tensors[key] for plain, key in plain_names(name, tensors).items()}
 
 
 def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
-    """The keys of a model under the names of its parameters: without what ``torch.compile`` puts into them.
+    """Return the keys of a model under the names of its parameters: without what ``torch.compile`` puts into them.
 
     Raises:
         MergeError: If two keys have the same name.
@@ -176,6 +176,6 @@ def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
 
 
 def widest(base: Weights) -> torch.dtype:
-    """Float64 where some of the weights are, else float32."""
+    """Return float64 where some of the weights are, otherwise float32."""
     dtypes = {tensor.dtype for tensor in base.meta.values()}
     return torch.float64 if torch.float64 in dtypes else torch.float32

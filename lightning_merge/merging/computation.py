@@ -27,7 +27,7 @@ class Computation:
         base: The base.
         experts: The experts by name.
         task_vectors: The task vectors of every merged parameter.
-        survey: What the method found in its look at the whole model.
+        survey: The result of the method's look at the whole model.
         inventory: What happens to every parameter.
         workers: Parameters that are computed at the same time.
         updates: Where the updates are kept once they are computed; None to forget them.
@@ -45,7 +45,7 @@ class Computation:
     scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter or buffer of the merged model: ``base + scale * update``, a mean, or the base's own."""
+        """Compute a parameter or buffer ``(…)`` of the model: ``base + scale * update``, a mean, or the base's own."""
         if name in self.inventory.averaged:
             return mean_of(name, self.base, self.experts)
         if name in self.inventory.copied:
@@ -53,10 +53,10 @@ class Computation:
         return self._merged(name, self._update)
 
     def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Several of them, held in memory."""
-        found: dict[str, Tensor] = {}
-        self.each(names, found.__setitem__)
-        return {name: found[name] for name in names}
+        """Compute several of them, held in memory, in the order of the names."""
+        computed: dict[str, Tensor] = {}
+        self.each(names, computed.__setitem__)
+        return {name: computed[name] for name in names}
 
     def each(self, names: Sequence[str], use: Callable[[str, Tensor], None]) -> None:
         """Compute parameters and hand each to ``use(name, parameter)``, in no particular order; none is kept."""
@@ -68,31 +68,33 @@ class Computation:
         self.scratch.forget()
 
     def all_merged(self) -> dict[str, Tensor]:
-        """The parameters that the method merges."""
+        """Compute the parameters that the method merges."""
         return self._with_aliases(self.parameters(self.inventory.merged))
 
     def for_task(self, expert: int) -> dict[str, Tensor]:
-        """The merged parameters as the method makes them for one expert's task; none if it makes no difference."""
+        """Compute the parameters that the method merges for one expert's task; none if it makes no difference."""
         if not self.method.per_task:
             return {}
-        found: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
 
         def one(name: str) -> None:
-            found[name] = self._merged(name, lambda deltas, context: self.method.task_update(deltas(), expert, context))
+            merged[name] = self._merged(
+                name, lambda deltas, context: self.method.task_update(deltas(), expert, context)
+            )
 
         run_each(one, self.inventory.merged, self.workers, "merging", self.cost)
         self.scratch.forget()
-        return self._with_aliases(found)
+        return self._with_aliases(merged)
 
-    def _with_aliases(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        return found | {alias: found[owner] for alias, owner in self.inventory.tied.items() if owner in found}
+    def _with_aliases(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
+        return merged | {alias: merged[owner] for alias, owner in self.inventory.tied.items() if owner in merged}
 
     def rescaled(self, scale: float) -> Computation:
-        """The same computation with another scaling coefficient."""
+        """Return the same computation with another scaling coefficient."""
         return replace(self, method=replace(self.method, scale=scale))
 
     def cost(self, name: str) -> float:
-        """What a parameter costs, in relation to the others: ``m n min(m, n)`` for a matrix that is factorized."""
+        """Estimate a parameter's cost in relation to the others: ``m n min(m, n)`` for a matrix that is factorized."""
         shape = self.base.meta[name].shape
         view = self.task_vectors.matrices.view(name, shape) if self.method.factorizes else None
         if view is None or name not in self.inventory.merged:
@@ -108,8 +110,8 @@ class Computation:
         return self.updates[context.name]
 
     def _merged(self, name: str, update: Callable[[Callable[[], Tensor], Any], Tensor]) -> Tensor:
-        own = self.base[name]
-        context = self.task_vectors.context(name, self.survey, own)
+        base = self.base[name]
+        context = self.task_vectors.context(name, self.survey, base)
         scratch = self.scratch if self.updates is None else None  # an update that is kept may be a part of them
-        change = update(lambda: self.task_vectors.stack(name, own, scratch), context)
-        return torch.add(context.base, change, alpha=self.method.scale).to(own)
+        change = update(lambda: self.task_vectors.stack(name, base, scratch), context)
+        return torch.add(context.base, change, alpha=self.method.scale).to(base)

@@ -1,4 +1,4 @@
-"""What a merge's manifest says: what went in, by which method, and the YAML that makes it again."""
+"""Reading a merge's manifest: its inputs, its method, and the YAML that makes it again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def recipe(manifest: Mapping[str, Any], output: str) -> dict[str, Any]:
-    """What ``lightning-merge merge --config`` reads to make a merge again; arguments that are the default are left out.
+    """Return what ``lightning-merge merge --config`` reads to make a merge again, without arguments by default.
 
     Args:
         manifest: Of the merge; nothing of it stands in the way, see :func:`obstacles`.
@@ -41,43 +41,43 @@ def recipe(manifest: Mapping[str, Any], output: str) -> dict[str, Any]:
         "seed": manifest["seed"],
         "output": output,
     }
-    given = {"base", "experts", "method", "seed", "output", *(["include"] if manifest["include"] is not None else [])}
-    return _plain({name: value for name, value in arguments.items() if value or name in given})
+    always = {"base", "experts", "method", "seed", "output", *(["include"] if manifest["include"] is not None else [])}
+    return _plain({name: value for name, value in arguments.items() if value or name in always})
 
 
 def recipe_text(manifest: Mapping[str, Any], output: str) -> str:
-    """The same as YAML."""
+    """Return the recipe as YAML, see :func:`recipe`."""
     import yaml
 
     return yaml.safe_dump(recipe(manifest, output), sort_keys=False, allow_unicode=True)
 
 
 def obstacles(manifest: Mapping[str, Any]) -> list[str]:
-    """Why no YAML makes a merge again: clauses that follow "because"."""
-    found = []
+    """List why no YAML makes a merge again: clauses that follow "because"."""
+    clauses = []
     if "mean_of" in manifest["base"] or any("permutation" in expert for expert in manifest["experts"].values()):
-        found.append("the experts' channels were aligned before")
+        clauses.append("the experts' channels were aligned before")
     elif manifest["base"]["path"] is None:
-        found.append("the base came from memory")
+        clauses.append("the base came from memory")
     for what, models in (("expert", manifest["experts"]), ("statistics of the expert", manifest["statistics"])):
-        found += [f"the {what} {name} came from memory" for name, model in models.items() if model["path"] is None]
+        clauses += [f"the {what} {name} came from memory" for name, model in models.items() if model["path"] is None]
     if "repair" in manifest:
-        found.append("the merged model was repaired on images")
+        clauses.append("the merged model was repaired on images")
     for method in layers(manifest["method"]):
         cls = method_class(method)
         if cls is None:
-            found.append(f"{method['class_path']} is no method of lightning_merge itself")
+            clauses.append(f"{method['class_path']} is no method of lightning_merge itself")
         elif cls.needs_data is True:
-            found.append(f"{method['class_path']} ran the model on images")
+            clauses.append(f"{method['class_path']} ran the model on images")
     if manifest["dtype"] is not None:
-        found.append(
+        clauses.append(
             f"it was computed in {manifest['dtype'].removeprefix('torch.')}, which only Python's `merge` takes"
         )
-    return found
+    return clauses
 
 
 def source_of(provenance: Mapping[str, Any]) -> str | None:
-    """How a model is named as an input: its file, the folder of an adapter, or its name and commit on the Hub."""
+    """Name a model as an input: by its file, the folder of an adapter, or its name and commit on the Hub."""
     if provenance.get("path") is None:
         return None
     path = PurePath(provenance["path"])
@@ -88,7 +88,7 @@ def source_of(provenance: Mapping[str, Any]) -> str | None:
 
 
 def models_grid(manifest: Mapping[str, Any]) -> Grid:
-    """The base, the experts, and the statistics of their data, with the hashes of all files."""
+    """Tabulate the base, the experts, and the statistics of their data, with the hashes of all files."""
     models = [("base", "", manifest["base"])]
     models += [("expert", name, expert) for name, expert in manifest["experts"].items()]
     models += [("statistics", name, source) for name, source in manifest["statistics"].items()]
@@ -103,26 +103,26 @@ def models_grid(manifest: Mapping[str, Any]) -> Grid:
 
 
 def summary_of(cls: type[MergeMethod]) -> str:
-    """What a method does, in the first words of its docstring."""
+    """Return what a method does, in the first words of its docstring."""
     return re.sub(r":[a-z]+:`", "`", " ".join((cls.__doc__ or "").split("\n\n")[0].split()))
 
 
 def layers(method: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A method as it is described, and the methods inside it."""
+    """Yield a method, as :meth:`MergeMethod.describe` gives it, and those inside it, from the outside in."""
     yield method
-    inner = method["init_args"].get("method")
-    if isinstance(inner, Mapping):
-        yield from layers(inner)
+    for value in method["init_args"].values():
+        if isinstance(value, Mapping) and "class_path" in value:
+            yield from layers(value)
 
 
 def method_class(method: Mapping[str, Any]) -> type[MergeMethod] | None:
-    """The class of a method that is described; None if it is not one of this package."""
-    found = getattr(methods, method["class_path"], None) if method["class_path"] in methods.__all__ else None
-    return found if isinstance(found, type) and issubclass(found, MergeMethod) else None
+    """Find the class of a method that is described; None if it is not one of this package."""
+    cls = getattr(methods, method["class_path"], None) if method["class_path"] in methods.__all__ else None
+    return cls if isinstance(cls, type) and issubclass(cls, MergeMethod) else None
 
 
 def _plain(value: Any) -> Any:
-    """Lists in the place of tuples, and dictionaries in the place of other mappings."""
+    """Put lists in the place of tuples, and dictionaries in the place of other mappings."""
     if isinstance(value, Mapping):
         return {key: _plain(own) for key, own in value.items()}
     return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value

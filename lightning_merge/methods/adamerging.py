@@ -28,7 +28,7 @@ class Survey(NamedTuple):
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """The entropy of every prediction, in nats: ``(N, classes) -> (N,)``."""
+    """Compute the entropy of every prediction, in nats: ``(N, classes) -> (N,)``."""
     return -(logits.softmax(dim=-1) * logits.log_softmax(dim=-1)).sum(dim=-1)
 
 
@@ -124,13 +124,13 @@ class AdaMerging(MergeMethod):
         rows = len(names) if self.granularity == "layer" else 1
         start = torch.full((rows, task_vectors.num_experts), self.init, dtype=base[names[0]].dtype, device=tasks.device)
         with tasks.running(), torch.enable_grad():
-            found = learn_coefficients(base, deltas, tasks, start, self.lr, self.steps)
-        return Survey(dict(zip(names, found, strict=True)), kept)
+            coefficients = learn_coefficients(base, deltas, tasks, start, self.lr, self.steps)
+        return Survey(dict(zip(names, coefficients, strict=True)), kept)
 
     def _kept(self, deltas: Tensor, survey: ties.Survey | None) -> Tensor:
         return deltas if survey is None else ties.TIES(density=self.density).kept(deltas, survey)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`combine`; all parameters alike."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`combine`; all parameters alike."""
         survey: Survey = context.survey
         return combine(self._kept(deltas, survey.ties), survey.coefficients[context.name].to(deltas))

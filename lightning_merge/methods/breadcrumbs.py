@@ -69,7 +69,7 @@ class Breadcrumbs(Wrapper):
         check_choice(self, "per", ("row", "layer"))
 
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (T, …)``, see :func:`breadcrumbs`."""
+        """Change the task tensors: ``(T, …) -> (T, …)``, see :func:`breadcrumbs`."""
         if deltas.ndim == 1:  # scalars
             return deltas
         rows = deltas if self.per == "row" else deltas.reshape(len(deltas), -1)

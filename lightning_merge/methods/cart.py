@@ -46,6 +46,6 @@ class CART(MergeMethod):
         check_choice(self, "rounding", ("floor", "ceil"))
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`cart`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`cart`."""
         rank = self.rank_ratio * min(deltas.shape[1:])
         return cart(deltas, math.ceil(rank) if self.rounding == "ceil" else max(1, int(rank)), self.coefficient)

@@ -61,11 +61,11 @@ class ConsensusTA(Wrapper):
         return self.method.entrywise
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`consensus`."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`consensus`."""
         return self._consensus(lambda some: self.method.update(some, context), deltas, context)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: the same, with the update of the method inside for this task."""
+        """Merge a parameter by what the method inside gives for one expert's task: ``(T, …) -> (…)``."""
         return self._consensus(lambda some: self.method.task_update(some, expert, context), deltas, context)
 
     def _consensus(self, merge: Callable[[Tensor], Tensor], deltas: Tensor, context: Context) -> Tensor:

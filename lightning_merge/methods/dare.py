@@ -73,7 +73,7 @@ class DARE(Wrapper):
         check_choice(self, "strategy", ("random", "magnitude"))
 
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (T, …)``, see :func:`dare`."""
+        """Change the task tensors: ``(T, …) -> (T, …)``, see :func:`dare`."""
         if self.strategy == "random":
             keep = keep_at_random(deltas, self.drop, context.generator("DARE"))
         else:

@@ -60,5 +60,5 @@ class DCMerge(MergeMethod):
         check_range(self, "keep_fraction", 0, 1, open_low=True)
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`dc_merge`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`dc_merge`."""
         return dc_merge(deltas, self.keep_fraction)

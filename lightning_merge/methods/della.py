@@ -72,7 +72,7 @@ class DELLA(Wrapper):
         check_choice(self, "rescale", ("probability", "l1", "none"))
 
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (T, …)``: drop at random, rescale."""
+        """Change the task tensors, ``(T, …) -> (T, …)``: drop at random, rescale."""
         if self.density == 1:
             return deltas
         probabilities = keep_probabilities(deltas, self.density, self.epsilon)

@@ -18,7 +18,7 @@ from lightning_merge.utilities.order_statistics import kth_magnitude
 
 
 def shared_subspace(deltas: Tensor, subspace: int) -> Tensor:
-    """A basis of what the experts share: ``(T, m, n) -> (m, k)`` with ``k = r // subspace``, ``r = min(m, n)``.
+    """Find a basis that the experts share: ``(T, m, n) -> (m, k)`` with ``k = r // subspace``, ``r = min(m, n)``.
 
     The leading left singular vectors of the experts' ``r // T`` leading left singular vectors.
     """
@@ -101,7 +101,7 @@ class DOGE(MergeMethod):
         return kth_magnitude(lambda: (task_vectors[name].flatten(1) for name in names), smallest_kept)
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``: modify, trim, sum."""
+        """Merge a matrix, ``(T, m, n) -> (m, n)``: modify, trim, sum."""
         norms = torch.linalg.matrix_norm(deltas)
         weights = torch.where(norms > 0, self.eta / norms, 0)  # (T,)
         basis = shared_subspace(deltas, self.subspace)
@@ -110,5 +110,5 @@ class DOGE(MergeMethod):
         return torch.einsum("t,tmn->mn", weights, (deltas + change) * kept)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: zero, the base's."""
+        """Merge a parameter, ``(T, …) -> (…)``: zero, the base's."""
         return torch.zeros_like(deltas[0])

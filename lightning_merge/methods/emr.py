@@ -58,11 +58,11 @@ class EMR(MergeMethod):
         return torch.where(total_masked > 0, total_own / total_masked, 0).to(deltas)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: the unified update."""
+        """Merge a parameter, ``(T, …) -> (…)``: the unified update."""
         return emr(deltas)[0]
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: the unified update where the expert agrees with it, rescaled."""
+        """Rescale the unified update where one expert agrees with it: ``(T, …) -> (…)``."""
 
         def rule(some: Tensor) -> Tensor:
             unified, masks = emr(some)

@@ -91,7 +91,7 @@ class Fisher(MergeMethod):
         )
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`fisher_average`; all parameters alike."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`fisher_average`; all parameters alike."""
         fishers = context.statistics["fisher"]
         weights = deltas.new_ones(len(deltas)) if self.weights is None else deltas.new_tensor(self.weights)
         if self.normalize != "none":
@@ -106,5 +106,5 @@ class Fisher(MergeMethod):
 
 
 def norms(fishers: Tensor) -> Tensor:
-    """The norm of every expert's Fisher: ``(T, …) -> (T,)``."""
+    """Compute the norm of every expert's Fisher: ``(T, …) -> (T,)``."""
     return fishers.reshape(len(fishers), -1).double().norm(dim=1).to(fishers.dtype)  # squares of small numbers

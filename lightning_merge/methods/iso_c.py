@@ -34,5 +34,5 @@ class IsoC(MergeMethod):
     factorizations: ClassVar[tuple[int, int]] = (0, 1)
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`iso_c`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`iso_c`."""
         return iso_c(deltas)

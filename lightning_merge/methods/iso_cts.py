@@ -71,5 +71,5 @@ class IsoCTS(MergeMethod):
         check_range(self, "common_fraction", 0, 1)
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`iso_cts`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`iso_cts`."""
         return iso_cts(deltas, self.common_fraction)

@@ -41,7 +41,7 @@ def karcher_mean(vectors: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tens
 
 
 def logarithm(point: Tensor, directions: Tensor, tol: float) -> Tensor:
-    """The tangent vectors at a point of the unit sphere that lead to others: ``(d,), (T, d) -> (T, d)``.
+    """Find the tangent vectors at a point of the unit sphere that lead to others: ``(d,), (T, d) -> (T, d)``.
 
     Zero for directions nearer than ``tol``, and for the opposite of the point, to which all ways are equally long.
     """
@@ -74,5 +74,5 @@ class Karcher(WeightSpaceMethod):
         check_range(self, "tol", 0, 1, open_low=True)
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``(T, d) -> (d,)``, see :func:`karcher_mean`; one expert stays itself."""
+        """Merge the weights of a parameter: ``(T, d) -> (d,)``, see :func:`karcher_mean`; one expert stays itself."""
         return karcher_mean(weights, self.max_iter, self.tol) if len(weights) > 1 else weights[0]

@@ -29,13 +29,13 @@ class Survey(NamedTuple):
 
 
 def block_index(name: str) -> int | None:
-    """The block a parameter belongs to, the first number in its name; None if there is none."""
+    """Find the block a parameter belongs to, the first number in its name; None if there is none."""
     match = re.search(r"\.(\d+)\.", f".{name}")
     return int(match[1]) if match else None
 
 
 def lines_coefficient(block: int | None, num_blocks: int, alpha: float, beta: float) -> float:
-    """The coefficient of a block, from ``alpha`` for the first to ``alpha + beta`` for the last; ``alpha`` outside."""
+    """Return a block's coefficient: ``alpha`` for the first to ``alpha + beta`` for the last; ``alpha`` outside."""
     return alpha + beta * (block or 0) / max(num_blocks - 1, 1)
 
 
@@ -75,8 +75,8 @@ class LiNeS(Wrapper):
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Count the blocks and, where ``alpha`` is not given, compare the norms of the update and of the sum."""
         inner = self.method.survey(task_vectors)
-        found = [block for name in task_vectors if (block := block_index(name)) is not None]
-        num_blocks = self.num_blocks or max(found, default=0) + 1
+        blocks = [block for name in task_vectors if (block := block_index(name)) is not None]
+        num_blocks = self.num_blocks or max(blocks, default=0) + 1
         if self.alpha is not None:
             return Survey(inner, self.alpha, num_blocks)
         summed = merged = 0.0
@@ -87,11 +87,11 @@ class LiNeS(Wrapper):
         return Survey(inner, (summed / merged if merged else 1.0) / num_experts, num_blocks)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """The update of the method inside, scaled by block: ``(T, …) -> (…)``."""
+        """Scale the update of the method inside by block: ``(T, …) -> (…)``."""
         return self._coefficient(context) * self.method.update(deltas, self._inner(context))
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """The update for one expert's task, scaled by block: ``(T, …) -> (…)``."""
+        """Scale the update for one expert's task by block: ``(T, …) -> (…)``."""
         return self._coefficient(context) * self.method.task_update(deltas, expert, self._inner(context))
 
     def _coefficient(self, context: Context) -> float:

@@ -44,5 +44,5 @@ class MagMax(MergeMethod):
     scale: float = 0.5
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`magmax`."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`magmax`."""
         return magmax(deltas)

@@ -63,5 +63,5 @@ class Magnitude(Wrapper):
         check_range(self, "density", 0, 1, open_low=True)
 
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (T, …)``, see :func:`magnitude`."""
+        """Change the task tensors: ``(T, …) -> (T, …)``, see :func:`magnitude`."""
         return magnitude(deltas, self.density, self.rescale)

@@ -84,7 +84,7 @@ class MaTS(MergeMethod):
         return ("gram", "gram_out") if self.backward else ("gram",)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: solve for the difference to the base, to the tolerance for the weights themselves."""
+        """Solve for the difference to the base, to the tolerance for the weights themselves: ``(T, …) -> (…)``."""
         if not deltas.any() or "gram" not in context.statistics:
             return self.tensor(deltas, context)
         known = [context.statistics[kind] for kind in self.needs if kind in context.statistics]

@@ -26,7 +26,7 @@ def model_stock(deltas: Tensor) -> Tensor:
 
 
 def mean_cosine(deltas: Tensor) -> Tensor:
-    """The mean cosine of all pairs of experts, along the last dimension: ``(T, …, d) -> (…)``; 0 with a zero vector."""
+    """Average the cosines of all pairs of experts along the last dimension: ``(T, …, d) -> (…)``; 0 for zeros."""
     T = len(deltas)
     norms = torch.linalg.vector_norm(deltas, dim=-1, keepdim=True)
     directions = deltas / torch.where(norms > 0, norms, 1)
@@ -53,6 +53,6 @@ class ModelStock(MergeMethod):
     filter_wise: bool = False
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`model_stock`."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`model_stock`."""
         rows = deltas.shape[1] if self.filter_wise and deltas.ndim > 2 else 1
         return model_stock(deltas.reshape(len(deltas), rows, -1)).reshape(deltas.shape[1:])

@@ -67,13 +67,13 @@ class MultiSLERP(WeightSpaceMethod):
         check_weight_count(self, num_experts)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: around zero or around the base."""
+        """Merge a parameter, ``(T, …) -> (…)``: around zero or around the base."""
         if self.origin == "zero" or not deltas.any():
             return super().update(deltas, context)
         return self.combine(deltas.reshape(len(deltas), -1)).reshape(deltas.shape[1:])
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``(T, d) -> (d,)``, see :func:`multi_slerp`; one expert stays itself."""
+        """Merge the weights of a parameter: ``(T, d) -> (d,)``, see :func:`multi_slerp`; one expert stays itself."""
         if len(weights) == 1:
             return weights[0].clone()
         shares = weights.new_tensor(self.weights or [1.0] * len(weights))

@@ -25,7 +25,7 @@ class Bounds(NamedTuple):
     high: Tensor
 
     def clamp(self, values: Tensor) -> Tensor:
-        """``(T, …) -> (T, …)``."""
+        """Clamp the values of every expert: ``(T, …) -> (T, …)``."""
         return torch.minimum(values.maximum(per_expert(self.low, values)), per_expert(self.high, values))
 
     def normalize(self, values: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def competition(deltas: Tensor, magnitudes: Bounds, variant: Variant = "es") -> 
 
 
 def _pairwise_tanh(signed: Tensor) -> Tensor:
-    """``tanh(s_i · s_j)`` for every pair, each computed once: ``(T, …) -> (T, T, …)``."""
+    """Compute ``tanh(s_i · s_j)`` for every pair, each once: ``(T, …) -> (T, T, …)``."""
     T = len(signed)
     pairs = signed.new_empty(T, *signed.shape)
     for i in range(T):
@@ -129,7 +129,7 @@ class PCB(MergeMethod):
         return Survey(magnitudes, Bounds(*kth_value(scores, [smallest, total], drawn)))
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`pcb`."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`pcb`."""
         survey: Survey = context.survey
         weights = survey.scores.normalize(competition(deltas, survey.magnitudes, self.variant))
         return pcb(deltas, survey.magnitudes, weights)

@@ -41,6 +41,6 @@ class RandMix(MergeMethod):
     order_matters: ClassVar[bool] = True  # draws go by position
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`randmix`; one draw for the whole parameter, also where it is split."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`randmix`; one draw for all of it, also where it is split."""
         choice = torch.randint(len(deltas), deltas.shape[1:], generator=context.generator("RandMix"))
         return randmix(deltas, choice.to(deltas.device))

@@ -62,7 +62,7 @@ class RegMean(MergeMethod):
         check_range(self, "reduce_off_diagonal", 0, 1)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`regmean`; whole parameters, as their Gram matrices are."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`regmean`; whole parameters, as their Gram matrices are."""
         if not deltas.any() or "gram" not in context.statistics:
             return self.tensor(deltas, context)
         grams = reduce_off_diagonal(context.statistics["gram"], self.reduce_off_diagonal)

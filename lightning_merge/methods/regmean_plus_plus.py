@@ -20,7 +20,7 @@ from lightning_merge.utilities.layer_inputs import watch_inputs
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter: its block (``blocks.3`` of ``blocks.3.mlp.fc1.weight``), or outside blocks its module.
+    """Name the layer of a parameter: its block (``blocks.3`` of ``blocks.3.mlp.fc1.weight``), otherwise its module.
 
     A block is what has a number in its name, the innermost one.
     """
@@ -44,7 +44,7 @@ def find_layers(tasks: TaskData, weights: Mapping[str, Tensor], images: Tensor) 
 def gram_matrices(
     tasks: TaskData, expert: str, weights: Mapping[str, Tensor], batches: Sequence[Tensor], layer: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The Gram matrices ``(in, in)``, the mean of x xᵀ, of the inputs that a layer's weights see of an expert's images.
+    """Compute the Gram matrices ``(in, in)``, the mean of x xᵀ, of a layer's inputs on an expert's images.
 
     Args:
         tasks: The model, running.
@@ -53,13 +53,13 @@ def gram_matrices(
         batches: Images of the expert's task.
         layer: The layer's weights, as often as they are used in one run.
     """
-    found: dict[str, list[Tensor]] = {}
+    grams_of_batches: dict[str, list[Tensor]] = {}
     rows_seen: dict[str, int] = {}
     to_come: list[str] = []
 
     def see(name: str, rows: Tensor) -> None:
         rows = rows.double()
-        found.setdefault(name, []).append(rows.mT @ rows)
+        grams_of_batches.setdefault(name, []).append(rows.mT @ rows)
         rows_seen[name] = rows_seen.get(name, 0) + len(rows)
         to_come.pop()
         if not to_come:
@@ -72,7 +72,7 @@ def gram_matrices(
                 tasks.logits(expert, weights, images)
             except _Enough:
                 continue
-    return {name: torch.stack(grams).sum(dim=0) / rows_seen[name] for name, grams in found.items()}
+    return {name: torch.stack(grams).sum(dim=0) / rows_seen[name] for name, grams in grams_of_batches.items()}
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,12 @@ class RegMeanPlusPlus(RegMean):
             batches = [self._batches(tasks, expert) for expert in tasks.experts]
             for layer, weights in find_layers(tasks, merged, batches[0][0]).items():
                 inside = {name: base[name] + task_vectors[name] for name in merged if layer_of(name) == layer}
-                found = []
+                by_expert = []
                 for i, expert in enumerate(tasks.experts):
                     candidate = merged | {name: stack[i] for name, stack in inside.items()}
-                    found.append(gram_matrices(tasks, expert, candidate, batches[i], weights))
-                grams |= {name: torch.stack([gram[name] for gram in found]).to(base[name].device) for name in found[0]}
-                for name in found[0]:
+                    by_expert.append(gram_matrices(tasks, expert, candidate, batches[i], weights))
+                for name in by_expert[0]:
+                    grams[name] = torch.stack([gram[name] for gram in by_expert]).to(base[name].device)  # (T, in, in)
                     merged[name] = base[name] + self.update(task_vectors[name], task_vectors.context(name, grams))
         return grams
 
@@ -133,6 +133,6 @@ class RegMeanPlusPlus(RegMean):
         return batches
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: RegMean, with the Gram matrices that were found."""
+        """Merge a parameter, ``(T, …) -> (…)``: RegMean, with the Gram matrices that were found."""
         gram = context.survey.get(context.name)
         return super().update(deltas, replace(context, statistics={} if gram is None else {"gram": gram.to(deltas)}))

@@ -56,5 +56,5 @@ class SCE(MergeMethod):
         check_range(self, "select_topk", 0, 1, open_low=True)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``, see :func:`sce`."""
+        """Merge a parameter: ``(T, …) -> (…)``, see :func:`sce`."""
         return sce(deltas, self.select_topk)

@@ -43,7 +43,7 @@ def resolve(projections: Tensor, mode: Mode, z: float, divide_by_num_tasks: bool
 
 
 def prune(projections: Tensor, mode: Mode, z: float, divide_by_num_tasks: bool, threshold: Threshold) -> Tensor:
-    """What ``mode`` keeps of every expert's projection: ``(T, r, r) -> (T, r, r)``."""
+    """Keep what ``mode`` says of every expert's projection: ``(T, r, r) -> (T, r, r)``."""
     if mode == "full":
         return projections
     diagonal = torch.diag_embed(projections.diagonal(dim1=-2, dim2=-1))
@@ -112,5 +112,5 @@ class SCORE(MergeMethod):
         check_range(self, "z", 0, float("inf"))
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`score`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`score`."""
         return score(deltas, self.mode, self.z, self.divide_by_num_tasks, self.threshold)

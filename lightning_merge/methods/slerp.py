@@ -56,5 +56,5 @@ class SLERP(WeightSpaceMethod):
         return self.t != 0.5
 
     def combine(self, weights: Tensor) -> Tensor:
-        """``(2, d) -> (d,)``, see :func:`slerp`; one expert stays itself."""
+        """Merge the weights of a parameter: ``(2, d) -> (d,)``, see :func:`slerp`; one expert stays itself."""
         return slerp(weights[0], weights[1], self.t) if len(weights) > 1 else weights[0]

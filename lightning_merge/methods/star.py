@@ -52,5 +52,5 @@ class STAR(MergeMethod):
         check_range(self, "eta", 0, 100, open_low=True)
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``: the mean of what :func:`star` leaves of every expert."""
+        """Merge a matrix, ``(T, m, n) -> (m, n)``: the mean of what :func:`star` leaves of every expert."""
         return star(deltas, self.eta).mean(dim=0)

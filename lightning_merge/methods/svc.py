@@ -80,15 +80,15 @@ class SVC(Wrapper):
             check_range(self, "alpha", 0, float("inf"), open_low=True, open_high=True)
 
     def survey(self, task_vectors: TaskVectors) -> Any:
-        """The survey of the method inside, which sees the task vectors as they are."""
+        """Return the survey of the method inside, which sees the task vectors as they are."""
         return self.method.survey(task_vectors)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """The calibrated update: ``(T, …) -> (…)``."""
+        """Calibrate the update of the method inside: ``(T, …) -> (…)``."""
         return self._calibrate(super().update(deltas, context), deltas, context)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """The calibrated update for one expert's task: ``(T, …) -> (…)``."""
+        """Calibrate the update for one expert's task: ``(T, …) -> (…)``."""
         return self._calibrate(super().task_update(deltas, expert, context), deltas, context)
 
     def _calibrate(self, update: Tensor, deltas: Tensor, context: Context) -> Tensor:

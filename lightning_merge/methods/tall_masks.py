@@ -54,7 +54,7 @@ class TALLMask(Wrapper):
         return self.method.entrywise
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: the merged update where the expert's mask is."""
+        """Merge a parameter for one expert's task, ``(T, …) -> (…)``: the merged update where the expert's mask is."""
 
         def rule(some: Tensor) -> Tensor:
             merged = self.method.update(some, context)

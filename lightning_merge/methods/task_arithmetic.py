@@ -26,5 +26,5 @@ class TaskArithmetic(MergeMethod):
     scale: float = 0.3
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: the sum."""
+        """Merge a parameter, ``(T, …) -> (…)``: the sum."""
         return deltas.sum(dim=0)

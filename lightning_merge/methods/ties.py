@@ -99,25 +99,25 @@ def joint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") -> Te
 
 
 def per_expert(values: Tensor, deltas: Tensor) -> Tensor:
-    """One value per expert, shaped to meet the stacked task tensors: ``(T,), (T, …) -> (T, 1, …)``."""
+    """Shape one value per expert to meet the stacked task tensors: ``(T,), (T, …) -> (T, 1, …)``."""
     return values.view(-1, *[1] * (deltas.ndim - 1))
 
 
 def once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Compute at the first call, and only then, whichever thread it comes from."""
-    lock, found = Lock(), []
+    lock, results = Lock(), []
 
     def get() -> Tensor:
         with lock:
-            if not found:
-                found.append(compute())
-        return found[0]
+            if not results:
+                results.append(compute())
+        return results[0]
 
     return get
 
 
 class Survey(NamedTuple):
-    """What TIES knows of the whole model; ``(T,)`` for every expert."""
+    """Statistics of the whole model, ``(T,)`` each: one value for every expert."""
 
     thresholds: Tensor | None = None
     centers: Tensor | None = None
@@ -205,7 +205,7 @@ class TIES(MergeMethod):
         return survey
 
     def kept(self, deltas: Tensor, survey: Survey) -> Tensor:
-        """What is left of every expert after trimming and the election: ``(T, …) -> (T, …)``."""
+        """Keep what trimming and the election leave of every expert: ``(T, …) -> (T, …)``."""
         trimmed = self._trim(deltas, survey)
         sign = self._elect(trimmed, survey)
         return trimmed if sign is None else agreeing_entries(trimmed, sign)
@@ -217,7 +217,7 @@ class TIES(MergeMethod):
         return deltas if survey.thresholds is None else trim(deltas, survey.thresholds, survey.centers)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: trim, elect, merge."""
+        """Merge a parameter, ``(T, …) -> (…)``: trim, elect, merge."""
         survey: Survey = context.survey
         trimmed = self._trim(deltas, survey)
         sign = self._elect(trimmed, survey)

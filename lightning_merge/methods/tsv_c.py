@@ -13,7 +13,7 @@ from lightning_merge.utilities.linalg import svd
 
 
 def truncate(matrices: Tensor, rank: int) -> Tensor:
-    """The nearest matrices of a rank: ``(…, m, n) -> (…, m, n)``; zero for rank 0."""
+    """Compute the nearest matrices of a rank: ``(…, m, n) -> (…, m, n)``; zero for rank 0."""
     if rank == 0:
         return torch.zeros_like(matrices)
     U, s, Vt = svd(matrices, rank)
@@ -39,11 +39,11 @@ class TSVC(MergeMethod):
     per_task: ClassVar[bool] = True
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``: the mean of the compressed experts."""
+        """Merge a matrix, ``(T, m, n) -> (m, n)``: the mean of the compressed experts."""
         return truncate(deltas, min(deltas.shape[1:]) // len(deltas)).mean(dim=0)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """One expert's update, compressed: ``(T, …) -> (…)``."""
+        """Compress one expert's update: ``(T, …) -> (…)``."""
         blocks = context.matrices.blocks(context.name, deltas)
         if blocks is None:
             return deltas[expert]

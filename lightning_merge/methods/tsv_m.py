@@ -97,5 +97,5 @@ class TSVM(MergeMethod):
         check_choice(self, "variant", ("svd", "eig", "lossless", "low_rank"))
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`tsv_m`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`tsv_m`."""
         return tsv_m(deltas, self.variant)

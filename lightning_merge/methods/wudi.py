@@ -54,7 +54,7 @@ def wudi_closed_form(deltas: Tensor) -> Tensor:
 
 
 def normalized(deltas: Tensor) -> Tensor:
-    """Every expert's matrix over its Frobenius norm; zero where it is zero."""
+    """Divide every expert's matrix by its Frobenius norm: ``(T, m, n) -> (T, m, n)``; zero where it is zero."""
     norm = deltas.square().sum(dim=(-2, -1), keepdim=True).sqrt()
     return torch.where(norm > 0, deltas / norm, 0)
 
@@ -100,11 +100,11 @@ class WUDI(MergeMethod):
             )
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, m, n) -> (m, n)``, see :func:`wudi` and :func:`wudi_closed_form`."""
+        """Merge a matrix: ``(T, m, n) -> (m, n)``, see :func:`wudi` and :func:`wudi_closed_form`."""
         if not matches(context.name, self.parameters):
             return self.tensor(deltas, context)
         return wudi_closed_form(deltas) if self.closed_form else wudi(deltas, self.iterations, self.lr)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: zeros, or the mean."""
+        """Merge a parameter, ``(T, …) -> (…)``: zeros, or the mean."""
         return torch.zeros_like(deltas[0]) if self.others == "base" else deltas.mean(dim=0)

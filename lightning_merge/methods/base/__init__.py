@@ -1,4 +1,4 @@
-"""What a merging method is, and what its rule is given."""
+"""The interface of merging methods, and what their rules are given."""
 
 from lightning_merge.methods.base.checks import check_choice, check_range, check_weight_count, check_weights
 from lightning_merge.methods.base.context import Context

@@ -15,7 +15,7 @@ from lightning_merge.methods.base.matrices import Matrices
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may know beside the task vectors of the one parameter it merges.
+    """What a rule may know besides the task vectors of the one parameter it merges.
 
     Args:
         name: The name of the parameter.
@@ -35,12 +35,12 @@ class Context:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def generator(self, stream: str = "") -> torch.Generator:
-        """A random generator (on the CPU) that starts from this parameter's seed.
+        """Make a random generator (on the CPU) that starts from this parameter's seed.
 
         Methods that may stand one inside another name a stream each, so that their draws are independent.
         """
         return torch.Generator().manual_seed(self.seed ^ zlib.crc32(stream.encode()))
 
     def with_survey(self, survey: Any) -> Context:
-        """The same context with another survey, as a wrapper hands it to the method inside."""
+        """Return the same context with another survey, as a wrapper hands it to the method inside."""
         return replace(self, survey=survey)

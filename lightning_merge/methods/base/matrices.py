@@ -1,4 +1,4 @@
-"""When a parameter counts as a matrix."""
+"""The rule for which parameters count as matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Matrices:
     split: Sequence[str] = ()
 
     def view(self, name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
-        """How a parameter is seen: as ``(blocks, m, n)``, matrices one above the other; None if it is no matrix."""
+        """See a parameter as ``(blocks, m, n)``, matrices one above the other; None if it is no matrix."""
         if matches(name, self.exclude) or 0 in shape:
             return None
         if len(shape) == 2:
@@ -41,10 +41,10 @@ class Matrices:
         return blocks, rows // blocks, columns
 
     def whole(self) -> Matrices:
-        """The same rule, without parameters that are seen as several matrices."""
+        """Return the same rule without parameters that are seen as several matrices."""
         return replace(self, split=())
 
     def blocks(self, name: str, stack: Tensor) -> tuple[Tensor, ...] | None:
-        """The matrices ``(T, m, n)`` that a stacked parameter ``(T, …)`` consists of; None if it is no matrix."""
+        """Split a stacked parameter ``(T, …)`` into its matrices ``(T, m, n)``; None if it is no matrix."""
         view = self.view(name, stack.shape[1:])
         return None if view is None else stack.reshape(len(stack), *view).unbind(dim=1)

@@ -1,4 +1,4 @@
-"""What every merging method is: a frozen set of hyper-parameters and a rule on stacked task vectors."""
+"""The interface of a merging method: a frozen set of hyper-parameters and a rule on stacked task vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_merge.utilities.tiling import in_pieces, pieces
 
 
 class Paper(NamedTuple):
-    """Where a method was published.
+    """The publication of a method.
 
     Args:
         authors: Such as ``Yadav et al.``

@@ -28,7 +28,7 @@ class WeightSpaceMethod(MergeMethod):
         """Merge the weights of a parameter: ``(T, d) -> (d,)``."""
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """``(T, …) -> (…)``: the merged weights minus the base."""
+        """Merge a parameter, ``(T, …) -> (…)``: the merged weights minus the base."""
         if not deltas.any():
             return torch.zeros_like(deltas[0])
         weights = (context.base + deltas).flatten(1) if deltas.ndim > 1 else (context.base + deltas).unsqueeze(1)

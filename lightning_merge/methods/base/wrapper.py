@@ -88,13 +88,13 @@ class Wrapper(MergeMethod):
         return deltas
 
     def survey(self, task_vectors: TaskVectors) -> Any:
-        """The survey of the method inside, over the transformed task vectors."""
+        """Let the method inside survey the transformed task vectors."""
         return self.method.survey(task_vectors.map(self.transform))
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
-        """The update of the method inside: ``(T, …) -> (…)``."""
+        """Merge a parameter by the method inside: ``(T, …) -> (…)``."""
         return self.method.update(self.transform(deltas, context), context)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
-        """The update of the method inside for one expert's task: ``(T, …) -> (…)``."""
+        """Merge a parameter by the method inside for one expert's task: ``(T, …) -> (…)``."""
         return self.method.task_update(self.transform(deltas, context), expert, context)
