@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_merge.repair import Correction, find_sites
+from lightning_merge.utilities.sites import Site, at_sites
+
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of every place."""
@@ -97,3 +100,14 @@ def images(count: int = 24, size: int = 8, seed: int = 0) -> Tensor:
 def upsampled(pixels: Tensor) -> Tensor:
     """Images ``(N, 8, 8)`` of a golden file, each pixel four times: ``(N, 1, 16, 16)``."""
     return F.interpolate(pixels.float().unsqueeze(1), scale_factor=2)
+
+
+def random_correction(module: nn.Module, x: torch.Tensor, sites: list[Site] | None = None) -> Correction:
+    """Draw a correction of some sites of a module, by default of those that are found, which is run on images."""
+    draw = torch.Generator().manual_seed(3)
+    channels = {}
+    sites = find_sites(module, x) if sites is None else sites
+    with torch.no_grad(), at_sites(module, sites, lambda site, a: channels.update({site: a.shape[site.axis]})):
+        module.eval()(x)
+    scale = {site: 0.8 + 0.4 * torch.rand(channels[site], generator=draw) for site in sites}
+    return Correction(scale, {site: 0.1 * torch.randn(channels[site], generator=draw) for site in sites})
