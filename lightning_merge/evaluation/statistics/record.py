@@ -1,4 +1,4 @@
-"""Record the statistics of an expert's data beside its checkpoint, with Lightning, on any number of processes."""
+"""Record the statistics of an expert's data next to its checkpoint, with Lightning, on any number of processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_merge.utilities.processes import processes_of_run
 
 
 def statistics_batches(datamodule: LightningDataModule | None, loaders: Any = None) -> Iterable[Any]:
-    """The training data to collect statistics over, every sample once.
+    """Return the training data to collect statistics over, every sample once.
 
     That is the data module's ``statistics_dataloader()`` where it has one (a
     :class:`lightning_merge.data.DomainDataModule` has one without augmentation), else the samples of its
@@ -36,9 +36,9 @@ def statistics_batches(datamodule: LightningDataModule | None, loaders: Any = No
         datamodule: The data module, if there is one.
         loaders: The training loaders, if they have been made already.
     """
-    own = getattr(datamodule, "statistics_dataloader", None)
-    if own is not None:
-        return own()
+    make_loader = getattr(datamodule, "statistics_dataloader", None)
+    if make_loader is not None:
+        return make_loader()
     return each_once(datamodule.train_dataloader() if loaders is None else loaders)
 
 
@@ -66,8 +66,8 @@ def record(
     processes, device = processes_of_run(), module.device
     with isolate_rng(), torch.inference_mode(False):
         with processes.together():
-            own = dict(expert) if processes.is_first else None
-        weights = processes.from_first(own)
+            read = dict(expert) if processes.is_first else None
+        weights = processes.from_first(read)
         try:
             with processes.together():
                 module.to(trainer.strategy.root_device)
@@ -83,7 +83,7 @@ def record(
 
 
 def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
-    """The inputs and labels of a batch, on this process's device, as Lightning's loops prepare them."""
+    """Prepare a batch as Lightning's loops do: inputs ``(N, …)`` and labels ``(N,)`` on this process's device."""
     batch = trainer.lightning_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
     batch = trainer.strategy.batch_to_device(batch)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
@@ -91,8 +91,65 @@ def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
     return batch[0], batch[1]
 
 
+class Nothing:
+    """The one batch that the test loop steps over, which no hook of the data module sees."""
+
+
+class TrainingData(LightningDataModule):
+    """The training data of a data module within Lightning's test loop, which itself is given nothing to test.
+
+    Lightning's calls are passed on, to a copy of the data module, which is prepared for a fit.
+
+    Args:
+        original: The data module; it is not changed.
+    """
+
+    def __init__(self, original: LightningDataModule) -> None:
+        super().__init__()
+        self.original = copy.copy(original)
+        self.prepare_data_per_node = original.prepare_data_per_node
+
+    def prepare_data(self) -> None:
+        """Download, on one process of a node or of all."""
+        self.original.trainer = self.trainer
+        self.original.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        """Prepare the data for a fit."""
+        self.original.trainer = self.trainer
+        self.original.setup("fit")
+
+    def test_dataloader(self) -> DataLoader:
+        """Return what the test loop steps over."""
+        return DataLoader([Nothing()], collate_fn=lambda samples: samples[0])
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Change a batch before it is moved."""
+        return batch if isinstance(batch, Nothing) else self.original.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch."""
+        return (
+            batch
+            if isinstance(batch, Nothing)
+            else self.original.transfer_batch_to_device(batch, device, dataloader_idx)
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Change a batch on its device."""
+        return batch if isinstance(batch, Nothing) else self.original.on_after_batch_transfer(batch, dataloader_idx)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Clean up after an error."""
+        self.original.on_exception(exception)
+
+    def teardown(self, stage: str) -> None:
+        """Clean up."""
+        self.original.teardown(stage)
+
+
 class StatisticsRecorder(LightningModule):
-    """Records statistics at the start of Lightning's test loop, whose own data do not matter.
+    """Recorder of statistics at the start of Lightning's test loop, whose own data do not matter.
 
     Args:
         module: Maps inputs to logits; its own weights are not used.
@@ -108,17 +165,17 @@ class StatisticsRecorder(LightningModule):
 
     @property
     def preprocessing(self) -> Any:
-        """The preprocessing of the module's backbone, which the data module asks for."""
+        """The preprocessing of the module's backbone, for which the data module asks."""
         return getattr(self.module, "preprocessing", None)
 
     def on_test_start(self) -> None:
         """Collect, and write the file."""
         with processes_of_run().together():
-            batches = statistics_batches(self.trainer.datamodule)
+            batches = statistics_batches(self.trainer.datamodule.original)
         record(self.trainer, self.module, batches, self._expert, self._recipe, self._path)
 
-    def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Nothing is left to do."""
+    def test_step(self, batch: Nothing, batch_idx: int) -> None:
+        """Do nothing; everything has been done before."""
 
 
 def record_statistics(
@@ -142,17 +199,4 @@ def record_statistics(
     recorder = StatisticsRecorder(module, expert, recipe, path)
     test = trainer.again(inference_mode=False).test
     with isolate_rng():
-        test(recorder, datamodule=_with_nothing_to_test(datamodule), verbose=False)
-
-
-def _with_nothing_to_test(datamodule: LightningDataModule) -> LightningDataModule:
-    class TrainingData(type(datamodule)):  # type: ignore[misc]
-        def setup(self, stage: str) -> None:
-            super().setup("fit")
-
-        def test_dataloader(self) -> DataLoader:
-            return DataLoader(torch.zeros(1))
-
-    other = copy.copy(datamodule)
-    other.__class__ = TrainingData
-    return other
+        test(recorder, datamodule=TrainingData(datamodule), verbose=False)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_merge as lm
 from lightning_merge.evaluation.statistics.collect import Recipe, collect_statistics
+from lightning_merge.evaluation.statistics.record import TrainingData
 from tests.toys import image_folders, quiet_trainer, tiny_expert
 
 EVERYTHING = ("fisher", "gram", "gram_out")
@@ -77,6 +80,58 @@ class TestTheVerb:
             found.append(dict(lm.open_weights(path)))
         assert_equal(*found, tolerance=0)
         assert "gram.backbone.blocks.0.attn.qkv.weight" in found[0]
+
+    def test_a_data_module_is_asked_for_everything_and_stays_as_it_is(self, expert):
+        """Every hook that a Trainer calls is the data module's own, as it is in a fit."""
+        calls = []
+
+        class Logged(LightningDataModule):
+            def __init__(self):
+                super().__init__()
+                self.prepare_data_per_node = False
+
+            def prepare_data(self):
+                calls.append("prepare_data")
+
+            def setup(self, stage):
+                calls.append(f"setup {stage} of {type(self.trainer).__name__}")
+                inputs = torch.randn(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+                self.samples = TensorDataset(inputs, torch.arange(7))
+
+            def train_dataloader(self):
+                return DataLoader(self.samples, batch_size=7)
+
+            def on_before_batch_transfer(self, batch, dataloader_idx):
+                return [batch[0] + 1, batch[1]]
+
+            def transfer_batch_to_device(self, batch, device, dataloader_idx):
+                calls.append("transfer")
+                return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                return [batch[0] * 2, batch[1]]
+
+            def on_exception(self, exception):
+                calls.append(f"on_exception {exception}")
+
+            def teardown(self, stage):
+                calls.append("teardown")
+
+        data = Logged()
+        before = dict(vars(data))
+        path = quiet_trainer().statistics(tiny_expert(), data, "noisy", ["gram"])
+        assert calls[:2] == ["prepare_data", "setup fit of MergeTrainer"]
+        assert calls[2:] == ["transfer"] * (len(calls) - 3) + ["teardown"]
+        assert vars(data) == before
+        data.setup("fit")
+        inputs, labels = data.samples.tensors
+        assert_equal(lm.open_weights(path), collect_statistics(expert, [(2 * (inputs + 1), labels)], Recipe(("gram",))))
+        assert TrainingData(data).prepare_data_per_node is False
+        data.on_before_batch_transfer = lambda batch, dataloader_idx: "no"
+        with pytest.raises(lm.MergeError, match="two tensors"):
+            quiet_trainer().statistics(tiny_expert(), data, "noisy", ["gram"])
+        assert "on_exception" in calls[-1]
+        assert "two tensors" in calls[-1]
 
     def test_an_expert_of_another_model(self, expert):
         with pytest.raises(lm.MergeError, match=r"has shape \(10, 8\) in the candidate 'noisy'"):
