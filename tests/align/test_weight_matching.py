@@ -48,9 +48,10 @@ def test_two_digit_classifiers_end_as_close_as_in_the_official_code():
     symmetries = mlp(a)
 
     def outputs(weights):
-        h = x.flatten(1)
+        h = x.double().flatten(1)
         for i in range(4):
-            h = F.linear(h.relu() if i else h, weights[f"layer{i}.weight"], weights[f"layer{i}.bias"])
+            weight, bias = (weights[f"layer{i}.{kind}"].double() for kind in ("weight", "bias"))
+            h = F.linear(h.relu() if i else h, weight, bias)
         return h
 
     def curve(other):

@@ -30,7 +30,7 @@ OFFICIAL_SITES = {
 
 
 def from_flax(flat: dict[str, torch.Tensor], head: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weights of the official model as those of the VGG of the tests."""
+    """The weights of the official model as those of the VGG of the tests, in float64."""
     found = {"logit_scale": flat["logit_scale"], "head.weight": head.T}
     for i, place in enumerate((0, 4, 8)):
         found[f"features.{place}.weight"] = flat[f"encoder/Conv_{i}/kernel"].permute(3, 2, 0, 1)
@@ -39,19 +39,20 @@ def from_flax(flat: dict[str, torch.Tensor], head: torch.Tensor) -> dict[str, to
     for i, place in enumerate((0, 2)):
         found[f"hidden.{place}.weight"] = flat[f"encoder/Dense_{i}/kernel"].T
         found[f"hidden.{place}.bias"] = flat[f"encoder/Dense_{i}/bias"]
-    return found | {"projection.weight": flat["visual_projection/kernel"].T}
+    found["projection.weight"] = flat["visual_projection/kernel"].T
+    return {name: tensor.double() for name, tensor in found.items()}
 
 
 def test_the_official_run_is_met():
     groups = golden("nonlocal_tact_official_T4")
-    model = VGG((16, "m", 32, "m", 32), 64, 32, 10).eval()
+    model = VGG((16, "m", 32, "m", 32), 64, 32, 10).eval().double()
     head = groups["expert_perm0"]["classifier/Dense_0/kernel"]
     expert, merged = (from_flax(groups[name], head) for name in ("expert_perm0", "merged_perm"))
-    train, test = (upsampled(groups[name][""] / 8 - 1) for name in ("x_train0", "x_test0"))
+    train, test = (upsampled(groups[name][""] / 8 - 1).double() for name in ("x_train0", "x_test0"))
     batches = [train[index] for index in groups["batch_idx0"][""].long()]
     with torch.no_grad():
         before = functional_call(model, merged, (test,))
-    torch.testing.assert_close(before, groups["logits_merged0"][""], rtol=0, atol=2e-5)
+    torch.testing.assert_close(before, groups["logits_merged0"][""].double(), rtol=0, atol=2e-5)
 
     sites = find_sites(model, test)
     assert [site.name for site in sites] == list(OFFICIAL_SITES.values())
@@ -74,7 +75,7 @@ def test_the_official_run_is_met():
     for correction, tolerance in ((Correction(scale, shift), 2e-5), (ours, 5e-5)):
         with torch.no_grad(), correction.applied(model):
             after = functional_call(model, merged, (test,))
-        torch.testing.assert_close(after, groups["logits_tact0"][""], rtol=0, atol=tolerance)
+        torch.testing.assert_close(after, groups["logits_tact0"][""].double(), rtol=0, atol=tolerance)
 
 
 def official_statistics(group: dict[str, torch.Tensor], prefix: str) -> dict[str, tuple[torch.Tensor, ...]]:
