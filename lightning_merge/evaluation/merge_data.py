@@ -7,17 +7,16 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge.data import DomainDataModule
-from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.methods import MergeMethod
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.modules import device_of
 
 
 def module_and_data(
-    trainer: RepeatableTrainer,
+    trainer: Trainer,
     model: LightningModule | None,
     datamodule: DomainDataModule | None,
     method: MergeMethod,
@@ -79,7 +78,7 @@ def calibration_images(
     return {name: list(islice(loader, batches)) for name, loader in loaders.items()}
 
 
-def on_device(trainer: RepeatableTrainer, model: LightningModule) -> LightningModule:
+def on_device(trainer: Trainer, model: LightningModule) -> LightningModule:
     """The model on the trainer's device: itself if it is there, else a copy."""
     device = trainer.strategy.root_device
     return model if device_of(model) == device else copy.deepcopy(model).to(device)

@@ -21,6 +21,9 @@ class _KnowsItsArguments:
     are those of ``__new__``.
     """
 
+    positional: tuple[Any, ...]
+    arguments: dict[str, Any]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         self = super().__new__(cls)
         self.positional, self.arguments = args, dict(kwargs)

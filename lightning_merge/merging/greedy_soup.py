@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,9 @@ from lightning_merge.merging.merged import Merged
 from lightning_merge.methods.soup import Soup
 
 
-def greedy_soup(base: Source, experts: Experts, score: Callable[[dict[str, Tensor]], float], **options: Any) -> Merged:
+def greedy_soup(
+    base: Source, experts: Experts, score: Callable[[Mapping[str, Tensor]], float], **options: Any
+) -> Merged:
     """Cook the greedy soup: from the best expert to the worst, keep each that does not lower the score of the mean.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ class Merged:
     manifest: dict[str, Any]
     experts: dict[str, Weights]
     hyper_parameters: dict[str, Any]
-    paths: Mapping[str, int] = field(default_factory=dict)
+    paths: Counter[str] = field(default_factory=Counter)
     computation: Computation | None = field(default=None, repr=False)
     repair: RepairResult | None = field(default=None, repr=False)
 

@@ -122,9 +122,9 @@ class CoreSpace(CoordinateWrapper):
             read_base=lambda name: core(name, task_vectors.context(name).base[None])[0],
         )
         if self.per_layer:
-            inner: Any = {name: self.method.survey(blocks.only(name)) for name in blocks}
+            inner: Any = {name: self.inside.survey(blocks.only(name)) for name in blocks}
         else:
-            inner = self.method.survey(blocks) if sizes else None
+            inner = self.inside.survey(blocks) if sizes else None
         return Survey(bases, blocks, inner)
 
     def merge_coordinates(self, deltas: Tensor, context: Context, rule: Rule) -> Tensor:

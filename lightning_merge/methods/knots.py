@@ -138,7 +138,7 @@ class KnOTS(CoordinateWrapper):
             read=lambda key: coordinates(key, task_vectors.__getitem__),
             read_base=lambda key: coordinates(key, lambda name: task_vectors.context(name).base[None])[0],
         )
-        return Survey(layers, bases, blocks, self.method.survey(blocks) if sizes else None)
+        return Survey(layers, bases, blocks, self.inside.survey(blocks) if sizes else None)
 
     def _find_layers(self, task_vectors: TaskVectors) -> dict[str, Layer]:
         if self.layers == "official":

@@ -74,7 +74,7 @@ class LiNeS(Wrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Count the blocks and, where ``alpha`` is not given, compare the norms of the update and of the sum."""
-        inner = self.method.survey(task_vectors)
+        inner = self.inside.survey(task_vectors)
         blocks = [block for name in task_vectors if (block := block_index(name)) is not None]
         num_blocks = self.num_blocks or max(blocks, default=0) + 1
         if self.alpha is not None:
@@ -83,16 +83,16 @@ class LiNeS(Wrapper):
         for name, deltas in task_vectors.items():
             num_experts = len(deltas)
             summed += float(deltas.sum(dim=0).abs().sum())
-            merged += float(self.method.update(deltas, task_vectors.context(name, inner)).abs().sum())
+            merged += float(self.inside.update(deltas, task_vectors.context(name, inner)).abs().sum())
         return Survey(inner, (summed / merged if merged else 1.0) / num_experts, num_blocks)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Scale the update of the method inside by block: ``(T, …) -> (…)``."""
-        return self._coefficient(context) * self.method.update(deltas, self._inner(context))
+        return self._coefficient(context) * self.inside.update(deltas, self._inner(context))
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Scale the update for one expert's task by block: ``(T, …) -> (…)``."""
-        return self._coefficient(context) * self.method.task_update(deltas, expert, self._inner(context))
+        return self._coefficient(context) * self.inside.task_update(deltas, expert, self._inner(context))
 
     def _coefficient(self, context: Context) -> float:
         survey: Survey = context.survey

@@ -81,7 +81,7 @@ class SVC(Wrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Any:
         """Return the survey of the method inside, which sees the task vectors as they are."""
-        return self.method.survey(task_vectors)
+        return self.inside.survey(task_vectors)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Calibrate the update of the method inside: ``(T, …) -> (…)``."""
@@ -92,7 +92,7 @@ class SVC(Wrapper):
         return self._calibrate(super().task_update(deltas, expert, context), deltas, context)
 
     def _calibrate(self, update: Tensor, deltas: Tensor, context: Context) -> Tensor:
-        update = self.method.scale * update
+        update = self.inside.scale * update
         merged = context.matrices.blocks(context.name, update.unsqueeze(0))
         experts = context.matrices.blocks(context.name, deltas)
         if merged is None or experts is None:

@@ -51,13 +51,13 @@ class TALLMask(Wrapper):
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
         """Where the method inside is."""
-        return self.method.entrywise
+        return self.inside.entrywise
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Merge a parameter for one expert's task, ``(T, …) -> (…)``: the merged update where the expert's mask is."""
 
         def rule(some: Tensor) -> Tensor:
-            merged = self.method.update(some, context)
+            merged = self.inside.update(some, context)
             return merged * tall_masks(some[expert : expert + 1], merged, self.mask_threshold)[0]
 
         return self.piecewise(rule, deltas, context)

@@ -66,6 +66,8 @@ class MergeCLI(LightningCLI):
             sys.stderr.write(f"lightning-merge: {sentence}\n")
             sys.exit(1)
 
+    trainer: MergeTrainer
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""

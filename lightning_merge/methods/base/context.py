@@ -28,7 +28,7 @@ class Context:
     """
 
     name: str = ""
-    base: Tensor | None = None
+    base: Tensor = None  # type: ignore[assignment]  # a merge always gives it
     matrices: Matrices = Matrices()  # noqa: RUF009, a frozen dataclass
     seed: int = 0
     survey: Any = None

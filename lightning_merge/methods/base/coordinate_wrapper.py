@@ -45,12 +45,12 @@ class CoordinateWrapper(Wrapper):
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter in the coordinates: ``(T, …) -> (…)``."""
-        return self.merge_coordinates(deltas, context, self.method.update)
+        return self.merge_coordinates(deltas, context, self.inside.update)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Merge a parameter in the coordinates, for one expert's task: ``(T, …) -> (…)``."""
 
         def rule(block: Tensor, inner: Context) -> Tensor:
-            return self.method.task_update(block, expert, inner)
+            return self.inside.task_update(block, expert, inner)
 
         return self.merge_coordinates(deltas, context, rule)

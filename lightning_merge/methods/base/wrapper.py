@@ -41,47 +41,53 @@ class Wrapper(MergeMethod):
                 raise ValueError(f"{type(self).__name__} needs a method to wrap.")
             object.__setattr__(self, "method", self.default_method)
         if self.scale is None:
-            object.__setattr__(self, "scale", self.method.scale)
+            object.__setattr__(self, "scale", self.inside.scale)
+
+    @property
+    def inside(self) -> MergeMethod:
+        """The method inside."""
+        assert self.method is not None
+        return self.method
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         """The precision of the method inside."""
-        return self.method.dtype
+        return self.inside.dtype
 
     @property
     def per_task(self) -> bool:  # type: ignore[override]
         """Whether the method inside keeps a model for each task."""
-        return self.method.per_task
+        return self.inside.per_task
 
     @property
     def order_matters(self) -> bool:  # type: ignore[override]
         """Whether the method inside depends on the order of the experts."""
-        return self.method.order_matters
+        return self.inside.order_matters
 
     @property
     def min_experts(self) -> int:  # type: ignore[override]
         """The fewest experts that the method inside can merge."""
-        return self.method.min_experts
+        return self.inside.min_experts
 
     @property
     def max_experts(self) -> int | None:  # type: ignore[override]
         """The most experts that the method inside can merge."""
-        return self.method.max_experts
+        return self.inside.max_experts
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """The statistics that the method inside needs."""
-        return self.method.needs
+        return self.inside.needs
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
         """Whether the method inside runs the model on data."""
-        return self.method.needs_data
+        return self.inside.needs_data
 
     def check_count(self, num_experts: int) -> None:
         """See that the method inside can merge so many experts."""
         super().check_count(num_experts)
-        self.method.check_count(num_experts)
+        self.inside.check_count(num_experts)
 
     def transform(self, deltas: Tensor, context: Context) -> Tensor:
         """Change the task tensors of one parameter: ``(T, …) -> (T, …)``. Must depend on the parameter only."""
@@ -89,12 +95,12 @@ class Wrapper(MergeMethod):
 
     def survey(self, task_vectors: TaskVectors) -> Any:
         """Let the method inside survey the transformed task vectors."""
-        return self.method.survey(task_vectors.map(self.transform))
+        return self.inside.survey(task_vectors.map(self.transform))
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter by the method inside: ``(T, …) -> (…)``."""
-        return self.method.update(self.transform(deltas, context), context)
+        return self.inside.update(self.transform(deltas, context), context)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Merge a parameter by the method inside for one expert's task: ``(T, …) -> (…)``."""
-        return self.method.task_update(self.transform(deltas, context), expert, context)
+        return self.inside.task_update(self.transform(deltas, context), expert, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -121,8 +122,8 @@ class MergeVerb(ReportingTrainer):
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = AlignAndRepair(self, model, domains, align, repair, tuple(exclude or ()), seed)
         several.check(experts, base, method, resume)
-        source = base if base is not None or model is None else model.state_dict()
-        options = {
+        source: Any = base if base is not None or model is None else model.state_dict()
+        options: dict[str, Any] = {
             "statistics": statistics,
             "scale": scale,
             "include": include,
@@ -136,9 +137,9 @@ class MergeVerb(ReportingTrainer):
             "shard_size": shard_size,
         }
         if plan:
-            source, experts = several.unaligned(source, experts)
-            options |= module_and_data(self, model, domains, method, experts)
-            self.plan = make_plan(source, experts, method, **options)
+            source, sources = several.unaligned(source, experts)
+            options |= module_and_data(self, model, domains, method, sources)
+            self.plan = make_plan(source, sources, method, **options)
             return self.plan
         self.plan = None
         processes = Processes(self._join_processes())
