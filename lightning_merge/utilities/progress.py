@@ -168,7 +168,11 @@ def _has_terminal() -> bool:
 
 @contextmanager
 def _above_bars() -> Iterator[None]:
-    """Have what is logged to the terminal, and warnings, stand above the bars instead of within them."""
+    """Have what is logged to the terminal, and warnings, stand above the bars instead of within them.
+
+    Handlers stay as they are but for their stream; tqdm's own ``logging_redirect_tqdm`` replaces them, and so loses
+    their level.
+    """
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
     console = [(handler, handler.stream) for handler in handlers if _writes_to_terminal(handler)]

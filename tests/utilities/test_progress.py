@@ -137,6 +137,21 @@ def test_on_a_terminal_there_is_one_bar_with_whole_lines_above_it(monkeypatch, w
     assert not any("%|" in line for line in left)
 
 
+def test_a_handler_keeps_its_level_above_the_bars(monkeypatch):
+    with on_terminal(monkeypatch) as screen:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setLevel(logging.WARNING)
+        log = logging.getLogger("somebody")
+        monkeypatch.setattr(log, "handlers", [handler])
+        monkeypatch.setattr(log, "propagate", False)
+        log.setLevel(logging.INFO)
+        with show_progress(), counted("benchmark", "jobs", [1.0]):
+            log.info("a detail")
+            log.warning("a warning")
+    left = [line for line in screen.states()[-1] if line]
+    assert left == ["a warning"]
+
+
 @pytest.mark.parametrize("columns", [80, 0], ids=["wide", "of unknown width"])
 def test_the_bar_counts_what_the_pieces_cost(monkeypatch, columns):
     with on_terminal(monkeypatch, columns) as screen, show_progress():
