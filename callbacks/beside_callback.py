@@ -1,4 +1,4 @@
-"""What the callbacks that evaluate other weights beside the module have in common."""
+"""The base class of callbacks that evaluate other weights next to the module's own."""
 
 from __future__ import annotations
 

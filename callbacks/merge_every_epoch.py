@@ -1,4 +1,4 @@
-"""See at every validation of a fit what the running weights are worth in a merge."""
+"""Evaluate, at every validation of a fit, the merge of the running weights with the other experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callbacks that merge have in common: a base, earlier experts, and how they are merged."""
+"""The base class of callbacks that merge: a base, earlier experts, and the options of the merge."""
 
 from __future__ import annotations
 

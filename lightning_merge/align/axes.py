@@ -1,4 +1,4 @@
-"""How permutation groups order the entries along one axis of a tensor.
+"""Axes: the order of the entries along one dimension of a tensor, as permutation groups change it.
 
 An axis is a small tree. The rows of a linear layer are one free group; the inputs of a layer behind a flattened
 feature map are the product of the channels and fixed places; those behind a concatenation are a sum; the rows of a

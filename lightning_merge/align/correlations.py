@@ -1,4 +1,4 @@
-"""How the activations of two models vary together: running moments that can be merged."""
+"""Cross-moments of the activations of two models: running sums that can be merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reshapes, splits and ties do to dimensions: factor, cut and unify them.
+"""Unification of dimensions: factored by reshapes, cut by splits, made one by ties.
 
 Structures that meet are refined until they agree; where they cannot agree, all entries are fixed in their places. That
 loses symmetries, and never makes a wrong one.

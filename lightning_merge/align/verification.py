@@ -1,4 +1,4 @@
-"""Try whether permutations leave what a module computes unchanged."""
+"""Check that permutations leave a module's outputs unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a merged model's activations are from an expert's, site by site, and how much of their variance is left."""
+"""Distance of a merged model's activations to an expert's, site by site, and the share of variance that is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether experts pull in one direction: norms, cosines, distances and sign conflicts of their task vectors.
+"""Agreement of experts: norms, cosines, distances and sign conflicts of their task vectors.
 
 All but the signs follow from inner products, which add up over the parameters of a model.
 """

@@ -1,4 +1,4 @@
-"""How much the loss rises on the straight line between two models."""
+"""The loss barrier: how much the loss rises on the straight line between two models."""
 
 from __future__ import annotations
 

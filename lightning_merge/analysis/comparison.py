@@ -1,4 +1,4 @@
-"""Where experts agree and fight, and what merging did to them, parameter by parameter."""
+"""The comparison of experts: agreement, conflict and the effect of merging, parameter by parameter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a linear classifier tells the classes apart by a model's features."""
+"""A linear probe: how well a linear classifier separates the classes by a model's features."""
 
 from __future__ import annotations
 

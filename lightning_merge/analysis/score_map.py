@@ -1,4 +1,4 @@
-"""What SCORE finds in a layer: where the experts add up, and where they are in each other's way.
+"""SCORE's view of a layer: directions in which the experts add up, and those in which they conflict.
 
 Chaves et al., "Bridging Domains through Subspace-Aware Model Merging", CVPR 2026, arXiv 2603.05768, Figure 3. The map
 ``Σ_score`` is what the method puts between the two bases. Its diagonal is where experts act along one common direction

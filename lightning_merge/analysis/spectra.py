@@ -1,4 +1,4 @@
-"""What singular values say about a matrix: how many directions it acts in."""
+"""Spectra: the singular values of a matrix, and the number of directions that it acts in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the data of each expert say about its parameters, for the methods that weigh experts by it.
+"""Files of statistics: Fisher information and Gram matrices of each expert's data, for the methods that need them.
 
 Statistics come per expert, as a file or a state dict with one tensor for each parameter under the keys
 

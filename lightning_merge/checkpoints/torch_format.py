@@ -1,4 +1,4 @@
-"""What ``torch.save`` writes: Lightning checkpoints and state dicts.
+"""Files of ``torch.save``: Lightning checkpoints and state dicts.
 
 Nothing here runs code from a file: pickles are loaded with ``weights_only=True`` and there is no way around it.
 

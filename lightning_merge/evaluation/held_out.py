@@ -1,4 +1,4 @@
-"""What is measured on one domain: the base, its own expert, the others' ensemble, and every merged model."""
+"""Evaluation on one domain: the base, its own expert, the ensemble of the others, and every merged model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods and repairs that run the model while they merge are given, where there is a data module."""
+"""Module and images for methods and repairs that run the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What callbacks ask of a Trainer that belongs to any project."""
+"""The weights that a fit has left: best, last or averaged."""
 
 from __future__ import annotations
 

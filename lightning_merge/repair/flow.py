@@ -1,4 +1,4 @@
-"""How activations flow through a module: which steps there are, and which follow which."""
+"""The flow of activations through a module: its steps, and which follow which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""See how activations flow through a module, in one forward pass."""
+"""Trace the flow of activations through a module, in one forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands on a page, before it is HTML."""
+"""The content of a page, before it is HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the linear layers of a module see while it runs."""
+"""The inputs of a module's linear layers while it runs."""
 
 from __future__ import annotations
 

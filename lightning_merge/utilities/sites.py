@@ -1,4 +1,4 @@
-"""Where activations of a module are watched or changed while it runs: at the output or the input of a part of it."""
+"""Sites: activations of a module that are watched or changed while it runs, the output or the input of a part of it."""
 
 from __future__ import annotations
 

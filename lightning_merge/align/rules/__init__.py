@@ -1,4 +1,4 @@
-"""What ATen's operators do to the dimensions of their tensors: one small function an operator.
+"""Rules for the dimensions of ATen's operators: one small function for each operator.
 
 An operator that is not in the table fixes every dimension that it touches: fewer symmetries, never wrong ones.
 """

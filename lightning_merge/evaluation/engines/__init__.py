@@ -1,4 +1,4 @@
-"""Where the jobs of a benchmark are done: in this process, on a Ray cluster, or as SLURM arrays."""
+"""Engines run the jobs of a benchmark: in this process, on a Ray cluster, or as SLURM arrays."""
 
 from __future__ import annotations
 

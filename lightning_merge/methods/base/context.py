@@ -1,4 +1,4 @@
-"""What a rule knows about a parameter besides its task vectors."""
+"""The context of a rule: what it knows about a parameter besides its task vectors."""
 
 from __future__ import annotations
 

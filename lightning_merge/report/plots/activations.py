@@ -1,4 +1,4 @@
-"""What models do with data: accuracies in a plane, activations site by site, features."""
+"""Figures of models on data: accuracy in a plane, activations site by site, features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What experts and merged models did to each layer."""
+"""Figures of layers: how far experts and merged models moved each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the experts' task matrices agree and fight."""
+"""Figures of matrices: where the experts' task matrices agree and where they conflict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods reach: on every domain, by a coefficient, by the number of tasks."""
+"""Figures of scores: by domain, by coefficient, by number of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all verbs have in common: what they leave on the trainer, progress, reports."""
+"""The base class of all verbs: their results on the trainer, progress, and reports."""
 
 from __future__ import annotations
 
