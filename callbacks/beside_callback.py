@@ -31,7 +31,7 @@ class BesideCallback(MergingCallback, ABC):
 
     @abstractmethod
     def evaluates(self, trainer: Trainer) -> bool:
-        """Whether to evaluate anything in the evaluation that a trainer is in."""
+        """Tell whether to evaluate anything in the evaluation that a trainer is in."""
 
     @abstractmethod
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:

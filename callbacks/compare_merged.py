@@ -105,7 +105,7 @@ class CompareMerged(BesideCallback):
         return trainer.state.fn is not None and trainer.state.fn.value in self.stages and not trainer.sanity_checking
 
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
-        """The candidates as the first process reads them, and the merge by every method."""
+        """Return the candidates as the first process reads them, and the merge by every method."""
         processes = processes_of_run()
         own = open_weights(pl_module.state_dict(), "the model")
         found: dict[str, Mapping[str, Tensor]] = {CURRENT: own} if processes.count > 1 else {}
@@ -153,7 +153,7 @@ class CompareMerged(BesideCallback):
         return list(dict.fromkeys(name for record in self.table for name in record if name != "row"))
 
     def grid(self) -> Grid:
-        """The table as it is shown, with four digits."""
+        """Return the table as it is shown, with four digits."""
 
         def cell(value: float | None) -> Cell:
             return Cell("") if value is None else Cell(f"{value:.4g}", value)
@@ -162,9 +162,9 @@ class CompareMerged(BesideCallback):
         return Grid(["candidate", *self._names], rows)
 
     def markdown(self) -> str:
-        """The table in Markdown, with four digits."""
+        """Return the table in Markdown, with four digits."""
         return self.grid().markdown()
 
     def csv(self) -> str:
-        """The table as CSV, with all digits."""
+        """Return the table as CSV, with all digits."""
         return self.grid().csv()

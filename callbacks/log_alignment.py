@@ -120,7 +120,7 @@ class LogAlignment(MergingCallback):
 
     @torch.no_grad()
     def measure(self, pl_module: LightningModule) -> dict[str, float]:
-        """The values to log, of the module's weights as they are."""
+        """Return the values to log, of the module's weights as they are."""
         rule: Matrices = self.options["matrices"]
         squares: dict[str, float] = defaultdict(float)
         ratios: dict[str, list[float]] = defaultdict(list)

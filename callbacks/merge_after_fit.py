@@ -128,7 +128,7 @@ class MergeAfterFit(MergingCallback):
 
 
 def _outputs(output: str, methods: list[str]) -> dict[str, str]:
-    """The file of every method."""
+    """Return the file of every method."""
     path = Path(output)
     if path.suffix != ".ckpt":
         raise MergeError(f"MergeAfterFit writes a checkpoint of Lightning; end the output {output} in .ckpt.")

@@ -76,7 +76,7 @@ class MergeEveryEpoch(BesideCallback):
         return in_fit and (self._validations + 1) % self.every_n == 0
 
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
-        """The merge by every method."""
+        """Return the merge by every method."""
         running = {name: tensor.to("cpu", copy=True) for name, tensor in open_weights(pl_module.state_dict()).items()}
         run = open_weights(running, self.name)
         return {row: self.merge(trainer, pl_module, method, run)[0] for row, method in self.methods.items()}

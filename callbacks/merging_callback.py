@@ -166,7 +166,7 @@ class MergingCallback(Callback):
         return problems
 
     def models_of(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
-        """The base and the earlier experts, under the module's names."""
+        """Return the base and the earlier experts, under the module's names."""
         base = under_names_of(own, open_weights(self.base, "base"))
         experts = open_experts(self.experts, base)
         if with_run and self.name in experts:
@@ -176,7 +176,7 @@ class MergingCallback(Callback):
     def _open(
         self, own: Weights, method: MergeMethod, run: Weights | None
     ) -> tuple[Weights, dict[str, Weights], list[Weights]]:
-        """The base, all experts, and their statistics."""
+        """Return the base, all experts, and their statistics."""
         base, experts = self.models_of(own, run is not None)
         if run is not None:
             lacks = any(name not in run for name in own)
@@ -248,7 +248,7 @@ class MergingCallback(Callback):
 
 
 def makes_layers_late(module: LightningModule) -> bool:
-    """Whether a module may make layers after the ``setup`` of callbacks."""
+    """Tell whether a module may make layers after the ``setup`` of callbacks."""
     return is_overridden("setup", module) or is_overridden("configure_model", module)
 
 
@@ -259,7 +259,7 @@ def _sizes(opened: tuple[Weights, Mapping[str, Weights], Sequence[Weights]]) -> 
 
 
 def _of_first(processes: Processes, weights: Weights) -> Weights:
-    """The weights of the first process, where they are in memory."""
+    """Return the weights of the first process, where they are in memory."""
     if processes.count == 1 or weights.inputs:
         return weights
     sent = processes.from_first({name: weights[name] for name in weights if name not in weights.tied})

@@ -99,7 +99,7 @@ class RecordStatistics(Callback):
             )
 
     def _is_validated(self, trainer: Trainer) -> bool:
-        """Whether this is the validation to record in, and none within a fit."""
+        """Tell whether this is the validation to record in, and none within a fit."""
         return self.when == "validate" and trainer.state.fn == "validate"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -102,7 +102,7 @@ class SaveTaskVector(Callback):
         return self.rank, self.dtype, self.exclude
 
     def _models(self, run: Weights) -> tuple[Weights, Weights]:
-        """The base, and this run's model under the base's names."""
+        """Return the base, and this run's model under the base's names."""
         base = open_weights(self.base, "base")
         return base, match_names(base, run)
 

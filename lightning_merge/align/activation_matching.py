@@ -95,7 +95,7 @@ def match_activations(
 
 
 def groups_without_features(symmetries: Symmetries) -> list[str]:
-    """The groups that no activation carries in a way that says something about their order."""
+    """Return the groups that no activation carries in a way that says something about their order."""
     carried = {group for reading in _readings(symmetries) for feature in reading for group in feature.entries.groups}
     return [group for group in symmetries.groups if group not in carried]
 
@@ -172,7 +172,7 @@ def _watch(
 
 
 def _rows(feature: _Feature, activation: Tensor, orders: Orders, symmetries: Symmetries) -> Tensor:
-    """The units of a feature: ``(samples and places, n)``."""
+    """Return the units of a feature: ``(samples and places, n)``."""
     site, axes = feature.site, symmetries.features[feature.site.name]
     ordered = {dim: axis.size for dim, axis in enumerate(axes) if any(groups_of(axis))}
     if activation.dim() != len(axes) or any(activation.shape[dim] != size for dim, size in ordered.items()):

@@ -12,14 +12,14 @@ from lightning_merge.align.entries import Family, Key
 
 
 def assign(scores: Tensor) -> Tensor:
-    """The order ``(n,)`` with the largest sum of ``scores[i, order[i]]``, where the scores are ``(n, n)``."""
+    """Return the order ``(n,)`` with the largest sum of ``scores[i, order[i]]``, where the scores are ``(n, n)``."""
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(scores.cpu().numpy(), maximize=True)[1]).long()
 
 
 def assign_family(family: Family, scores: Mapping[Key, Tensor], fixed: Orders | None = None) -> dict[str, Tensor]:
-    """The orders of a group and of those within it with the largest total score.
+    """Return the orders of a group and of those within it with the largest total score.
 
     For every pair of outer entries (two heads) the best orders within them are found first; the sum of what they reach
     is the score of the pair. All groups within one group share its order, which keeps what attention computes. If
@@ -61,7 +61,7 @@ def _as_blocks(family: Family, key: Key, matrix: Tensor) -> Tensor:
 def _assign_pair(
     sizes: Mapping[str, int], blocks: Mapping[Key, Tensor], known: Orders
 ) -> tuple[dict[str, Tensor], float]:
-    """The best orders within one pair of outer entries, and their score.
+    """Return the best orders within one pair of outer entries, and their score.
 
     Args:
         sizes: The sizes of the groups within.
@@ -84,7 +84,7 @@ def _assign_pair(
 
 
 def _given(block: Tensor, key: Key, orders: Orders, group: str | None) -> Tensor | None:
-    """The scores of one group ``(n, n)`` where the others have their orders, or the value where all have one.
+    """Return the scores of one group ``(n, n)`` where the others have their orders, or the value where all have one.
 
     None if this cannot be said yet.
     """

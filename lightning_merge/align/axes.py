@@ -66,7 +66,7 @@ Orders = Mapping[str, Tensor]
 
 
 def groups_of(axis: Axis) -> Iterator[str]:
-    """The groups along an axis, in their order."""
+    """Return the groups along an axis, in their order."""
     if isinstance(axis, Free):
         yield axis.group
     for child in axis.factors if isinstance(axis, Product) else axis.parts if isinstance(axis, Sum) else ():
@@ -111,7 +111,7 @@ def sources(axis: Axis, orders: Orders, within: Mapping[str, str]) -> Tensor:
 
 
 def coordinates(axis: Axis, group: str) -> Tensor:
-    """The coordinate that each entry along an axis has in a group: ``(size,)``; -1 where it has none."""
+    """Return the coordinate that each entry along an axis has in a group: ``(size,)``; -1 where it has none."""
     if isinstance(axis, Sum):
         return torch.cat([coordinates(part, group) for part in axis.parts])
     if isinstance(axis, Product):

@@ -36,13 +36,13 @@ class CrossMoments:
 
     @classmethod
     def empty(cls, n: int, m: int | None = None, device: torch.device | str = "cpu") -> CrossMoments:
-        """The moments of no samples, of n units and m (n)."""
+        """Return the moments of no samples, of n units and m (n)."""
         m = n if m is None else m
         shapes = ((), (n,), (m,), (n,), (m,), (n, m))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def to(self, device: torch.device | str) -> CrossMoments:
-        """The same moments on a device."""
+        """Return the same moments on a device."""
         return CrossMoments(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def update(self, a: Tensor, b: Tensor) -> None:

@@ -17,12 +17,12 @@ TOLERANCE = 1e-12  # of what the similarity could be at most: smaller gains are 
 
 
 def compared(symmetries: Symmetries) -> list[str]:
-    """The parameters that are compared: all that are ordered, without statistics."""
+    """Return the parameters that are compared: all that are ordered, without statistics."""
     return [name for name in symmetries.axes if name not in symmetries.statistics]
 
 
 def inner_product(first: Tensor, second: Tensor) -> float:
-    """The sum of the products of all entries, in float64."""
+    """Return the sum of the products of all entries, in float64."""
     return float(torch.dot(first.double().flatten(), second.double().flatten()))
 
 

@@ -49,7 +49,7 @@ class Dim:
 
 
 def find(dim: Dim) -> Dim:
-    """The one that stands for all that were merged with this one."""
+    """Return the one that stands for all that were merged with this one."""
     while dim._same_as is not dim:
         dim._same_as = dim._same_as._same_as
         dim = dim._same_as
@@ -88,7 +88,7 @@ def reason(dim: Dim) -> str:
 
 
 def flat(dim: Dim, kind: str) -> list[Dim]:
-    """The factors of a product (or the parts of a sum), nested ones resolved, those of one entry left out."""
+    """Return the factors of a product (or the parts of a sum), nested ones resolved, those of one entry left out."""
     dim = find(dim)
     if dim.kind == kind:
         return [piece for child in dim.children for piece in flat(child, kind)]
@@ -96,13 +96,13 @@ def flat(dim: Dim, kind: str) -> list[Dim]:
 
 
 def product(factors: Sequence[Dim]) -> Dim:
-    """The axis that a reshape makes of several, the last one running fastest."""
+    """Return the axis that a reshape makes of several, the last one running fastest."""
     factors = [piece for factor in factors for piece in flat(factor, "product")]
     return _combined("product", factors, math.prod(factor.size for factor in factors))
 
 
 def total(parts: Sequence[Dim]) -> Dim:
-    """The axis that a concatenation makes of several."""
+    """Return the axis that a concatenation makes of several."""
     return _combined("sum", [part for part in parts if part.size], sum(part.size for part in parts))
 
 
@@ -114,7 +114,7 @@ def _combined(kind: str, children: Sequence[Dim], size: int) -> Dim:
 
 
 def family(index: Dim, members: Sequence[Dim]) -> Dim:
-    """The axis that differs for each entry of another one."""
+    """Return the axis that differs for each entry of another one."""
     if all(find(member) is find(members[0]) for member in members):
         return find(members[0])
     return Dim(members[0].size, "", "family", members, index)

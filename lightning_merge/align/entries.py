@@ -54,7 +54,7 @@ class Family:
 
 
 def families(symmetries: Symmetries) -> dict[str, Family]:
-    """The families of a model by their outer group."""
+    """Return the families of a model by their outer group."""
     sizes = {name: group.size for name, group in symmetries.groups.items()}
     return {
         name: Family(name, group.size, {child: sizes[child] for child in symmetries.children(name)})
@@ -64,12 +64,12 @@ def families(symmetries: Symmetries) -> dict[str, Family]:
 
 
 def families_along(axis: Axis, within: Mapping[str, str]) -> list[str]:
-    """The outer groups of all groups along an axis."""
+    """Return the outer groups of all groups along an axis."""
     return list(dict.fromkeys(within.get(group, group) for group in groups_of(axis)))
 
 
 def entries_along(axis: Axis, within: Mapping[str, str]) -> list[Entries]:
-    """The entries along an axis by the groups that order them; those that stay where they are are left out."""
+    """Return the entries along an axis by the groups that order them; those that stay where they are are left out."""
     sizes = {group: int(coordinates(axis, group).max()) + 1 for group in groups_of(axis)}
     found = []
     for outer in families_along(axis, within):
@@ -111,5 +111,5 @@ def aligned_but(
 
 
 def keys_of(axes: Iterable[Axis], within: Mapping[str, str]) -> set[Key]:
-    """All keys of the entries along some axes."""
+    """Return all keys of the entries along some axes."""
     return {entries.groups for axis in axes for entries in entries_along(axis, within)}

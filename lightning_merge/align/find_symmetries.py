@@ -109,7 +109,7 @@ def _named(traced: Propagation) -> dict[Dim, str]:
 def _features(
     traced: Propagation, sites: set[str], names: Mapping[Dim, str], within: Mapping[str, str]
 ) -> dict[str, tuple[Axis, ...]]:
-    """The axes of the activations that groups order, in the order in which they are computed."""
+    """Return the axes of the activations that groups order, in the order in which they are computed."""
     found = {}
     for site in (site for site in traced.sites if site in sites):
         axes = _representable(traced.sites[site], names, within)
@@ -119,7 +119,7 @@ def _features(
 
 
 def _representable(dims: Dims, names: Mapping[Dim, str], within: Mapping[str, str]) -> tuple[Axis, ...]:
-    """The axes of an activation; none if the order along one depends on the place along another one."""
+    """Return the axes of an activation; none if the order along one depends on the place along another one."""
     try:
         axes = tuple(tree(dim, names) for dim in dims)
     except Dependent:

@@ -75,7 +75,7 @@ class _Space:
         self._degree = 2 * max((sum(map(len, found)) for found in self._entries.values()), default=1)
 
     def mixtures(self, orders: Orders) -> Mixtures:
-        """A permutation as matrices."""
+        """Return a permutation as matrices."""
         found = {}
         for key in self._keys:
             axis = Product(tuple(Free(group, self._sizes[group]) for group in key))
@@ -95,7 +95,7 @@ class _Space:
         return found
 
     def value(self, mixtures: Sequence[Mixtures]) -> float:
-        """The sum of the similarities of all pairs."""
+        """Return the sum of the similarities of all pairs."""
         total = 0.0
         for name in self._entries:
             tensors = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
@@ -103,7 +103,7 @@ class _Space:
         return total
 
     def gradients(self, mixtures: Sequence[Mixtures]) -> list[Mixtures]:
-        """The derivative of the value by every matrix."""
+        """Return the derivative of the value by every matrix."""
         found: list[Mixtures] = [defaultdict(float) for _ in mixtures]
         for name in self._entries:
             mixed = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
@@ -115,7 +115,7 @@ class _Space:
         return [dict(gradient) for gradient in found]
 
     def best_between(self, start: Sequence[Mixtures], end: Sequence[Mixtures]) -> list[Mixtures]:
-        """The best point of the line from one to the other, on which the value is a polynomial."""
+        """Return the best point of the line from one to the other, on which the value is a polynomial."""
 
         def at(share: float) -> list[Mixtures]:
             return [

@@ -103,7 +103,7 @@ def _by_frank_wolfe(
 
 
 def pair_similarity(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) -> float:
-    """The sum of the similarities of all pairs of models."""
+    """Return the sum of the similarities of all pairs of models."""
     total = 0.0
     for name in compared(symmetries):
         tensors = [model[name].double() for model in models]

@@ -41,13 +41,13 @@ def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | Non
 
 
 def direct_groups(axis: Axis) -> list[str]:
-    """The groups in which every entry along an axis has a coordinate."""
+    """Return the groups in which every entry along an axis has a coordinate."""
     factors = axis.factors if isinstance(axis, Product) else (axis,)
     return [factor.group for factor in factors if isinstance(factor, Free)]
 
 
 def occurrences(axis: Axis, outer: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
-    """Every group along an axis, with those that stand outside it there."""
+    """Return every group along an axis, with those that stand outside it there."""
     if isinstance(axis, Free):
         yield axis.group, outer
     elif isinstance(axis, Sum):
@@ -70,5 +70,5 @@ def outermost(candidates: dict[str, frozenset[str]], sizes: dict[str, int]) -> d
 
 
 def has_group(axes: Iterable[Axis]) -> bool:
-    """Whether any group orders a tensor."""
+    """Tell whether any group orders a tensor."""
     return any(True for axis in axes for _ in groups_of(axis))

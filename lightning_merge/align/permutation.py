@@ -30,12 +30,12 @@ class Permutation:
 
     @classmethod
     def identity(cls, symmetries: Symmetries) -> Permutation:
-        """The permutation that moves nothing."""
+        """Return the permutation that moves nothing."""
         return cls(symmetries, {name: symmetries.identity_order(name) for name in symmetries.groups})
 
     @classmethod
     def random(cls, symmetries: Symmetries, seed: int = 0) -> Permutation:
-        """A permutation drawn uniformly from the whole group."""
+        """Return a permutation drawn uniformly from the whole group."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(shape: tuple[int, ...]) -> Tensor:
@@ -75,7 +75,7 @@ class Permutation:
         return {name: self.apply_to(name, weights[name]) for name in weights}
 
     def inverse(self) -> Permutation:
-        """The permutation that undoes this one."""
+        """Return the permutation that undoes this one."""
         within, orders = self.symmetries.within, {}
         for name, order in self.orders.items():
             inverted = order.argsort(dim=-1)
@@ -83,7 +83,7 @@ class Permutation:
         return Permutation(self.symmetries, orders)
 
     def then(self, other: Permutation) -> Permutation:
-        """The permutation that does this one first and then the other."""
+        """Return the permutation that does this one first and then the other."""
         within, orders = self.symmetries.within, {}
         for name, order in self.orders.items():
             inner = order if name not in within else order[other.orders[within[name]]]
@@ -91,7 +91,7 @@ class Permutation:
         return Permutation(self.symmetries, orders)
 
     def digest(self) -> str:
-        """The sha256 of all orders: the same for the same permutation."""
+        """Return the sha256 of all orders: the same for the same permutation."""
         digest = hashlib.sha256()
         for name in sorted(self.orders):
             digest.update(f"{name} {tuple(self.orders[name].shape)}\n".encode())
@@ -99,7 +99,7 @@ class Permutation:
         return digest.hexdigest()
 
     def moved(self) -> float:
-        """The share of all channels that do not stay in their place."""
+        """Return the share of all channels that do not stay in their place."""
         count = sum(order.numel() for order in self.orders.values())
         moved = sum(int((order != torch.arange(order.shape[-1])).sum()) for order in self.orders.values())
         return moved / max(count, 1)

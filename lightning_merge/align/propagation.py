@@ -123,7 +123,7 @@ class Propagation:
         return list(found)
 
     def trees(self, names: Mapping[Dim, str]) -> tuple[set[tuple[Axis, ...]], set[tuple[Axis, ...]]]:
-        """The axes of all parameters, and of all that is computed from them."""
+        """Return the axes of all parameters, and of all that is computed from them."""
         stored = {tuple(tree(dim, names) for dim in dims) for dims in self.stored.values()}
         computed = {tuple(tree(dim, names) for dim in dims) for seen in self.computed for dims in each_member(seen)}
         return stored, computed
@@ -148,20 +148,20 @@ def frozen(node: fx.Node, why: str) -> Any:
 
 
 def _constant(tensor: Tensor) -> Dims:
-    """The dimensions of a tensor that is no parameter: axes along which all is equal may be in any order."""
+    """Return the dimensions of a tensor that is no parameter: axes along which all is equal may be in any order."""
     equal = [bool((tensor == tensor.narrow(axis, 0, 1)).all()) for axis in range(tensor.dim() if tensor.numel() else 0)]
     return [Dim(size, "" if same else "constants") for size, same in zip(tensor.shape, equal, strict=True)]
 
 
 def _each(sizes: Any) -> list[Any]:
-    """The sizes of every output."""
+    """Return the sizes of every output."""
     if sizes is None or all(isinstance(size, int) for size in sizes):
         return [] if sizes is None else [sizes]
     return [size for part in sizes for size in _each(part)]
 
 
 def _rule(target: Any) -> Any:
-    """The rule of an operator such as ``aten.add_.Tensor``."""
+    """Return the rule of an operator such as ``aten.add_.Tensor``."""
     namespace, _, operation = str(target).partition(".")
     if namespace != "aten":
         return None
@@ -172,7 +172,7 @@ def _rule(target: Any) -> Any:
 
 
 def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
+    """Return the arguments of a call by their names."""
     schema = target._schema.arguments
     found = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     named = dict(zip((argument.name for argument in schema), args, strict=False))
@@ -180,5 +180,5 @@ def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dic
 
 
 def _is_statistic(node: fx.Node) -> bool:
-    """Whether a buffer is a running mean or variance."""
+    """Tell whether a buffer is a running mean or variance."""
     return all("batch_norm" in str(user.target) for user in node.users)

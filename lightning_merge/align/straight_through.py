@@ -119,7 +119,7 @@ def _permuted(permutation: Permutation, weights: Mapping[str, Tensor]) -> dict[s
 
 
 def _middle(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mean of two models; what is no number with a fraction is the first one's."""
+    """Return the mean of two models; what is no number with a fraction is the first one's."""
     return {
         name: (tensor + second[name]) / 2 if tensor.is_floating_point() else tensor for name, tensor in first.items()
     }

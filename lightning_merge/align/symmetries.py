@@ -90,11 +90,11 @@ class Symmetries:
         return {group.name: group.within for group in self.groups.values() if group.within is not None}
 
     def children(self, group: str) -> list[str]:
-        """The groups that are within this one."""
+        """Return the groups that are within this one."""
         return [name for name, outer in self.within.items() if outer == group]
 
     def occurrences(self, group: str) -> list[tuple[str, int]]:
-        """The parameters and axes along which a group occurs, those of statistics left out."""
+        """Return the parameters and axes along which a group occurs, those of statistics left out."""
         return [
             (name, dim)
             for name, axes in self.axes.items()
@@ -124,7 +124,7 @@ class Symmetries:
         raise_all(problems)
 
     def ignoring(self, patterns: Iterable[str]) -> Symmetries:
-        """The same groups, for comparisons of models that leave out some parameters (heads).
+        """Return the same groups, for comparisons of models that leave out some parameters (heads).
 
         Args:
             patterns: Shell patterns of names. What they match is permuted with the rest, but not compared.
@@ -134,7 +134,7 @@ class Symmetries:
         return replace(self, statistics=self.statistics | ignored)
 
     def to_json(self) -> str:
-        """The groups and axes as text."""
+        """Return the groups and axes as text."""
 
         def plain(axis: Axis) -> Any:
             if isinstance(axis, Fixed):
@@ -191,10 +191,10 @@ class Symmetries:
             raise MergeError(f"This is no specification of permutation groups: {error!r}.") from error
 
     def order_shape(self, group: str) -> tuple[int, ...]:
-        """The shape of a group's part of a permutation: ``(n,)``, or ``(outer, n)`` within another group."""
+        """Return the shape of a group's part of a permutation: ``(n,)``, or ``(outer, n)`` within another group."""
         found = self.groups[group]
         return (found.size,) if found.within is None else (self.groups[found.within].size, found.size)
 
     def identity_order(self, group: str) -> Tensor:
-        """The order of a group in which nothing moves."""
+        """Return the order of a group in which nothing moves."""
         return torch.arange(self.groups[group].size).expand(self.order_shape(group)).clone()

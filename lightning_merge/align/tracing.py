@@ -34,7 +34,7 @@ SITE = torch.ops.lightning_merge.site.default
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without the trainer that a LightningModule may hold.
+    """Return a copy in evaluation mode, without the trainer that a LightningModule may hold.
 
     Raises:
         MergeError: If the module cannot be copied.
@@ -75,7 +75,7 @@ def run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 def exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    """The graph of a module, in which the outputs of its parts and the inputs of its leaves are marked.
+    """Return the graph of a module, in which the outputs of its parts and the inputs of its leaves are marked.
 
     Args:
         module: A module in evaluation mode; its hooks are removed afterwards.
@@ -124,7 +124,7 @@ def _start_autograd() -> None:
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram | None:
-    """The same graph with simpler operators: a recurrent layer as its steps; None if that fails."""
+    """Return the same graph with simpler operators: a recurrent layer as its steps; None if that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -134,7 +134,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram | None:
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0][:300] if lines else type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."
@@ -161,7 +161,7 @@ def _mark_input(path: str) -> Callable[..., Any]:
 
 
 def marks(program: ExportedProgram) -> set[str]:
-    """The names of the sites that are computed once, inputs that are the output of a part left out."""
+    """Return the names of the sites that are computed once, inputs that are the output of a part left out."""
     found = [node for node in program.graph.nodes if node.target is SITE]
     count = Counter(node.args[1] for node in found)
     return {

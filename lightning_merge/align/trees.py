@@ -13,7 +13,7 @@ class Dependent(Exception):
 
 
 def tree(dim: Dim, names: Mapping[Dim, str]) -> Axis:
-    """A dimension as an axis of named groups; what has no name is fixed."""
+    """Return a dimension as an axis of named groups; what has no name is fixed."""
     dim = find(dim)
     if dim.kind == "leaf":
         return Free(names[dim], dim.size) if dim in names else Fixed(dim.size)
@@ -32,7 +32,7 @@ def tree(dim: Dim, names: Mapping[Dim, str]) -> Axis:
 
 
 def _joined(kind: type[Product] | type[Sum], axes: Iterable[Axis]) -> Axis:
-    """A product or a sum, with those within it resolved and fixed neighbours joined."""
+    """Return a product or a sum, with those within it resolved and fixed neighbours joined."""
     found: list[Axis] = []
     for axis in axes:
         for piece in (axis.factors if isinstance(axis, Product) else axis.parts) if isinstance(axis, kind) else (axis,):
@@ -44,7 +44,7 @@ def _joined(kind: type[Product] | type[Sum], axes: Iterable[Axis]) -> Axis:
 
 
 def each_member(dims: Sequence[Dim]) -> Iterator[Sequence[Dim]]:
-    """A tensor, or for a stack with families the tensors that are stacked."""
+    """Return a tensor, or for a stack with families the tensors that are stacked."""
     index = next((node.index for dim in dims for node in _nodes(dim) if node.kind == "family"), None)
     if index is None:
         yield dims

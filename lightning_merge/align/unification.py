@@ -73,7 +73,7 @@ def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
 
 
 def _of_members(dim: Dim, pieces: Sequence[Sequence[Dim]]) -> list[Dim]:
-    """The families of what the members of a family were split into."""
+    """Return the families of what the members of a family were split into."""
     assert dim.index is not None
     return [family(dim.index, same) for same in zip(*pieces, strict=True)]
 
@@ -164,7 +164,7 @@ def unify(first: Dim, second: Dim) -> None:
 
 
 def _pairs(first: Dim, second: Dim) -> Sequence[tuple[Dim, Dim]]:
-    """The pieces of two axes that must be ordered alike if the axes are."""
+    """Return the pieces of two axes that must be ordered alike if the axes are."""
     if first.kind == second.kind == "family":
         return list(zip(first.children, second.children, strict=True))
     if first.kind == second.kind:
@@ -183,7 +183,7 @@ def _absorb(first: Dim, second: Dim) -> None:
 
 
 def _aligned(first: Dim, second: Dim, kind: str) -> list[tuple[Dim, Dim]]:
-    """The pieces of two products, or two sums, refined until they have the same sizes."""
+    """Return the pieces of two products, or two sums, refined until they have the same sizes."""
     ones, others, pairs = flat(first, kind), flat(second, kind), []
     while ones and others:
         swap = ones[0].size < others[0].size

@@ -76,13 +76,13 @@ class Trial:
         return [out.double() for out in pytree.tree_leaves(outputs) if isinstance(out, Tensor)]
 
     def error(self, permutation: Permutation) -> float:
-        """The largest change of an output that a permutation makes, relative to the largest output."""
+        """Return the largest change of an output that a permutation makes, relative to the largest output."""
         found = self.run(permutation.apply(self.module.state_dict()))
         changes = [(new - old).abs().max() for new, old in zip(found, self.outputs, strict=True) if new.numel()]
         return float(torch.stack(changes).max()) / self.scale
 
     def culprits(self, symmetries: Symmetries, names: list[str]) -> list[str]:
-        """The groups among some that change what is computed, by bisection."""
+        """Return the groups among some that change what is computed, by bisection."""
         drawn = Permutation.random(symmetries, self.seed)
         orders = {
             name: drawn.orders[name] if name in names else symmetries.identity_order(name) for name in drawn.orders

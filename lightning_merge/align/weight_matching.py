@@ -67,7 +67,7 @@ def similarity(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], sym
 
 
 def distance(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], symmetries: Symmetries) -> float:
-    """The Euclidean distance of the ordered parameters of two models, in float64."""
+    """Return the Euclidean distance of the ordered parameters of two models, in float64."""
     return sum(float((reference[n].double() - other[n].double()).square().sum()) for n in compared(symmetries)) ** 0.5
 
 

@@ -75,7 +75,7 @@ def compare_activations(
 def activations_at(
     module: nn.Module, weights: Mapping[str, Tensor], images: Tensor, sites: Iterable[Site]
 ) -> dict[Site, Tensor]:
-    """The activations of a model on images, at each site.
+    """Return the activations of a model on images, at each site.
 
     Raises:
         MergeError: If a site does not exist, or if the module does not call it.

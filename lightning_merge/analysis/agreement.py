@@ -13,7 +13,7 @@ _CHUNK = 1 << 16
 
 
 def inner_products(vectors: Tensor, others: Tensor | None = None) -> Tensor:
-    """The inner products of stacked tensors, summed up in float64.
+    """Return the inner products of stacked tensors, summed up in float64.
 
     Args:
         vectors: ``(T, …)``.
@@ -60,7 +60,7 @@ def sign_conflicts(deltas: Tensor) -> tuple[int, int]:
 
 
 def norms(products: Tensor) -> Tensor:
-    """The norms of vectors, from their inner products: ``(T, T) -> (T,)``."""
+    """Return the norms of vectors, from their inner products: ``(T, T) -> (T,)``."""
     return products.diagonal().clamp(min=0).sqrt()
 
 
@@ -71,7 +71,7 @@ def cosines(products: Tensor) -> Tensor:
 
 
 def distances(products: Tensor, merged_square: float, merged_products: Tensor) -> Tensor:
-    """The distances of a merged model to the experts, ``‖θ_merged - θ_i‖``.
+    """Return the distances of a merged model to the experts, ``‖θ_merged - θ_i‖``.
 
     Args:
         products: The inner products of the experts' task vectors ``(T, T)``.

@@ -83,7 +83,7 @@ def subspace_alignment_ratio(
     threshold: float | None = None,
     off_by_one: bool = False,
 ) -> Tensor:
-    """The share of a task matrix that lies in the leading subspace of a merged one: ``‖U Uᵀ Δ‖ / ‖Δ‖``.
+    """Return the share of a task matrix that lies in the leading subspace of a merged one: ``‖U Uᵀ Δ‖ / ‖Δ‖``.
 
     Args:
         delta: The task matrix, or several, ``(…, m, n)``.
@@ -123,7 +123,7 @@ def leading_subspace(
     threshold: float | None = None,
     off_by_one: bool = False,
 ) -> Tensor:
-    """The leading left singular vectors of a matrix, as few as reach it.
+    """Return the leading left singular vectors of a matrix, as few as reach it.
 
     Args:
         matrix: ``(m, n)``; half precision is computed in float32.
@@ -148,7 +148,7 @@ def leading_subspace(
 
 
 def projected_ratio(delta: Tensor, U: Tensor) -> Tensor:
-    """The share of matrices that lies in a subspace, ``‖U Uᵀ Δ‖ / ‖Δ‖``.
+    """Return the share of matrices that lies in a subspace, ``‖U Uᵀ Δ‖ / ‖Δ‖``.
 
     Args:
         delta: ``(…, m, n)``; half precision is computed in float32.
@@ -171,7 +171,7 @@ def projected_ratio(delta: Tensor, U: Tensor) -> Tensor:
 
 
 def ratio_of_overlap(overlap: Tensor, s: Tensor) -> Tensor:
-    """The same share from what was found before, for ``Δ = V diag(s) Wᵀ``: ``‖Uᵀ V diag(s)‖ / ‖s‖``, in float64.
+    """Return the same share from what was found before, for ``Δ = V diag(s) Wᵀ``: ``‖Uᵀ V diag(s)‖ / ‖s‖``, in float64.
 
     Args:
         overlap: ``Uᵀ V (k, r)``.

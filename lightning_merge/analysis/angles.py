@@ -19,7 +19,7 @@ from lightning_merge.utilities.tensors import wide
 
 
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:
-    """The principal angles between two subspaces, in radians.
+    """Return the principal angles between two subspaces, in radians.
 
     Large ones come from cosines and small ones from sines, so that all are exact to rounding (Björck and Golub, 1973;
     Knyazev and Argentati, 2002).
@@ -67,7 +67,7 @@ def pairwise_angles(deltas: Tensor, rule: RankRule = OF_PAIRS) -> Tensor:
 
 
 def mean_angle(overlap: Tensor) -> float:
-    """The mean principal angle between two subspaces, from ``Uᵀ V (k, l)``; NaN if one of them has no dimension.
+    """Return the mean principal angle between two subspaces, from ``Uᵀ V (k, l)``; NaN if one of them has no dimension.
 
     The cosines are the roots of the eigenvalues of a Gram matrix in float64, which is quick. Of bases in float32 an
     angle below 1e-3 is only known to be that small.

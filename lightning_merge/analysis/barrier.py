@@ -66,7 +66,7 @@ def loss_barrier(
 
 
 def interpolate(a: Weights, b: Weights, at: float) -> dict[str, Tensor]:
-    """The model ``(1 - at) a + at b``. Running means and variances too; what is no float is that of ``a``."""
+    """Return the model ``(1 - at) a + at b``. Running means and variances too; what is no float is that of ``a``."""
     return {
         name: ((1 - at) * tensor + at * b[name].to(tensor.device)).to(tensor.dtype)
         if tensor.is_floating_point()

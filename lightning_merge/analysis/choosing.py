@@ -10,7 +10,7 @@ BUDGET = 2.8e12
 
 
 def operations(blocks: int, m: int, n: int, experts: int, merged: int) -> float:
-    """The floating-point operations that a parameter takes which is seen as ``blocks`` matrices ``(m, n)``.
+    """Return the floating-point operations that a parameter takes which is seen as ``blocks`` matrices ``(m, n)``.
 
     Args:
         blocks: Matrices.
@@ -56,7 +56,7 @@ def choose(costs: Mapping[str, float], budget: float | None = None) -> list[str]
 
 
 def _spread(count: int) -> Sequence[int]:
-    """The numbers below ``count``: first, last, and then always what lies farthest from those before."""
+    """Return the numbers below ``count``: first, last, and then always what lies farthest from those before."""
     order = [0, count - 1][:count]
     left = list(range(1, count - 1))
     while left:

@@ -52,16 +52,16 @@ class Comparison:
         )
 
     def products(self, names: Collection[str] | None = None) -> Tensor:
-        """The inner products of the experts' task vectors ``(T, T)``."""
+        """Return the inner products of the experts' task vectors ``(T, T)``."""
         zero = torch.zeros(len(self.experts), len(self.experts), dtype=torch.float64)
         return sum((parameter.products for parameter in self._of(names)), zero)
 
     def norms(self, names: Collection[str] | None = None) -> Tensor:
-        """The norms of the experts' task vectors ``(T,)``."""
+        """Return the norms of the experts' task vectors ``(T,)``."""
         return agreement.norms(self.products(names))
 
     def cosines(self, names: Collection[str] | None = None) -> Tensor:
-        """The cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
+        """Return the cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
         return agreement.cosines(self.products(names))
 
     def mean_cosine(self, names: Collection[str] | None = None) -> float:
@@ -79,13 +79,13 @@ class Comparison:
         return 1 - 2.0 ** (1 - len(self.experts))
 
     def distances(self, merged: str, names: Collection[str] | None = None) -> Tensor:
-        """The distances of a merged model to the experts ``(T,)``."""
+        """Return the distances of a merged model to the experts ``(T,)``."""
         return agreement.distances(
             self.products(names), self._square(merged, names), self._merged_products(merged, names)
         )
 
     def update_norm(self, merged: str, names: Collection[str] | None = None) -> float:
-        """The norm of a merged model's update."""
+        """Return the norm of a merged model's update."""
         return math.sqrt(self._square(merged, names))
 
     def update_ratio(self, merged: str, names: Collection[str] | None = None) -> float:
@@ -94,7 +94,7 @@ class Comparison:
         return self.update_norm(merged, names) / mean if mean else math.nan
 
     def merged_cosines(self, merged: str, names: Collection[str] | None = None) -> Tensor:
-        """The cosines between a merged model's update and every task vector ``(T,)``."""
+        """Return the cosines between a merged model's update and every task vector ``(T,)``."""
         return self._merged_products(merged, names) / self.norms(names) / self.update_norm(merged, names)
 
     def mean_alignment(self) -> Tensor:
@@ -107,11 +107,11 @@ class Comparison:
         return sum(found) / len(found) if found else math.nan
 
     def mean_angles(self) -> Tensor:
-        """The mean over the matrices of ``angles``, in radians ``(T, T)``; zero matrices are left out."""
+        """Return the mean over the matrices of ``angles``, in radians ``(T, T)``; zero matrices are left out."""
         return self._mean([matrix.angles for matrix in self.matrices])
 
     def mean_merged_alignment(self, merged: str) -> Tensor:
-        """The mean over the matrices of every expert's alignment with a merged model ``(T,)``."""
+        """Return the mean over the matrices of every expert's alignment with a merged model ``(T,)``."""
         return self._mean([matrix.merged_alignment[merged] for matrix in self.matrices], 1)
 
     def profile(self, pattern: str = GROUPS) -> dict[str, GroupProfile]:
@@ -158,6 +158,6 @@ class Comparison:
 
 
 def mean_of_pairs(values: Tensor) -> float:
-    """The mean of what stands off the diagonal of ``(T, T)``, without NaN; NaN if nothing is left."""
+    """Return the mean of what stands off the diagonal of ``(T, T)``, without NaN; NaN if nothing is left."""
     off_diagonal = ~torch.eye(len(values), dtype=torch.bool)
     return float(values[off_diagonal].nanmean())

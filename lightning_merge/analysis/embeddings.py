@@ -18,7 +18,7 @@ from lightning_merge.utilities.sites import Site
 def embed(
     module: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], site: Site
 ) -> tuple[Tensor, Tensor | None]:
-    """The activations of a model at a site, averaged over the places of a feature map or the tokens.
+    """Return the activations of a model at a site, averaged over the places of a feature map or the tokens.
 
     Args:
         module: The model's module.

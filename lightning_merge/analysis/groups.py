@@ -18,7 +18,7 @@ def group_of(name: str, pattern: str = GROUPS) -> str:
 
 
 def grouped(names: Iterable[str], pattern: str = GROUPS) -> dict[str, list[str]]:
-    """The names of each group, in their order.
+    """Return the names of each group, in their order.
 
     Raises:
         MergeError: If the pattern is no regular expression.

@@ -45,7 +45,7 @@ class Plane:
         return (scale * (1 + self.expert_1[0]), scale)
 
     def at(self, x: float, y: float) -> dict[str, Tensor]:
-        """The model at a point."""
+        """Return the model at a point."""
         return {
             name: (tensor + x * self.u[name] + y * self.v[name]).to(tensor.dtype) if name in self.u else tensor
             for name, tensor in self.base.items()
@@ -102,7 +102,7 @@ class Landscape:
     worst: Tensor
 
     def best(self, values: Tensor) -> Point:
-        """The point of the grid where ``average`` or ``worst`` is highest."""
+        """Return the point of the grid where ``average`` or ``worst`` is highest."""
         row, column = divmod(int(values.argmax()), len(self.xs))
         return self.xs[column].item(), self.ys[row].item()
 

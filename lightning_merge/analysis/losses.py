@@ -59,7 +59,7 @@ def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> 
 
 
 def loss_and_accuracy(module: nn.Module, batches: Iterable[Any], weights: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The mean cross-entropy and the accuracy of a model on ``(images, labels)``.
+    """Return the mean cross-entropy and the accuracy of a model on ``(images, labels)``.
 
     Args:
         module: Maps images to logits ``(N, classes)``.

@@ -68,7 +68,7 @@ def _problems(train: Features, test: Features, decay: float, steps: int) -> list
 
 
 def _shared(train: Tensor, test: Tensor) -> list[str]:
-    """A sentence if most of the test samples are training samples, too: a few may be duplicates in the data."""
+    """Return a sentence if most of the test samples are training samples, too: a few may be duplicates in the data."""
     seen = {row.numpy().tobytes() for row in train.detach().cpu()}
     count = sum(row.numpy().tobytes() in seen for row in test.detach().cpu())
     if 2 * count <= len(test):

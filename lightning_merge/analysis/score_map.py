@@ -94,13 +94,13 @@ def pool(matrix: Tensor, size: int) -> Tensor:
 
 
 def _energies(matrices: Tensor) -> tuple[float, float]:
-    """The energy on the diagonals of ``(…, r, r)``, and off them."""
+    """Return the energy on the diagonals of ``(…, r, r)``, and off them."""
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     return _energy(diagonal), _energy(matrices - torch.diag_embed(diagonal))
 
 
 def _energy(tensor: Tensor) -> float:
-    """The sum of squares, in float64."""
+    """Return the sum of squares, in float64."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 

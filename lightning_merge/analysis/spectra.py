@@ -11,7 +11,7 @@ from lightning_merge.utilities.tensors import wide
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """The singular values of matrices, in descending order: ``(…, m, n) -> (…, min(m, n))``.
+    """Return the singular values of matrices, in descending order: ``(…, m, n) -> (…, min(m, n))``.
 
     Half precision is computed in float32. NaN where an entry is not finite.
     """
@@ -19,7 +19,7 @@ def singular_values(matrices: Tensor) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """The effective rank ``exp(H(p))``, where ``p = s / Σs`` and ``H(p) = -Σ p log p``.
+    """Return the effective rank ``exp(H(p))``, where ``p = s / Σs`` and ``H(p) = -Σ p log p``.
 
     It is the number of singular values, all of one size, that would be as spread out as these (Roy and Vetterli, "The
     effective rank: a measure of effective dimensionality", EUSIPCO 2007, definition 1).
@@ -44,7 +44,7 @@ def stable_rank(s: Tensor) -> Tensor:
 
 
 def energy_share(s: Tensor, k: int) -> Tensor:
-    """The share of the energy in the k largest singular values, ``Σ_{i <= k} s_i² / Σ s²``.
+    """Return the share of the energy in the k largest singular values, ``Σ_{i <= k} s_i² / Σ s²``.
 
     Args:
         s: Singular values in descending order ``(…, r)``.

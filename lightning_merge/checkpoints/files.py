@@ -72,7 +72,7 @@ class InputFile:
             self._compare(os.stat(self._absolute))
 
     def fingerprint(self) -> str:
-        """The sha256 of the file, remembered for as long as it does not change."""
+        """Return the sha256 of the file, remembered for as long as it does not change."""
         self.check_unchanged()
         key = self._key
         if key not in _DIGESTS:
@@ -114,6 +114,6 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind where that says nothing."""
+    """Return the first line of an error's message, or its kind where that says nothing."""
     line = (str(error).splitlines() or [""])[0]
     return line if " " in line else f"{type(error).__name__} {line}".strip()

@@ -73,7 +73,7 @@ def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequen
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds a model that was merged here, which may be replaced."""
+    """Tell whether a folder holds a model that was merged here, which may be replaced."""
     return any("merge" in open_weights(file).header for file in folder.glob("*.safetensors"))
 
 

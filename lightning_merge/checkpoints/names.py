@@ -11,7 +11,7 @@ _RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 def is_left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
-    """Whether a parameter is not merged because the user says so."""
+    """Tell whether a parameter is not merged because the user says so."""
     return matches(name, exclude) or (include is not None and not matches(name, include))
 
 
@@ -21,7 +21,7 @@ def is_of_one_kind(names: Sequence[str], expert: Weights) -> bool:
 
 
 def unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
-    """A sentence for each pattern that matches no parameter."""
+    """Return a sentence for each pattern that matches no parameter."""
     names = {name for model in (base, *experts) for name in model}
     return [
         f"The pattern {pattern!r} matches no parameter; names look like {', '.join(list(base)[:3])}."
@@ -31,10 +31,10 @@ def unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequenc
 
 
 def is_running_statistic(name: str) -> bool:
-    """Whether a name is that of BatchNorm's running mean or variance."""
+    """Tell whether a name is that of BatchNorm's running mean or variance."""
     return name.rpartition(".")[2] in _RUNNING_STATISTICS
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of the shell patterns (``*.norm.*``, ``head.*``)."""
+    """Tell whether a name matches one of the shell patterns (``*.norm.*``, ``head.*``)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -156,12 +156,12 @@ class PartFile:
         self.close()
 
     def checksum(self, name: str) -> int:
-        """The checksum of what the file holds in the place of a tensor."""
+        """Return the checksum of what the file holds in the place of a tensor."""
         place = self.places[name]
         return zlib.crc32(self._get(place.begin, place.end))
 
     def mapped(self) -> dict[str, Tensor]:
-        """The tensors of the complete file, in whose pages they stay until they are read."""
+        """Return the tensors of the complete file, in whose pages they stay until they are read."""
         if self.size == len(self.header):
             return {name: torch.empty(place.shape, dtype=place.dtype) for name, place in self.places.items()}
         content = np.memmap(self.path, np.uint8, mode="c")
@@ -190,11 +190,11 @@ class PartFile:
         return bytes(content)
 
     def _is_this(self) -> bool:
-        """Whether the file that is there was begun by the same merge."""
+        """Tell whether the file that is there was begun by the same merge."""
         return self._get(0, len(self.header)) == self.header
 
     def journals(self) -> list[Path]:
-        """The notes of what is finished, one file for each process."""
+        """Return the notes of what is finished, one file for each process."""
         if not self.path.parent.is_dir():
             return []
         pattern = re.compile(re.escape(self.path.name) + r"\.done\d+")
@@ -215,7 +215,7 @@ class PartFile:
         self._open_journal(0)
 
     def _believed(self) -> set[str]:
-        """The tensors that are noted as finished and have the bytes that were noted."""
+        """Return the tensors that are noted as finished and have the bytes that were noted."""
         noted = {}
         for journal in self.journals():
             for line in journal.read_bytes().splitlines():

@@ -78,7 +78,7 @@ _FOLDER_PATTERNS = (
 
 
 def _find_file(path: Path) -> Path:
-    """The weight file that ``path`` means: itself, or the only one in the folder."""
+    """Return the weight file that ``path`` means: itself, or the only one in the folder."""
     if os.path.isfile(path):
         check_no_part(path)
         return path

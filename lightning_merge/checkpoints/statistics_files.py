@@ -143,7 +143,7 @@ def _absent(statistics: Mapping[str, Source], needs: Sequence[str], experts: Map
 
 
 def command(expert: Weights, kinds: Sequence[str]) -> str:
-    """The command that makes the statistics of an expert."""
+    """Return the command that makes the statistics of an expert."""
     path = expert.path or Path("EXPERT.ckpt")
     if TASK_VECTOR in expert.header:  # they are collected of the checkpoint that it was taken from
         path = Path(expert.header[TASK_VECTOR]["expert"]["path"] or "EXPERT.ckpt")
@@ -169,7 +169,7 @@ def _is_path(source: Source) -> bool:
 
 
 def _wanted(kind: str, needs: Sequence[str], opened: Mapping[str, Weights], names: Sequence[str]) -> list[str]:
-    """The parameters for which every expert must have a statistic."""
+    """Return the parameters for which every expert must have a statistic."""
     if kind == "fisher":
         return list(names)
     grams = [kind] if kind == "gram_out" else [other for other in needs if other != "fisher"]

@@ -239,7 +239,7 @@ def _split(meta: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 
 def _file_names(whole: str, count: int) -> list[str]:
-    """The names of a model's files: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on."""
+    """Return the names of a model's files: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on."""
     if count == 1:
         return [whole]
     stem, _, suffix = whole.rpartition(".")

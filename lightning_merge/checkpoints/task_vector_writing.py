@@ -150,7 +150,7 @@ def take_task_vector(
 
 
 def _is_difference(name: str, base: Weights, expert: Weights) -> bool:
-    """Whether an expert's parameter is the base's, moved; running statistics are never seen as differences."""
+    """Tell whether an expert's parameter is the base's, moved; running statistics are never seen as differences."""
     if name not in base or name not in expert or is_running_statistic(name):
         return False
     mine, theirs = base.meta[name], expert.meta[name]
@@ -162,7 +162,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _tied(base: Weights, expert: Weights) -> dict[str, str]:
-    """The expert's names for a tensor that has another name, unless they are two tensors in the base."""
+    """Return the expert's names for a tensor that has another name, unless they are two tensors in the base."""
 
     def is_one(alias: str, owner: str) -> bool:
         return alias not in base or (owner in base and base.tied.get(alias, alias) == base.tied.get(owner, owner))

@@ -62,7 +62,7 @@ def open_torch(name: str, path: Path) -> Weights:
 
 
 def _explained(path: Path, error: Exception) -> MergeError:
-    """The sentence for what PyTorch says, without its advice to load the file unsafely."""
+    """Return the sentence for what PyTorch says, without its advice to load the file unsafely."""
     message = str(error)
     if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", message)):
         return MergeError(
@@ -74,7 +74,7 @@ def _explained(path: Path, error: Exception) -> MergeError:
 
 
 def _parts(path: Path, content: Any) -> tuple[Mapping[Any, Any], dict[str, Any]]:
-    """The state dict of what was loaded, and what else is worth knowing of it."""
+    """Return the state dict of what was loaded, and what else is worth knowing of it."""
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not a state dict.")
     header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
@@ -132,7 +132,7 @@ def _read(file: InputFile, place: _Place) -> Tensor:
 
 @cache
 def _tells_positions() -> bool:
-    """Whether this PyTorch notes the position of a record in the storage that it loads to the ``meta`` device."""
+    """Tell whether this PyTorch notes the position of a record in the storage that it loads to the ``meta`` device."""
     file = io.BytesIO()
     torch.save(torch.zeros(1), file)
     file.seek(0)

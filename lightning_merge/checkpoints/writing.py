@@ -117,7 +117,7 @@ def save_torch(
 def checkpoint_of(
     weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The content of a checkpoint of Lightning."""
+    """Return the content of a checkpoint of Lightning."""
     from importlib.metadata import version
 
     return {

@@ -42,7 +42,7 @@ def noisy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def thick(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A broad pen: every pixel takes the brightest of its neighbours."""
+    """Return a broad pen: every pixel takes the brightest of its neighbours."""
     from scipy.ndimage import grey_dilation
 
     return np.stack([grey_dilation(image, size=(2, 2)) for image in images])
@@ -88,11 +88,11 @@ class Digits(DomainDataModule):
         return images.reshape(-1, 8, 8) / 16, labels
 
     def labels(self, domain: str) -> np.ndarray:
-        """The digits' labels: the same in every domain."""
+        """Return the digits' labels: the same in every domain."""
         return self._digits[1]
 
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """The digits at ``indices`` in the domain's look, ``(1, 8, 8)``, scaled to [-1, 1]."""
+        """Return the digits at ``indices`` in the domain's look, ``(1, 8, 8)``, scaled to [-1, 1]."""
         images, labels = self._digits
         shown = LOOKS[domain](images, np.random.default_rng(self.domains.index(domain)))[indices]
         return TensorDataset(

@@ -86,11 +86,11 @@ class DomainDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def labels(self, domain: str) -> np.ndarray:
-        """The labels of a domain's samples ``(N,)``."""
+        """Return the labels of a domain's samples ``(N,)``."""
 
     @abstractmethod
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """The samples of a domain at ``indices``: pairs of an image tensor ``(C, H, W)`` and a label."""
+        """Return the samples of a domain at ``indices``: pairs of an image tensor ``(C, H, W)`` and a label."""
 
     def check(self, domains: Sequence[str]) -> None:
         """Raise a :class:`MergeError` if the samples of these domains cannot be used. By default they can."""
@@ -110,7 +110,7 @@ class DomainDataModule(LightningDataModule, ABC):
         return [self.held_out] if self.held_out else self.train_domains
 
     def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test"):
-        """A copy of this data module for other domains."""
+        """Return a copy of this data module for other domains."""
         other = copy.copy(self)
         other.held_out, other.test_on = None, test_on
         other._train_domains, other._test_domains = list(train), list(test)
@@ -134,7 +134,7 @@ class DomainDataModule(LightningDataModule, ABC):
         return self.test_domains
 
     def split(self, domain: str, split: Split) -> np.ndarray:
-        """The indices of a split of a domain, in ascending order.
+        """Return the indices of a split of a domain, in ascending order.
 
         Raises:
             MergeError: If a class is too small to be split.
@@ -168,7 +168,7 @@ class DomainDataModule(LightningDataModule, ABC):
         return batch_loader(ConcatDataset(parts), self.batch_size, shuffle, self.num_workers)
 
     def train_dataloader(self) -> DataLoader:
-        """The train splits of the training domains."""
+        """Return the train splits of the training domains."""
         return self._loader(self.train_domains, "train", shuffle=True)
 
     def statistics_dataloader(self) -> DataLoader:
@@ -179,21 +179,21 @@ class DomainDataModule(LightningDataModule, ABC):
         return batch_loader(Subset(samples, order), self.batch_size, shuffle=False, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """The validation splits of the training domains, together."""
+        """Return the validation splits of the training domains, together."""
         return self._loader(self.train_domains, "val")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader for each test domain."""
+        """Return one loader for each test domain."""
         return [self._loader([domain], self.test_on) for domain in self.test_domains]
 
     def predict_dataloader(self) -> list[DataLoader]:
-        """One loader for each test domain."""
+        """Return one loader for each test domain."""
         return self.test_dataloader()
 
     def training_images(
         self, domains: Sequence[str], model: LightningModule, batch_size: int = 16
     ) -> dict[str, DataLoader]:
-        """The train split of each domain without augmentation, in random order, for what runs the model on it.
+        """Return the train split of each domain without augmentation, in random order, for what runs the model on it.
 
         Every process gets the same batches.
 

@@ -104,11 +104,11 @@ class DomainFolders(DomainDataModule):
         return list(next(iter(self._files.values())))
 
     def labels(self, domain: str) -> np.ndarray:
-        """The labels of a domain's images, sorted by class and by name."""
+        """Return the labels of a domain's images, sorted by class and by name."""
         return np.repeat(np.arange(len(self.class_names)), [len(files) for files in self._files[domain].values()])
 
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """The images of a domain at ``indices``."""
+        """Return the images of a domain at ``indices``."""
         files = [file for files in self._files[domain].values() for file in files]
         labels = self.labels(domain)
         preprocessing = self.preprocessing

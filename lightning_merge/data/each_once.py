@@ -25,7 +25,7 @@ from lightning_merge.utilities.processes import processes_of_run
 
 
 def each_once(loaders: Any) -> Iterable[Any]:
-    """The samples of any project's loaders, each once and in order, whatever the number of processes.
+    """Return the samples of any project's loaders, each once and in order, whatever the number of processes.
 
     Every process gets its part of every batch. Nothing is dropped or shuffled, nor repeated so that all processes have
     the same number of samples (as Lightning's distributed sampler does). A sampler of the project's own is asked once
@@ -68,12 +68,12 @@ def _can_be_read_anew(loader: Any) -> bool:
 
 
 def _unwrapped(sampler: Sampler | Iterable[int]) -> Sampler | Iterable[int]:
-    """The project's own sampler, inside what Lightning made of it to share it out."""
+    """Return the project's own sampler, inside what Lightning made of it to share it out."""
     return sampler.dataset._sampler if type(sampler) is DistributedSamplerWrapper else sampler
 
 
 def _own_order(sampler: Sampler | Iterable[int]) -> list[int] | None:
-    """The indices that a sampler takes, in ascending order; None if it takes all."""
+    """Return the indices that a sampler takes, in ascending order; None if it takes all."""
     own = _unwrapped(sampler)
     if type(own) in (SequentialSampler, DistributedSampler):
         return None

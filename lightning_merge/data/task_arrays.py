@@ -134,7 +134,7 @@ class TaskArrays(DomainDataModule):
         return list(self._test_domains) if self._test_domains is not None else self.train_domains
 
     def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test"):
-        """A copy of this data module for other tasks."""
+        """Return a copy of this data module for other tasks."""
         self._refuse_all(test_on)
         return super().only(train, test, test_on)
 
@@ -158,7 +158,7 @@ class TaskArrays(DomainDataModule):
         return names[first] if first is not None else []
 
     def class_names_of(self, domain: str) -> list[str]:
-        """The names of a task's classes."""
+        """Return the names of a task's classes."""
         return self._task(domain).classes
 
     def _task(self, name: str) -> Task:
@@ -193,12 +193,12 @@ class TaskArrays(DomainDataModule):
         raise_all([problem for task in domains for problem in problems_of(check, task)])
 
     def labels(self, domain: str) -> np.ndarray:
-        """The labels of a task's training images, then those of its test images ``(N,)``."""
+        """Return the labels of a task's training images, then those of its test images ``(N,)``."""
         task = self._task(domain)
         return np.concatenate([task.train[1], task.test[1]])
 
     def split(self, domain: str, split: Split) -> np.ndarray:
-        """The indices of a split of a task, in ascending order.
+        """Return the indices of a split of a task, in ascending order.
 
         Raises:
             MergeError: If a class is too small to be split, or if ``all`` is asked for.
@@ -222,7 +222,7 @@ class TaskArrays(DomainDataModule):
         return np.sort({"train": train, "val": val}[split])
 
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """The images of a task at ``indices``: ``(channels, image_size, image_size)``, normalised."""
+        """Return the images of a task at ``indices``: ``(channels, image_size, image_size)``, normalised."""
         task, mean, std = self._task(domain), *self._normalisation()
         picked = torch.as_tensor(indices)
         images = torch.cat([task.train[0], task.test[0]])[picked].float() / 255

@@ -103,7 +103,7 @@ class CandidateEvaluator(LightningModule):
         return getattr(self.module, "preprocessing", None)
 
     def key(self, row: str, domain: str, metric: str) -> str:
-        """The name under which a number is logged: by position, because names of rows are free text."""
+        """Return the name under which a number is logged: by position, because names of rows are free text."""
         return f"{self.rows.index(row)}/{self._domains.index(domain)}/{metric}"
 
     def on_test_start(self) -> None:

@@ -17,7 +17,7 @@ _OTHER_EXPERT = "expert "
 
 
 def is_method(row: str) -> bool:
-    """Whether a row is a merged model, and not one of those that merged models are compared with."""
+    """Tell whether a row is a merged model, and not one of those that merged models are compared with."""
     return row not in (BASE, OWN_EXPERT, ENSEMBLE) and not row.startswith(_OTHER_EXPERT)
 
 

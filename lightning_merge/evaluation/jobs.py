@@ -77,7 +77,7 @@ class JobList(ABC):
 
     @abstractmethod
     def jobs(self) -> list[Job]:
-        """All jobs, those first that others wait for."""
+        """Return all jobs, those first that others wait for."""
 
     def __getstate__(self) -> dict[str, Any]:
         arguments = self.trainer.arguments | {"callbacks": self.trainer.given_callbacks, "logger": False}
@@ -106,7 +106,7 @@ def do_job(job: Job, seed: int) -> float:
 
 
 def names_of(*jobs: Iterable[Job]) -> list[str]:
-    """The names of jobs."""
+    """Return the names of jobs."""
     return [job.name for job in chain(*jobs)]
 
 
@@ -147,7 +147,7 @@ def fit_expert(
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the job of this folder is done."""
+    """Tell whether the job of this folder is done."""
     return (folder / _DONE).exists()
 
 
@@ -213,7 +213,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def _fingerprint(model: LightningModule) -> str:
-    """The sha256 of a model's weights."""
+    """Return the sha256 of a model's weights."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -222,7 +222,7 @@ def _fingerprint(model: LightningModule) -> str:
 
 
 def _describe_callback(callback: Callback) -> dict[str, Any]:
-    """A callback's class and its plain settings."""
+    """Return a callback's class and its plain settings."""
     plain = {k: v for k, v in vars(callback).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
     return {"class": type(callback).__name__, **plain}
 

@@ -79,6 +79,6 @@ def calibration_images(
 
 
 def on_device(trainer: Trainer, model: LightningModule) -> LightningModule:
-    """The model on the trainer's device: itself if it is there, else a copy."""
+    """Return the model on the trainer's device: itself if it is there, else a copy."""
     device = trainer.strategy.root_device
     return model if device_of(model) == device else copy.deepcopy(model).to(device)

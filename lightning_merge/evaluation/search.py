@@ -163,7 +163,7 @@ def check_search(method: MergeMethod, grid: SearchGrid | None, patience: int | N
 
 
 def row_name(setting: Setting) -> str:
-    """The name of a setting's row: ``common_fraction 0.8, scale 1.3``."""
+    """Return the name of a setting's row: ``common_fraction 0.8, scale 1.3``."""
     return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 
@@ -239,7 +239,7 @@ class Validation:
         return [record | {"test_on": "val"} for record in found]
 
     def score(self, weights: Mapping[str, Tensor]) -> float:
-        """The mean normalized accuracy of one candidate."""
+        """Return the mean normalized accuracy of one candidate."""
         return Table([*self.own_records, *self.evaluate({"candidate": weights})]).normalized("candidate")
 
 

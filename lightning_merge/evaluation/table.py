@@ -48,18 +48,18 @@ class Table:
         return [row for row in (BASE, *methods, ENSEMBLE, OWN_EXPERT) if row in found]
 
     def value(self, row: str, domain: str) -> float | None:
-        """The metric of a row on a domain; None if it was not measured."""
+        """Return the metric of a row on a domain; None if it was not measured."""
         for record in self.records:
             if record["row"] == row and record["domain"] == domain:
                 return record[self.metric]
         return None
 
     def values(self, row: str) -> list[float]:
-        """The metric of a row on every domain where it was measured."""
+        """Return the metric of a row on every domain where it was measured."""
         return [value for domain in self.domains if (value := self.value(row, domain)) is not None]
 
     def mean(self, row: str) -> float | None:
-        """The mean over the domains; None unless the row was measured on all of them, NaN if one of them is."""
+        """Return the mean over the domains; None unless the row was measured on all of them, NaN if one of them is."""
         values = self.values(row)
         return sum(values) / len(values) if len(values) == len(self.domains) else None
 
@@ -92,7 +92,7 @@ class Table:
         return not self.lower_is_better and self.mean(OWN_EXPERT) is not None
 
     def line(self, row: str) -> list[float | None]:
-        """The numbers of a row, in the order of the header, in [0, 1]."""
+        """Return the numbers of a row, in the order of the header, in [0, 1]."""
         values = [*(self.value(row, domain) for domain in self.domains), self.mean(row), self.worst(row)]
         return [*values, self.normalized(row)] if self._is_normalized else values
 
@@ -111,11 +111,11 @@ class Table:
         return Grid(self.header, rows, self.caption)
 
     def grids(self) -> list[Grid]:
-        """A table for every metric."""
+        """Return a table for every metric."""
         return [replace(self, metric=metric).grid() for metric in METRICS]
 
     def markdown(self) -> str:
-        """The table in Markdown, in percent; the best method of every column is bold."""
+        """Return the table in Markdown, in percent; the best method of every column is bold."""
         return self.grid().markdown()
 
     @property
@@ -132,7 +132,7 @@ class Table:
         return text + "."
 
     def csv(self) -> str:
-        """The table as CSV, with unrounded numbers."""
+        """Return the table as CSV, with unrounded numbers."""
         return self.grid().csv()
 
     def save(self, folder: str | Path) -> None:
@@ -149,5 +149,5 @@ class Table:
 
 
 def _percent(value: float | None) -> str:
-    """A share in percent; nothing where it was not measured, and ``nan`` where no number came out."""
+    """Return a share in percent; nothing where it was not measured, and ``nan`` where no number came out."""
     return "" if value is None else f"{100 * value:.1f}"

@@ -102,7 +102,7 @@ def evaluate_merged(
 
 
 def unfolded(model: LightningModule, merged: Merged, task: str, weights: Mapping[str, Tensor]) -> Correction:
-    """The corrections of a task that its weights do not hold, which have to be inserted into the module."""
+    """Return the corrections of a task that its weights do not hold, which have to be inserted into the module."""
     correction = merged.corrections.get(task) or merged.corrections.get(ALL_TASKS, Correction())
     return fold(model, weights, correction)[1]
 

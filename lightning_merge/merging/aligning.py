@@ -141,7 +141,7 @@ def _match_by_activations(
 
 
 def with_private_of(module: nn.Module, weights: Mapping[str, Tensor], private: Sequence[str]) -> dict[str, Tensor]:
-    """A model's weights with the private parameters of a module, whose head may be for other classes."""
+    """Return a model's weights with the private parameters of a module, whose head may be for other classes."""
     own = module.state_dict()
     return {**weights, **{name: tensor for name, tensor in own.items() if matches(name, private)}}
 

@@ -109,7 +109,7 @@ def _of_another_kind(names: Sequence[str], experts: Sequence[Weights]) -> list[s
 
 
 def _shares(expert: Weights, alias: str, owner: str) -> bool:
-    """Whether two names that the base ties are one in the expert, too (a file may leave the second name out)."""
+    """Tell whether two names that the base ties are one in the expert, too (a file may leave the second name out)."""
     return alias not in expert or expert.tied.get(alias, alias) == expert.tied.get(owner, owner)
 
 
@@ -164,6 +164,6 @@ def _different(base: Weights, experts: Sequence[Weights], names: Sequence[str]) 
 
 
 def _pattern(name: str) -> str:
-    """The pattern that leaves out the module of a parameter: ``head.weight -> head.*``."""
+    """Return the pattern that leaves out the module of a parameter: ``head.weight -> head.*``."""
     module, dot, _ = name.rpartition(".")
     return f"{module}.*" if dot else name

@@ -42,7 +42,7 @@ class Scores(Protocol):
         """One record for each row and domain."""
 
     def grid(self) -> Grid:
-        """The table to show."""
+        """Return the table to show."""
 
 
 def model_card(manifest: Mapping[str, Any], output: str | os.PathLike[str], scores: Scores | None = None) -> ModelCard:
@@ -86,7 +86,7 @@ def check_card(path: str | os.PathLike[str]) -> None:
 
 
 def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Every method, the outer one first: its paper, what it does, its formula and arguments."""
+    """Return every method, the outer one first: its paper, what it does, its formula and arguments."""
     has_formula = False
     for method in layers(manifest["method"]):
         cls = method_class(method)
@@ -112,7 +112,7 @@ def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _recipe(manifest: Mapping[str, Any], name: str) -> Iterator[str]:
-    """The YAML and how to run it; or why there is none."""
+    """Return the YAML and how to run it; or why there is none."""
     reasons = obstacles(manifest)
     if reasons:
         yield f"No configuration alone makes this model again, because {as_markdown('; '.join(reasons))}."
@@ -145,7 +145,7 @@ def _metadata(manifest: Mapping[str, Any], output: str | os.PathLike[str], name:
 
 
 def _results(scores: Scores) -> list[EvalResult]:
-    """The accuracy on every domain where there is one."""
+    """Return the accuracy on every domain where there is one."""
     from huggingface_hub import EvalResult
 
     found = []
@@ -183,7 +183,7 @@ def _library(base: Mapping[str, Any]) -> str | None:
 
 
 def _license(models: list[Mapping[str, Any]]) -> str | None:
-    """The licence, if the cards of the base and of all experts name the same one."""
+    """Return the licence, if the cards of the base and of all experts name the same one."""
     found = {_license_beside(Path(model["path"])) if model.get("path") else None for model in models}
     known = found.pop()
     return known if not found and known != "other" else None
@@ -202,7 +202,7 @@ def _license_beside(path: Path) -> str | None:
 
 
 def _value(value: Any) -> str:
-    """A value as YAML has it, in one line."""
+    """Return a value as YAML has it, in one line."""
     import yaml
 
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)

@@ -27,7 +27,7 @@ def moments_file(expert: Weights) -> Path | None:
 
 
 def read_moments(expert: Weights, name: str) -> dict[Site, Moments]:
-    """The moments of an expert's activations on its own data, by site, from the file beside its own.
+    """Return the moments of an expert's activations on its own data, by site, from the file beside its own.
 
     Those of an expert whose channels were put into another order are put into that order, too.
 

@@ -98,7 +98,7 @@ def list_settings(method: MergeMethod, grid: SearchGrid | None = None) -> list[S
 
 
 def with_setting(method: MergeMethod, setting: Setting) -> MergeMethod:
-    """The method with other values of some of its fields, or of the fields of the method inside.
+    """Return the method with other values of some of its fields, or of the fields of the method inside.
 
     Raises:
         MergeError: If a field is not known or its value is out of range.

@@ -158,7 +158,7 @@ def image_tower(clip: CLIP) -> tuple[nn.Module, int, Preprocessing]:
 
 
 def _width(clip: CLIP) -> int:
-    """The embedding width of a CLIP whose image tower does not say it (those built by timm)."""
+    """Return the embedding width of a CLIP whose image tower does not say it (those built by timm)."""
     projection: Tensor | None = getattr(clip, "text_projection", None)
     return projection.shape[1] if projection is not None else clip.text.output_dim
 
@@ -219,7 +219,7 @@ def _attribute(path: str) -> Callable[..., Any]:
 
 
 def _makes_modules(found: Any) -> bool:
-    """Whether something is a class of modules, or a function that says it returns one."""
+    """Tell whether something is a class of modules, or a function that says it returns one."""
     try:
         kind = found if isinstance(found, type) else get_type_hints(found).get("return")
     except (NameError, TypeError):

@@ -55,7 +55,7 @@ def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def misses_last(trainer: Trainer) -> bool:
-    """Whether it is certain before a fit that no ``ModelCheckpoint`` will hold its last weights."""
+    """Tell whether it is certain before a fit that no ``ModelCheckpoint`` will hold its last weights."""
     epochs, checkpoints = trainer.max_epochs or -1, _model_checkpoints(trainer)
     if epochs < 0 or trainer.max_steps != -1 or trainer.early_stopping_callbacks or trainer.fast_dev_run:
         return False

@@ -73,11 +73,11 @@ class Calibration:
             yield self._checked(images, size)
 
     def first_images(self) -> Tensor:
-        """The images of the first batch."""
+        """Return the images of the first batch."""
         return next(read_images(self.batches, self.task))
 
     def _sized(self) -> Iterator[tuple[Tensor, int]]:
-        """The batches, each with the number of its images over all processes."""
+        """Return the batches, each with the number of its images over all processes."""
         once = (read_images(islice(self.batches, self.limit), self.task) for _ in range(self.passes))
         for batch in self.processes.in_step(chain.from_iterable(once), f"batches of {self.task}"):
             yield batch, sum(self.processes.gather(len(batch)))
@@ -98,7 +98,7 @@ def observe(
     data: Calibration,
     new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
-    """The statistics of the activations at every site, of a model as it is.
+    """Return the statistics of the activations at every site, of a model as it is.
 
     Raises:
         MergeError: If an activation is not finite, or if the data cannot be read.
@@ -203,7 +203,7 @@ def correct_in_turn(
     data: Calibration,
     new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
-    """The statistics at every site, when all sites before it are corrected: in one pass, as BatchNorm trains.
+    """Return the statistics at every site, when all sites before it are corrected: in one pass, as BatchNorm trains.
 
     In each batch every site is corrected by the statistics of this batch over all processes; what comes behind it sees
     that.

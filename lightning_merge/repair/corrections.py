@@ -58,16 +58,16 @@ class Correction:
         return {f"{_prefix(site)}.{name}": part[site] for site in self.scale for name, part in parts.items()}
 
     def only(self, sites: Iterable[Site]) -> Correction:
-        """The correction of some of the sites."""
+        """Return the correction of some of the sites."""
         sites = list(sites)
         return Correction({site: self.scale[site] for site in sites}, {site: self.shift[site] for site in sites})
 
     def updated_by(self, other: Correction) -> Correction:
-        """The correction of these sites and of another one's, whose values count where both have a site."""
+        """Return the correction of these sites and of another one's, whose values count where both have a site."""
         return Correction({**self.scale, **other.scale}, {**self.shift, **other.shift})
 
     def identity(self) -> Correction:
-        """The correction of the same sites that changes nothing."""
+        """Return the correction of the same sites that changes nothing."""
         ones = {site: torch.ones_like(scale) for site, scale in self.scale.items()}
         return Correction(ones, {site: torch.zeros_like(shift) for site, shift in self.shift.items()})
 
@@ -81,7 +81,7 @@ class Correction:
 
 
 def correction_towards(goals: Goals, now: Mapping[Site, Moments], dtype: torch.dtype = torch.float32) -> Correction:
-    """The correction that takes all sites from the statistics that they have to those of the goals."""
+    """Return the correction that takes all sites from the statistics that they have to those of the goals."""
     affine = {site: goals.affine(site, moments) for site, moments in now.items()}
     return Correction(*({site: values[i].to(dtype) for site, values in affine.items()} for i in (0, 1)))
 
@@ -118,7 +118,7 @@ class Affine(nn.Module):
 
 
 def insert(module: nn.Module, correction: Correction) -> nn.Module:
-    """A copy of a module in which activations are corrected by modules of their own.
+    """Return a copy of a module in which activations are corrected by modules of their own.
 
     The part of a site gets a child ``correction`` (``input_correction`` for an input) with the buffers ``scale`` and
     ``shift``, and a hook that calls it; so they are in the ``state_dict``, and go along with copies and pickles.
@@ -155,7 +155,7 @@ def _insertion_problems(site: Site, parts: Mapping[str, nn.Module]) -> Iterator[
 
 
 def state_of(module: nn.Module, correction: Correction) -> dict[str, Tensor]:
-    """The entries that a correction has in the state of what :func:`insert` returns.
+    """Return the entries that a correction has in the state of what :func:`insert` returns.
 
     Args:
         module: The module without corrections. A part that it has under several names has an entry under each.
@@ -245,5 +245,5 @@ def load_corrections(path: str | os.PathLike[str]) -> dict[str, Correction]:
 
 
 def _entries(corrections: Mapping[str, Correction]) -> dict[str, tuple[str, Site]]:
-    """A key of the file for every task and site."""
+    """Return a key of the file for every task and site."""
     return {f"{task}/{site.name}": (task, site) for task, found in corrections.items() for site in found.sites}

@@ -35,7 +35,7 @@ Found = dict[Site, int]
 
 
 def find_sites(module: nn.Module, images: Tensor, sites: Sequence[str | Site] | None = None) -> list[Site]:
-    """The activations of a module that are corrected, in the order in which they are computed.
+    """Return the activations of a module that are corrected, in the order in which they are computed.
 
     Args:
         module: Maps images to logits; its weights do not matter, and it is as before afterwards.
@@ -69,7 +69,7 @@ def find_sites(module: nn.Module, images: Tensor, sites: Sequence[str | Site] | 
 
 
 def find_head(module: nn.Module, images: Tensor) -> str:
-    """The path of the classifier: the linear layer whose output is the module's.
+    """Return the path of the classifier: the linear layer whose output is the module's.
 
     Raises:
         MergeError: If there is not exactly one.
@@ -107,18 +107,18 @@ def _feeds_attention(layer: Step) -> bool:
 
 
 def _follows_layer(norm: Step) -> bool:
-    """Whether what a normalisation works on is the output of a layer, which nothing else sees."""
+    """Tell whether what a normalisation works on is the output of a layer, which nothing else sees."""
     layer = norm.inputs[0].seen_through
     return layer.kind == "layer" and _next(layer) == {norm}
 
 
 def _next(step: Step) -> set[Step]:
-    """The steps that work on what a step makes, whatever order or shape it was brought into."""
+    """Return the steps that work on what a step makes, whatever order or shape it was brought into."""
     return set().union(*(_next(consumer) if consumer.is_view else {consumer} for consumer in step.consumers))
 
 
 def _site_of_norm(flow: Flow, norm: Step) -> Site | None:
-    """The output of a normalisation; of one with an activation within (timm's), the input of that."""
+    """Return the output of a normalisation; of one with an activation within (timm's), the input of that."""
     layer = norm.inputs[0].seen_through
     inherited = layer.axis if layer is norm.inputs[0] and layer.kind == "layer" else None
     if norm.path is not None:
@@ -150,7 +150,7 @@ def _behind(layer: Step) -> list[Step]:
 
 
 def _blocks(flow: Flow) -> list[Call]:
-    """The residual blocks: for every sum that ends a part, the innermost such part."""
+    """Return the residual blocks: for every sum that ends a part, the innermost such part."""
     found: dict[Step, Call] = {}
     for call in sorted(flow.calls, key=lambda call: call.last - call.first):
         if not call.path or call.inputs is None or call.output is None or len(call.shape) != len(call.output_shape):
@@ -178,7 +178,7 @@ def _begin_of(flow: Flow, block: Call) -> tuple[Site | None, Step | None]:
 
 
 def _site_of_step(flow: Flow, step: Step) -> tuple[Site | None, Step] | None:
-    """The output of a layer or normalisation; None for other steps."""
+    """Return the output of a layer or normalisation; None for other steps."""
     if step.kind == "norm":
         return _site_of_norm(flow, step), step
     return None if step.path is None else (_site(step.path, step.axis), step)

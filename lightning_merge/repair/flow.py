@@ -41,7 +41,7 @@ class Step:
     ancestors: int = 0
 
     def depends_on(self, other: Step) -> bool:
-        """Whether what this step makes depends on what the other one makes."""
+        """Tell whether what this step makes depends on what the other one makes."""
         return bool(self.ancestors >> other.index & 1)
 
     @property
@@ -54,7 +54,7 @@ class Step:
         return _walk(self, lambda step: step.inputs if step.kind in through else (), lambda step: step.kind in through)
 
     def after(self, *through: Kind) -> list[Step]:
-        """The steps that work on what this one makes, seen through steps of some kinds."""
+        """Return the steps that work on what this one makes, seen through steps of some kinds."""
         return _walk(
             self,
             lambda step: step.consumers if step is self or step.kind in through else (),
@@ -95,7 +95,7 @@ class Call:
     output_shape: tuple[int, ...] = ()
 
     def contains(self, step: Step) -> bool:
-        """Whether a step happened within."""
+        """Tell whether a step happened within."""
         return self.first <= step.index < self.last
 
 
@@ -121,9 +121,9 @@ class Flow:
         return [step for step in self.steps if step.kind == "layer" and step.path is not None]
 
     def calls_of(self, path: str) -> list[Call]:
-        """The calls of a part."""
+        """Return the calls of a part."""
         return [call for call in self.calls if call.path == path]
 
     def ends_at(self, step: Step) -> bool:
-        """Whether what a step makes is an output, perhaps scaled, shifted, pooled or added up."""
+        """Tell whether what a step makes is an output, perhaps scaled, shifted, pooled or added up."""
         return any(step in output.before("plain", "sum") for output in self.outputs)

@@ -56,13 +56,13 @@ def trace(module: nn.Module, images: Tensor) -> Flow:
 
 
 def is_norm(part: nn.Module) -> bool:
-    """Whether a part is a normalisation: one of PyTorch's kinds, or of a kind called so, without layers within."""
+    """Tell whether a part is a normalisation: one of PyTorch's kinds, or of a kind called so, without layers within."""
     named = any("norm" in kind.__name__.lower() for kind in type(part).__mro__)
     return named and not any(isinstance(inner, _LAYERS) for inner in part.modules())
 
 
 def affine_axis(part: nn.Module, x: Tensor) -> int | None:
-    """The axis of the channels of a normalisation that ends in ``weight · x + bias``; None if it does not.
+    """Return the axis of the channels of a normalisation that ends in ``weight · x + bias``; None if it does not.
 
     It is run with weight 0 and bias −1, −2, …: what comes out varies along the channels alone.
     """
@@ -186,7 +186,7 @@ def _kept_axis(step: Step) -> int | None:
 
 
 def _kind_of_part(part: nn.Module) -> Kind | None:
-    """The kind of a part that is one step; None for others."""
+    """Return the kind of a part that is one step; None for others."""
     if isinstance(part, _LAYERS):
         return "layer"
     if isinstance(part, nn.MultiheadAttention):
@@ -195,14 +195,14 @@ def _kind_of_part(part: nn.Module) -> Kind | None:
 
 
 def axis_of_kind(part: nn.Module) -> int | None:
-    """The axis of the channels of what a part makes, where its kind tells."""
+    """Return the axis of the channels of what a part makes, where its kind tells."""
     if isinstance(part, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.modules.conv._ConvNd):
         return 1
     return -1 if isinstance(part, nn.Linear | nn.MultiheadAttention) else None
 
 
 def _kind_of(func: Any, operands: int) -> Kind:
-    """The kind of an operator that works on so many activations."""
+    """Return the kind of an operator that works on so many activations."""
     name = _name(func)
     if "norm" in name and "vector_norm" not in name:
         return "norm"
@@ -224,7 +224,7 @@ def _name(func: Any) -> str:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples, lists and mappings."""
+    """Return the tensors of nested tuples, lists and mappings."""
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, (tuple, list)):

@@ -84,7 +84,7 @@ def corrected_weights(module: nn.Module, weights: Mapping[str, Tensor], correcti
 
 
 def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
-    """The parameters that can hold the correction of a site; None if there are none."""
+    """Return the parameters that can hold the correction of a site; None if there are none."""
     path, part, is_input = site.path, parts[site.path], site.input
     around = path.rpartition(".")[0]
     if isinstance(part, nn.MultiheadAttention) and not is_input:
@@ -104,7 +104,7 @@ def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
 
 
 def _is_linear_in_weight(part: nn.Module) -> bool:
-    """Whether a part is a linear layer or a convolution that computes what PyTorch's own does."""
+    """Tell whether a part is a linear layer or a convolution that computes what PyTorch's own does."""
     if not isinstance(part, (nn.Linear, nn.modules.conv._ConvNd)) or getattr(part, "transposed", False):
         return False
     kind = next(kind for kind in type(part).__mro__ if kind.__module__.startswith("torch.nn.modules"))
@@ -114,7 +114,7 @@ def _is_linear_in_weight(part: nn.Module) -> bool:
 
 
 def _ends_affine(norm: nn.Module, axis: int) -> bool:
-    """Whether a normalisation ends in ``weight · x + bias`` along an axis, however many dimensions there are."""
+    """Tell whether a normalisation ends in ``weight · x + bias`` along an axis, however many dimensions there are."""
     weight = getattr(norm, "weight", None)
     for dims in (5, 4, 3, 2) if isinstance(weight, Tensor) and weight.dim() == 1 else ():
         shape = [2] * dims

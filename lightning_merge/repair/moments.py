@@ -46,7 +46,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """The moments of one batch: ``(N, channels)``, of any type of numbers."""
+        """Return the moments of one batch: ``(N, channels)``, of any type of numbers."""
         wide = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
         if not len(wide):
             return Moments()
@@ -72,7 +72,7 @@ class Moments:
         self._variance = (1 - weight) * self._variance + weight * other._variance + between
 
     def gathered(self, processes: Processes) -> Moments:
-        """The moments of what all processes have seen, on each of them; every process must ask."""
+        """Return the moments of what all processes have seen, on each of them; every process must ask."""
         if processes.count == 1:
             return self
         return gather_moments({"": self}, processes).get("", self)
@@ -132,7 +132,7 @@ def to_tensors(moments: Mapping[Site, Moments]) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Site, Moments]:
-    """The moments of every site that :func:`to_tensors` made tensors of; other tensors are left out.
+    """Return the moments of every site that :func:`to_tensors` made tensors of; other tensors are left out.
 
     Raises:
         KeyError: If a site has a mean and lacks the rest.

@@ -172,7 +172,7 @@ def _is_worse(table: Table, value: float, other: float) -> bool:
 
 
 def _ranked(table: Table, value: Callable[[str], float | None]) -> list[tuple[str, float]]:
-    """The methods that have a value, the best first."""
+    """Return the methods that have a value, the best first."""
     found = [(row, v) for row in _methods(table) if (v := value(row)) is not None and math.isfinite(v)]
     return sorted(found, key=lambda item: item[1] if table.lower_is_better else -item[1])
 

@@ -252,7 +252,7 @@ def _mean_over_domains(updates: Mapping[str, Mapping[str, Mapping[str, float]]])
 
 
 def _alignment(comparison: Comparison) -> Tensor:
-    """The mean alignment of two experts ``(T, T)``; NaN for one that is the base itself and has no subspace."""
+    """Return the mean alignment of two experts ``(T, T)``; NaN for one that is the base itself and has no subspace."""
     return comparison.mean_alignment().masked_fill(comparison.norms() == 0, math.nan)
 
 
@@ -263,7 +263,7 @@ def _by_chance(comparison: Comparison) -> str:
 
 
 def _mean_of_others(values: Tensor, others: Tensor) -> Tensor:
-    """The mean of each row without the diagonal and without NaN ``(T, T) -> (T,)``."""
+    """Return the mean of each row without the diagonal and without NaN ``(T, T) -> (T,)``."""
     return torch.where(others, values.double(), math.nan).nanmean(dim=1)
 
 

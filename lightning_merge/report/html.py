@@ -73,12 +73,12 @@ def render(page: Page, *, data: Mapping[str, Any] | None = None) -> str:
 
 
 def _asset(name: str) -> str:
-    """A file that is part of every page."""
+    """Return a file that is part of every page."""
     return files("lightning_merge.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _is(kind: type) -> Any:
-    """A test for the template."""
+    """Return a test for the template."""
     return lambda part: isinstance(part, kind)
 
 
@@ -99,7 +99,7 @@ def _sort_key(cell: Cell, column: str) -> str:
 
 
 def _copies(grid: Grid) -> dict[str, dict[str, list[str]]]:
-    """The lines of the table in each format: those before the rows, one for each row, and those after them."""
+    """Return the lines of the table in each format: those before the rows, one for each row, and those after them."""
     markdown, latex = grid.markdown().split("\n"), grid.latex().split("\n")
     header = replace(grid, rows=[]).csv()
     return {
@@ -118,7 +118,7 @@ def _lines(lines: list[str], *, before: int, rows: int) -> dict[str, list[str]]:
 
 
 def _svg(picture: Picture, prefix: str) -> Markup:
-    """A figure as an SVG element, whose text can be selected, and whose ids begin with a prefix."""
+    """Return a figure as an SVG element, whose text can be selected, and whose ids begin with a prefix."""
     from markupsafe import Markup
 
     from lightning_merge.report.svg import svg

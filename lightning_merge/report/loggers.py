@@ -105,7 +105,7 @@ def _log_run(folder: str, name: str, row: _Row) -> None:
 
 
 def _rows(table: Table) -> list[_Row]:
-    """The rows of a table, with the numbers of that metric that it shows."""
+    """Return the rows of a table, with the numbers of that metric that it shows."""
     domains = safe_names(table.domains)
     tags = [f"{table.metric}/{column}" for column in table.header[len(domains) + 1 :]]
     tags = [*(f"{table.metric}_by_domain/{tag}" for tag in domains.values()), *tags]

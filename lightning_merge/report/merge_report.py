@@ -75,7 +75,7 @@ def parameters_grid(merged: Merged) -> Grid:
 
 
 def method_section(manifest: Mapping[str, Any]) -> Section:
-    """Every method, the outer one first: its paper, what it does, its formula and its arguments."""
+    """Return every method, the outer one first: its paper, what it does, its formula and its arguments."""
     parts: list[str | Listing] = []
     for method in layers_of(manifest["method"]):
         cls = method_class(method)

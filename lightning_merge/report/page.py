@@ -81,6 +81,6 @@ class Page:
 
 
 def again(configuration: str) -> list[Section]:
-    """The section with the YAML that makes it again; none if it is not known."""
+    """Return the section with the YAML that makes it again; none if it is not known."""
     listing = Listing(configuration, "The YAML that makes it again", folded=True)
     return [Section("Configuration", [listing])] if configuration else []

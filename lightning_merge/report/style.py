@@ -134,7 +134,7 @@ def drawn(plot: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def shown(name: object, length: int = 40) -> str:
-    """A name in one line, its middle left out where it is too long."""
+    """Return a name in one line, its middle left out where it is too long."""
     text = "".join(character if character.isprintable() else " " for character in str(name))
     text = " ".join(text.split())
     end = length // 3
@@ -150,7 +150,7 @@ def colors(count: int) -> Sequence[Any]:
 
 
 def looks(count: int) -> list[dict[str, Any]]:
-    """The look of so many lines: the colours, and then dashed, and then dotted ones."""
+    """Return the look of so many lines: the colours, and then dashed, and then dotted ones."""
     styles = [{"linestyle": style, "color": color} for style, color in product(("-", "--", ":", "-."), PALETTE)]
     return [styles[i % len(styles)] for i in range(count)]
 
@@ -170,7 +170,7 @@ def bare(axes: Axes) -> None:
 
 
 def legend_below(figure: figure.Figure, panels: Iterable[Axes], columns: int = 4, **options: Any) -> None:
-    """One legend for all panels below them; what several panels name stands there once."""
+    """Return one legend for all panels below them; what several panels name stands there once."""
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -60,7 +60,7 @@ def _take_out(root: Element, *tags: str) -> None:
 
 
 def _local(name: str) -> str:
-    """A name without its namespace."""
+    """Return a name without its namespace."""
     return name.rpartition("}")[2]
 
 
@@ -86,7 +86,7 @@ def _name_ids(root: Element, prefix: str) -> None:
 
 
 def _reference(key: str, value: str) -> list[str]:
-    """The id that an attribute refers to, if it does."""
+    """Return the id that an attribute refers to, if it does."""
     if key == "href":
         return [value[1:]] if value.startswith("#") else []
     return re.findall(r"url\(#([^)]+)\)", value)

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 
 def percent(share: float) -> str:
-    """A share in percent, without the sign: 0.689 is 68.9."""
+    """Return a share in percent, without the sign: 0.689 is 68.9."""
     return f"{100 * share:.1f}"
 
 
 def points(difference: float) -> str:
-    """A difference of shares in percentage points."""
+    """Return a difference of shares in percentage points."""
     return f"{100 * difference:.1f}"
 
 
 def count(number: int, noun: str, nouns: str | None = None) -> str:
-    """A number of things: ``1 method``, ``3 methods``, ``3 matrices``."""
+    """Return a number of things: ``1 method``, ``3 methods``, ``3 matrices``."""
     return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
@@ -29,6 +29,6 @@ def listed(words: Sequence[str], most: int = 6) -> str:
 
 
 def extremes(values: Sequence[float], names: Sequence[str]) -> tuple[str, str] | None:
-    """The names of the smallest and the largest value; None where they hardly differ."""
+    """Return the names of the smallest and the largest value; None where they hardly differ."""
     (least, first), *_, (most, last) = [*sorted(zip(values, names, strict=True), key=lambda pair: pair[0])] * 2
     return (first, last) if most - least > 1e-3 * abs(most) else None

@@ -92,12 +92,12 @@ class Grid:
         return [join(lines[0]), rule, *map(join, lines[1:])]
 
     def markdown(self) -> str:
-        """The table in Markdown, the best of a column in bold, and the caption below it."""
+        """Return the table in Markdown, the best of a column in bold, and the caption below it."""
         caption = ["", as_markdown(self.caption)] if self.caption else []
         return "\n".join([*self.markdown_lines(), *caption])
 
     def latex(self) -> str:
-        """The table in LaTeX with ``booktabs``, the best of a column in bold and the second underlined."""
+        """Return the table in LaTeX with ``booktabs``, the best of a column in bold and the second underlined."""
 
         def join(cells: Sequence[str]) -> str:
             return f"    {' & '.join(cells)} \\\\"
@@ -121,7 +121,7 @@ class Grid:
         )
 
     def csv(self) -> str:
-        """The table as CSV, with unrounded numbers."""
+        """Return the table as CSV, with unrounded numbers."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.header)

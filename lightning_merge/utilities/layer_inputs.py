@@ -46,7 +46,7 @@ def watch_inputs(module: nn.Module, names: Collection[str], see: Callable[[str, 
 
 
 def watchable(module: nn.Module) -> list[str]:
-    """The names of all weights whose inputs :func:`watch_inputs` can show."""
+    """Return the names of all weights whose inputs :func:`watch_inputs` can show."""
     return [f"{path}.{weight}".lstrip(".") for path, part in module.named_modules() for weight in _weights(part)]
 
 
@@ -61,7 +61,7 @@ def _weights(part: nn.Module) -> tuple[str, ...]:
 
 
 def _rows(part: nn.Module, weight: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The inputs that are multiplied by a weight: ``(N, in)``; None if there are several for one weight."""
+    """Return the inputs that are multiplied by a weight: ``(N, in)``; None if there are several for one weight."""
     if weight == "out_proj.weight":
         return _attended(part, args, kwargs).flatten(0, -2)
     given = [*args, *kwargs.values()]

@@ -61,7 +61,7 @@ def svd(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
 
 
 def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
+    """Return the leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
     if not is_finite(matrices):
         nan = torch.full_like(matrices, torch.nan)
         return nan[..., :rank], nan[..., 0, :rank], nan[..., :rank, :]
@@ -102,7 +102,7 @@ def isotropize(matrices: Tensor) -> Tensor:
 
 
 def _polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The polar factor ``(…, m, n)`` and the mean of the singular values ``(…)``."""
+    """Return the polar factor ``(…, m, n)`` and the mean of the singular values ``(…)``."""
     m, n = matrices.shape[-2:]
     if m < n:
         factor, mean = _polar(matrices.mT)
@@ -169,7 +169,7 @@ def gram(matrices: Tensor) -> Tensor:
 
 
 def sign_of_largest(U: Tensor) -> Tensor:
-    """The sign (1 for zero) of the entry of largest magnitude in every column: ``(…, m, k) -> (…, 1, k)``."""
+    """Return the sign (1 for zero) of the entry of largest magnitude in every column: ``(…, m, k) -> (…, 1, k)``."""
     largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
 
@@ -181,7 +181,7 @@ def _gram_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _thin_svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of LAPACK / cuSOLVER."""
+    """Return the SVD of LAPACK / cuSOLVER."""
     _note("svd")
     return torch.linalg.svd(matrices, full_matrices=False)
 

@@ -57,13 +57,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module: that of its first parameter or buffer."""
+    """Return the device of a module: that of its first parameter or buffer."""
     first = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def distinct_names(module: nn.Module) -> Iterator[str]:
-    """One name for every place that holds a tensor.
+    """Return one name for every place that holds a tensor.
 
     torch's ``functional_call`` does not put back the parameters of a submodule that has two names, given both.
     """
@@ -72,7 +72,7 @@ def distinct_names(module: nn.Module) -> Iterator[str]:
 
 
 def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The weights of every place of a module, for ``functional_call(…, tie_weights=False)``.
+    """Return the weights of every place of a module, for ``functional_call(…, tie_weights=False)``.
 
     They are on the module's device, in float32, or in float64 where one of them is.
 
@@ -150,5 +150,5 @@ def common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` returns, whose parameters have the names of the weights."""
+    """Return the module inside what ``torch.compile`` returns, whose parameters have the names of the weights."""
     return getattr(module, "_orig_mod", module)

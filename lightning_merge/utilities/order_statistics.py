@@ -118,7 +118,7 @@ def _kth(chunks: Chunks, k: int | Sequence[int], drawn: Sample, signed: bool) ->
 
 
 def _by_sample(chunks: Chunks, ranks: list[int], drawn: Sample, signed: bool) -> Tensor | None:
-    """The values of the ranks, ``(K, T)``; None where they cannot be told from a sample."""
+    """Return the values of the ranks, ``(K, T)``; None where they cannot be told from a sample."""
     if drawn.values.shape[1] == drawn.total:
         return torch.stack([torch.stack([_kth_of(row, k) for row in drawn.values]) for k in ranks])
     low, high = _brackets(drawn, ranks)
@@ -144,7 +144,7 @@ def _by_sample(chunks: Chunks, ranks: list[int], drawn: Sample, signed: bool) ->
 
 
 def _kth_of(values: Tensor, k: int) -> Tensor:
-    """The k-th smallest of ``(n,)`` in the order of the bits, in which -0 comes before 0."""
+    """Return the k-th smallest of ``(n,)`` in the order of the bits, in which -0 comes before 0."""
     bits = ordered(values.contiguous().view(INTEGER[values.dtype]))
     return ordered(bits.kthvalue(k).values).view(values.dtype)
 

@@ -139,7 +139,7 @@ class Processes:
                     tensors[name] = sent.reshape(wanted.shape).to(wanted.device)
 
     def from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The tensors that the first process has, on every process; the others give None."""
+        """Return the tensors that the first process has, on every process; the others give None."""
         if self.count == 1:
             return dict(tensors or {})
         meta = self.gather({n: torch.empty_like(t, device="meta") for n, t in tensors.items()} if tensors else None)[0]
@@ -150,5 +150,5 @@ class Processes:
 
 
 def processes_of_run() -> Processes:
-    """The processes of this run, if Lightning (or torchrun) has put them into one group; else this one alone."""
+    """Return the processes of this run, if Lightning (or torchrun) has put them into one group; else this one alone."""
     return Processes(dist.is_available() and dist.is_initialized())

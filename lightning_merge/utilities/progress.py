@@ -154,14 +154,14 @@ def counted(what: str, unit: str, costs: Sequence[float], *, each_logged: bool =
 
 
 def _is_first() -> bool:
-    """Whether this process is the one of a run that speaks."""
+    """Tell whether this process is the one of a run that speaks."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 def _has_terminal() -> bool:
-    """Whether bars can be seen, and nothing in the environment speaks against them."""
+    """Tell whether bars can be seen, and nothing in the environment speaks against them."""
     unwanted = [name for name in ("CI", "TQDM_DISABLE") if os.environ.get(name, "").lower() not in ("", "0", "false")]
     return sys.stderr.isatty() and not unwanted and os.environ.get("TERM") != "dumb"
 

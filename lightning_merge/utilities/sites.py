@@ -47,7 +47,7 @@ class Site:
 
 
 def split_name(name: str) -> tuple[str, bool]:
-    """The path of a site's name, and whether it is an input."""
+    """Return the path of a site's name, and whether it is an input."""
     return name.removesuffix(":input"), name.endswith(":input")
 
 

@@ -29,7 +29,7 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; needs no memory beside the tensor."""
+    """Tell whether no entry is NaN or infinite; needs no memory beside the tensor."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:
@@ -44,7 +44,7 @@ class Scratch(threading.local):
     _memory: Tensor | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with any content, which is that of the last one that was asked for."""
+        """Return a tensor with any content, which is that of the last one that was asked for."""
         count = math.prod(shape)
         memory = self._memory
         if memory is None or memory.numel() < count or (memory.dtype, memory.device) != (dtype, device):
@@ -61,5 +61,5 @@ class Scratch(threading.local):
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is: half precision is never computed in."""
+    """Return the tensor in float32, or in float64 if it is: half precision is never computed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -129,7 +129,7 @@ class FoundationsBenchmark(JobList):
         return list(self.domains)[: max(self.options.merged)]
 
     def foundation_of(self, tasks: Sequence[str]) -> dict[str, str]:
-        """The foundation of every task's expert: they take turns."""
+        """Return the foundation of every task's expert: they take turns."""
         return {task: self.names[i % len(self.names)] for i, task in enumerate(tasks)}
 
     @cached_property

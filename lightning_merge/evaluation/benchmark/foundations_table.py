@@ -53,11 +53,11 @@ class FoundationsTable:
     records: Sequence[dict[str, Any]]
 
     def names(self, key: str) -> list[Any]:
-        """The values of a key, in the order of the records."""
+        """Return the values of a key, in the order of the records."""
         return list(dict.fromkeys(record[key] for record in self.records))
 
     def cell(self, merged: int, arm: str, method: str) -> Reached:
-        """The numbers of one way and method when so many tasks are merged."""
+        """Return the numbers of one way and method when so many tasks are merged."""
         wanted = [r for r in self.records if (r["merged"], r["arm"], r["method"]) == (merged, arm, method)]
         average, worst = [], []
         for seed in dict.fromkeys(record["seed"] for record in wanted):
@@ -74,7 +74,7 @@ class FoundationsTable:
         return Reached(average, worst)
 
     def grids(self) -> list[Grid]:
-        """A table for each number of tasks; the best and the second best way of every method have a place."""
+        """Return a table for each number of tasks; the best and the second best way of every method have a place."""
         methods, arms = self.names("method"), self.names("arm")
         grids = []
         for merged in self.names("merged"):
@@ -88,7 +88,7 @@ class FoundationsTable:
         return grids
 
     def markdown(self) -> str:
-        """A table for each number of tasks, and one caption; the best way of every method is bold."""
+        """Return a table for each number of tasks, and one caption; the best way of every method is bold."""
         return "\n\n".join([*("\n".join(grid.markdown_lines()) for grid in self.grids()), self.caption])
 
     @property
@@ -102,7 +102,7 @@ class FoundationsTable:
         )
 
     def csv(self) -> str:
-        """Every measurement as CSV, with unrounded numbers."""
+        """Return every measurement as CSV, with unrounded numbers."""
         out = io.StringIO()
         writer = csv.DictWriter(out, list(self.records[0]), lineterminator="\n")
         writer.writeheader()

@@ -83,7 +83,7 @@ class Benchmark(JobList):
         return self.write_results()
 
     def jobs(self) -> list[Job]:
-        """The base, the experts, what they have in common, their statistics, and every domain held out."""
+        """Return the base, the experts, what they have in common, their statistics, and every domain held out."""
         base = [Job("base", self.fit_base, self._is_done("base"))] if self.pretrain else []
         experts = [
             Job(f"expert {d}", partial(self.fit_expert, d), self._is_done("experts", d), names_of(base))
@@ -174,7 +174,7 @@ class Benchmark(JobList):
         return self.output / "experts" / domain
 
     def _needed(self) -> tuple[Kind, ...]:
-        """The kinds of statistics that the methods need."""
+        """Return the kinds of statistics that the methods need."""
         return tuple(dict.fromkeys(kind for method in self.methods.values() for kind in method.needs))
 
     def _is_done(self, *folders: str) -> Callable[[], bool]:
@@ -188,7 +188,7 @@ class Benchmark(JobList):
         return bool(self._records(domain)) and not self._missing(domain)
 
     def _missing(self, domain: str) -> dict[str, MergeMethod]:
-        """The methods that were not measured on a domain."""
+        """Return the methods that were not measured on a domain."""
         known = [(record["row"], record["method"], record.get("grid")) for record in self._records(domain)]
         return {
             name: method

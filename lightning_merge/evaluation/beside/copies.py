@@ -88,7 +88,7 @@ def _like(own: Tensor, other: Tensor) -> Tensor:
 
 
 def _state(module: LightningModule) -> dict[str, Any]:
-    """The attributes of a module, without its trainer and without what compiling it has put there."""
+    """Return the attributes of a module, without its trainer and without what compiling it has put there."""
     state = dict(module.__getstate__())
     state.pop("_compiled_call_impl", None)
     if state.get("_compiler_ctx") is not None:

@@ -20,7 +20,7 @@ from lightning_merge.utilities.errors import MergeError
 
 
 def loaders_of(trainer: Trainer) -> list[Any]:
-    """The loaders of the evaluation that a trainer is in."""
+    """Return the loaders of the evaluation that a trainer is in."""
     loops = {
         TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
         TrainerFn.VALIDATING: trainer.validate_loop,  # after a fit, ``trainer.val_dataloaders`` is still the fit's
@@ -81,7 +81,7 @@ def _padding_sampler(loader: Any) -> DistributedSampler | None:
 
 
 def _first(found: Any, kept: int, size: int) -> Any:
-    """The first entries of whatever has one for each sample; the very same object where nothing has."""
+    """Return the first entries of whatever has one for each sample; the very same object where nothing has."""
     if isinstance(found, Tensor):
         return found[:kept] if found.dim() and len(found) == size else found
     if isinstance(found, Mapping):

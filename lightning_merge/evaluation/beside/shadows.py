@@ -31,7 +31,7 @@ class _Numbers:
     found: list[tuple[Any, float]] = field(default_factory=list)
 
     def reduced(self) -> tuple[str, float, float]:
-        """The reduction, the numbers of this process reduced, and the sum of their weights."""
+        """Return the reduction, the numbers of this process reduced, and the sum of their weights."""
         values = torch.stack([torch.as_tensor(value) for value, _ in self.found]).cpu().double()  # (logged,)
         weights = torch.tensor([weight for _, weight in self.found], dtype=torch.float64)
         if self.reduction == "mean":

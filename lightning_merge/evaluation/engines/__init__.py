@@ -15,7 +15,7 @@ __all__ = ["Engine", "EngineName", "Ray", "Sequential", "Slurm", "make_engine"]
 
 
 def make_engine(engine: Engine | EngineName | None) -> Engine:
-    """The engine of that name, with its defaults; this process if there is none."""
+    """Return the engine of that name, with its defaults; this process if there is none."""
     if isinstance(engine, Engine):
         return engine
     return {None: Sequential, "ray": Ray, "slurm": Slurm}[engine]()

@@ -138,7 +138,7 @@ class Dispatch:
             rank_zero_info(f"benchmark: {job.name} has failed" + (f"; waiting for {running}" if running else ""))
 
     def _is_seen(self, job: Job) -> bool:
-        """Whether what a job has written is here; a network's file system may take a while to show it."""
+        """Tell whether what a job has written is here; a network's file system may take a while to show it."""
         latest = time.monotonic() + self.patience
         while not job.done():
             if time.monotonic() >= latest:

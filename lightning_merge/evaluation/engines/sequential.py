@@ -17,7 +17,7 @@ class Sequential(Engine):
     """Does one job after another in this process, or in the several processes of the trainer together."""
 
     def check(self, trainer: RepeatableTrainer) -> None:
-        """Every trainer will do."""
+        """Accept every trainer."""
 
     def run(self, benchmark: JobList, seed: int) -> None:
         """Do the jobs; an error in one of them is raised as it is."""

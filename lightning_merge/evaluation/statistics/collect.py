@@ -219,7 +219,7 @@ class StatisticsCollector:
         return int(self._processes.sum(self._counts)[0])
 
     def compute(self) -> State:
-        """The means over everything that all processes added; every process must ask.
+        """Return the means over everything that all processes added; every process must ask.
 
         Returns:
             A tensor for every ``kind.<parameter>``, in float32 (float64 of double weights), and of every site that
@@ -268,7 +268,7 @@ def collect_statistics(
 
 
 def _is_parameter(name: str, tensor: Tensor) -> bool:
-    """Whether it is merged as a task vector: BatchNorm's running statistics and integers are not."""
+    """Tell whether it is merged as a task vector: BatchNorm's running statistics and integers are not."""
     return tensor.is_floating_point() and not is_running_statistic(name)
 
 

@@ -67,7 +67,7 @@ def example_gradients(
 
 
 def gradient(function: Callable[[State], Tensor], parameters: State) -> State:
-    """The gradient of ``function(parameters)``, of zeros for parameters that it does not depend on."""
+    """Return the gradient of ``function(parameters)``, of zeros for parameters that it does not depend on."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
     found = torch.autograd.grad(function(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, found, strict=True))

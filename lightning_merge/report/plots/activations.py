@@ -25,7 +25,7 @@ from lightning_merge.report.style import (
 
 
 def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = None) -> Figure:
-    """The normalized accuracy in the plane of two task vectors: its average and its worst task.
+    """Return the normalized accuracy in the plane of two task vectors: its average and its worst task.
 
     Args:
         landscape: What was measured.
@@ -102,7 +102,7 @@ def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]], title: st
 
 @drawn
 def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None, title: str = "") -> Figure:
-    """The features of several models in one plane, a panel each, in the colours of the classes.
+    """Return the features of several models in one plane, a panel each, in the colours of the classes.
 
     Args:
         places: For each model ``(N, 2)``, see :func:`lightning_merge.analysis.project`.

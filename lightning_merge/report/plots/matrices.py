@@ -40,7 +40,7 @@ def plot_alignment(
     limits: tuple[float, float] = (0.0, 1.0),
     directed: bool = True,
 ) -> Figure:
-    """A number for every pair of experts: alignment ratios, cosines, angles.
+    """Return a number for every pair of experts: alignment ratios, cosines, angles.
 
     Args:
         matrix: ``(T, T)``; NaN where there is none.
@@ -67,7 +67,7 @@ def plot_alignment(
 
 @drawn
 def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -> Figure:
-    """The singular values of the experts' task matrices, and those of the merged updates, in order of size.
+    """Return the singular values of the experts' task matrices, and those of the merged updates, in order of size.
 
     Args:
         matrices: A panel each; :func:`choose_matrices` finds telling ones.
@@ -111,7 +111,7 @@ def _ranked(spectrum: Tensor) -> tuple[range, list[float]]:
 
 
 def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> list[MatrixComparison]:
-    """The matrices that lie farthest out, as in Figure 3 of SCORE (arXiv 2603.05768).
+    """Return the matrices that lie farthest out, as in Figure 3 of SCORE (arXiv 2603.05768).
 
     By the mean subspace alignment of two experts, and the share of their energy off the diagonal in SCORE's basis, both
     taken as ranks: the first one has much alignment and little off the diagonal, the second one much of both, the third
@@ -179,7 +179,7 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
 
 
 def _title(matrix: MatrixComparison) -> str:
-    """The name in lines that fit above a panel."""
+    """Return the name in lines that fit above a panel."""
     name = shown(matrix.name, 52)
     half = name.find(".", len(name) // 2 - 4)
     return name if len(name) <= 28 or half < 0 else f"{name[:half]}\n{name[half:]}"

@@ -32,7 +32,7 @@ from lightning_merge.utilities.grid import places
 
 @drawn
 def plot_heat_map(table: Table) -> Figure:
-    """The metric of every row on every domain in percent, and its mean; the best method of a column is framed.
+    """Return the metric of every row on every domain in percent, and its mean; the best method of a column is framed.
 
     Args:
         table: The table. What was not measured, or is no number, is a hatched cell.
@@ -69,7 +69,7 @@ def _best_methods(values: np.ndarray, rows: Sequence[str], lowest: bool) -> np.n
 
 
 def best_rows(table: Table, count: int = 4) -> list[str]:
-    """The base, the weight average, and the methods with the best means, in the order of the table.
+    """Return the base, the weight average, and the methods with the best means, in the order of the table.
 
     Args:
         table: The table.
@@ -173,7 +173,7 @@ def plot_sweep(table: Table) -> Figure:
 
 
 def _swept_field(settings: Sequence[Mapping[str, Any]]) -> str:
-    """The last field that has several values; ``scale`` stands last."""
+    """Return the last field that has several values; ``scale`` stands last."""
     names = list(settings[0])
     return next((n for n in reversed(names) if len({str(setting[n]) for setting in settings}) > 1), names[-1])
 
@@ -223,7 +223,7 @@ def _number(value: float | None) -> float:
 
 
 def _share(table: Table, row: str, domain: str, is_normalized: bool) -> float:
-    """The value, as a share of that of the domain's own expert if it is normalized."""
+    """Return the value, as a share of that of the domain's own expert if it is normalized."""
     value = _number(table.value(row, domain))
     if not is_normalized:
         return value
