@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_merge.checkpoints import save_weights
+from lightning_merge.merging.merge import merge
+from lightning_merge.merging.merged import Merged
+from lightning_merge.methods import TaskArithmetic
 from lightning_merge.models import Expert
 from lightning_merge.trainer import MergeTrainer
 
@@ -111,6 +115,15 @@ def tiny_expert(**arguments) -> Expert:
     """An expert for the digits that is fitted in no time."""
     settings = {"num_classes": 10, "pretrained": False, "backbone_args": TINY_CONVNEXT, "warmup_steps": 2}
     return Expert("timm/convnext_tiny", **{**settings, **arguments})
+
+
+def merged_files() -> Merged:
+    """Write a base, two experts and what is merged of them to safetensors files, and return the merged model."""
+    save_weights("base.safetensors", base_weights())
+    for i, name in enumerate(("photo", "sketch")):
+        save_weights(f"{name}.safetensors", expert_weights(base_weights(), i))
+    experts = {name: f"{name}.safetensors" for name in ("photo", "sketch")}
+    return merge("base.safetensors", experts, TaskArithmetic(scale=0.5), output="merged.safetensors")
 
 
 def quiet_trainer(**arguments) -> MergeTrainer:

@@ -66,7 +66,7 @@ Orders = Mapping[str, Tensor]
 
 
 def groups_of(axis: Axis) -> Iterator[str]:
-    """Return the groups along an axis, in their order."""
+    """Yield the groups along an axis, in their order."""
     if isinstance(axis, Free):
         yield axis.group
     for child in axis.factors if isinstance(axis, Product) else axis.parts if isinstance(axis, Sum) else ():

@@ -47,7 +47,7 @@ def direct_groups(axis: Axis) -> list[str]:
 
 
 def occurrences(axis: Axis, outer: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
-    """Return every group along an axis, with those that stand outside it there."""
+    """Yield every group along an axis, with those that stand outside it there."""
     if isinstance(axis, Free):
         yield axis.group, outer
     elif isinstance(axis, Sum):

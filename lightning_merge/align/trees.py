@@ -44,7 +44,7 @@ def _joined(kind: type[Product] | type[Sum], axes: Iterable[Axis]) -> Axis:
 
 
 def each_member(dims: Sequence[Dim]) -> Iterator[Sequence[Dim]]:
-    """Return a tensor, or for a stack with families the tensors that are stacked."""
+    """Yield a tensor, or for a stack with families the tensors that are stacked."""
     index = next((node.index for dim in dims for node in _nodes(dim) if node.kind == "family"), None)
     if index is None:
         yield dims

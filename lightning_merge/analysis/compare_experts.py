@@ -161,7 +161,7 @@ class _Models:
         self._scratch_of_merged.forget()
 
     def _updates(self, name: str, own: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Return the updates of the merged models ``(1, …)``, one after another in the same memory."""
+        """Yield the updates of the merged models ``(1, …)``, one after another in the same memory."""
         for merged, task_vectors in self._merged.items():
             yield merged, task_vectors.stack(name, own, self._scratch_of_merged)
 

@@ -86,7 +86,7 @@ def check_card(path: str | os.PathLike[str]) -> None:
 
 
 def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Return every method, the outer one first: its paper, what it does, its formula and arguments."""
+    """Yield every method, the outer one first: its paper, what it does, its formula and arguments."""
     has_formula = False
     for method in layers(manifest["method"]):
         cls = method_class(method)
@@ -112,7 +112,7 @@ def _method(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _recipe(manifest: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Return the YAML and how to run it; or why there is none."""
+    """Yield the YAML and how to run it; or why there is none."""
     reasons = obstacles(manifest)
     if reasons:
         yield f"No configuration alone makes this model again, because {as_markdown('; '.join(reasons))}."

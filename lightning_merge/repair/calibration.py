@@ -77,7 +77,7 @@ class Calibration:
         return next(read_images(self.batches, self.task))
 
     def _sized(self) -> Iterator[tuple[Tensor, int]]:
-        """Return the batches, each with the number of its images over all processes."""
+        """Yield the batches, each with the number of its images over all processes."""
         once = (read_images(islice(self.batches, self.limit), self.task) for _ in range(self.passes))
         for batch in self.processes.in_step(chain.from_iterable(once), f"batches of {self.task}"):
             yield batch, sum(self.processes.gather(len(batch)))

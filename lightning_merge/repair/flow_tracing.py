@@ -224,7 +224,7 @@ def _name(func: Any) -> str:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """Return the tensors of nested tuples, lists and mappings."""
+    """Yield the tensors of nested tuples, lists and mappings."""
     if isinstance(content, Tensor):
         yield content
     elif isinstance(content, (tuple, list)):

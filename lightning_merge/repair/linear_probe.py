@@ -106,7 +106,7 @@ def fit_logistic_regression(
 
 
 def _keep_labels(data: Iterable[Any], labels: list[Tensor]) -> Iterator[Tensor]:
-    """Return the images of batches, whose labels are kept as they are read."""
+    """Yield the images of batches, whose labels are kept as they are read."""
     for batch in data:
         parts = batch if isinstance(batch, (tuple, list)) else [batch]
         if len(parts) != 2 or not isinstance(parts[1], Tensor):

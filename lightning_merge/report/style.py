@@ -170,7 +170,7 @@ def bare(axes: Axes) -> None:
 
 
 def legend_below(figure: figure.Figure, panels: Iterable[Axes], columns: int = 4, **options: Any) -> None:
-    """Return one legend for all panels below them; what several panels name stands there once."""
+    """Draw one legend for all panels below them; what several panels name stands there once."""
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

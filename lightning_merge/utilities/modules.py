@@ -63,7 +63,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def distinct_names(module: nn.Module) -> Iterator[str]:
-    """Return one name for every place that holds a tensor.
+    """Yield one name for every place that holds a tensor.
 
     torch's ``functional_call`` does not put back the parameters of a submodule that has two names, given both.
     """

@@ -24,16 +24,12 @@ from lightning_merge.report.merge_report import merge_page, parameters_grid
 from lightning_merge.report.search_report import search_page
 from lightning_merge.report.writing import report_merge
 from tests.report.pages import NASTY
-from tests.toys import base_weights, expert_weights, quiet_trainer, tiny_expert
+from tests.toys import base_weights, expert_weights, merged_files, quiet_trainer, tiny_expert
 
 
 @pytest.fixture
 def merged() -> lm.Merged:
-    save_weights("base.safetensors", base_weights())
-    for i, name in enumerate(("photo", "sketch")):
-        save_weights(f"{name}.safetensors", expert_weights(base_weights(), i))
-    experts = {name: f"{name}.safetensors" for name in ("photo", "sketch")}
-    return lm.merge("base.safetensors", experts, lm.methods.TaskArithmetic(scale=0.5), output="merged.safetensors")
+    return merged_files()
 
 
 def vector(weights) -> torch.Tensor:

@@ -9,19 +9,14 @@ import pytest
 
 import lightning_merge as lm
 from lightning_merge.analysis import compare_experts
-from lightning_merge.checkpoints import save_weights
 from lightning_merge.report.experts import experts_grid
 from lightning_merge.trainer.cli import main
-from tests.toys import base_weights, expert_weights
+from tests.toys import merged_files
 
 
 @pytest.fixture
 def merged() -> lm.Merged:
-    save_weights("base.safetensors", base_weights())
-    for i, name in enumerate(("photo", "sketch")):
-        save_weights(f"{name}.safetensors", expert_weights(base_weights(), i))
-    experts = {name: f"{name}.safetensors" for name in ("photo", "sketch")}
-    return lm.merge("base.safetensors", experts, lm.methods.TaskArithmetic(scale=0.5), output="merged.safetensors")
+    return merged_files()
 
 
 def test_files_in_report_out(merged, capsys):

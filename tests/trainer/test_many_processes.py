@@ -101,7 +101,7 @@ def files() -> None:
     lm.save_weights("old.pt", {name: 1.1 * weight for name, weight in start.items()})
 
 
-@pytest.mark.parametrize("how", ["torchrun", "slurm"])  # Lightning's own launcher: test_cli.py
+@pytest.mark.parametrize("how", ["torchrun", "slurm"])  # Lightning's own launcher: test_evaluate.py
 def test_a_fit_that_merges_and_an_evaluation(how):
     """Whoever starts the processes, the merge is that of the files, and the table that of one process."""
     if how == "slurm":

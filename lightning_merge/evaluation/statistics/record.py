@@ -91,7 +91,7 @@ def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
     return batch[0], batch[1]
 
 
-class Nothing:
+class _Nothing:
     """The one batch that the test loop steps over, which no hook of the data module sees."""
 
 
@@ -121,23 +121,21 @@ class TrainingData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         """Return what the test loop steps over."""
-        return DataLoader([Nothing()], collate_fn=lambda samples: samples[0])
+        return DataLoader([_Nothing()], collate_fn=lambda samples: samples[0])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Change a batch before it is moved."""
-        return batch if isinstance(batch, Nothing) else self.original.on_before_batch_transfer(batch, dataloader_idx)
+        return batch if isinstance(batch, _Nothing) else self.original.on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch."""
-        return (
-            batch
-            if isinstance(batch, Nothing)
-            else self.original.transfer_batch_to_device(batch, device, dataloader_idx)
-        )
+        if isinstance(batch, _Nothing):
+            return batch
+        return self.original.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Change a batch on its device."""
-        return batch if isinstance(batch, Nothing) else self.original.on_after_batch_transfer(batch, dataloader_idx)
+        return batch if isinstance(batch, _Nothing) else self.original.on_after_batch_transfer(batch, dataloader_idx)
 
     def on_exception(self, exception: BaseException) -> None:
         """Clean up after an error."""
@@ -174,7 +172,7 @@ class StatisticsRecorder(LightningModule):
             batches = statistics_batches(self.trainer.datamodule.original)
         record(self.trainer, self.module, batches, self._expert, self._recipe, self._path)
 
-    def test_step(self, batch: Nothing, batch_idx: int) -> None:
+    def test_step(self, batch: _Nothing, batch_idx: int) -> None:
         """Do nothing; everything has been done before."""
 
 

@@ -28,10 +28,7 @@ from lightning_merge.merging.repairing import Repair
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.report.loggers import log_to_loggers
-from lightning_merge.report.writing import (
-    check_report,
-    report_merge,
-)
+from lightning_merge.report.writing import check_report, report_merge
 from lightning_merge.trainer.verbs.align_and_repair import AlignAndRepair
 from lightning_merge.trainer.verbs.reporting import ReportingTrainer
 from lightning_merge.utilities.errors import MergeError

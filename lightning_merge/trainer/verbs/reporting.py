@@ -13,9 +13,7 @@ from lightning_merge.merging.merged import Merged
 from lightning_merge.merging.plan import Plan
 from lightning_merge.report.loggers import log_to_loggers
 from lightning_merge.report.page import Page
-from lightning_merge.report.writing import (
-    REPORT,
-)
+from lightning_merge.report.writing import REPORT
 from lightning_merge.utilities.progress import show_progress
 
 
