@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_merge.callbacks import MergeAfterFit
 
@@ -20,6 +21,7 @@ def main(**arguments) -> None:
     trainer = quiet_trainer(callbacks=callbacks, **limits, **arguments)
     trainer.fit(tiny_expert(weights="base.pt"), datamodule=data)
     trainer.evaluate(tiny_expert(), data, {"merged": "merged.ckpt"}, output="table")
+    dist.destroy_process_group()  # a process that ends with the group's threads still running is aborted now and then
 
 
 if __name__ == "__main__":

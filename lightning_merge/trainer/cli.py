@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.multiprocessing import ProcessRaisedException
@@ -202,7 +203,13 @@ def _make_known(models: bool, data: bool) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-merge``."""
+    """Run ``lightning-merge``.
+
+    A process group that the command has joined is left when it ends well: a process that ends with the group's threads
+    still running is aborted now and then, which torchrun and SLURM take for a failure. One that fails does not wait for
+    the others.
+    """
+    joined_before = _has_group()
     MergeCLI(
         args=args,
         seed_everything_default=0,
@@ -212,3 +219,10 @@ def main(args: list[str] | None = None) -> None:
             "`lightning-merge methods` lists every merging method.",
         },
     )
+    if _has_group() and not joined_before:
+        dist.destroy_process_group()
+
+
+def _has_group() -> bool:
+    """Tell whether this process is in a process group."""
+    return dist.is_available() and dist.is_initialized()
