@@ -26,11 +26,6 @@ from tests.toys import base_weights, expert_weights
 
 
 @pytest.fixture
-def base():
-    return base_weights()
-
-
-@pytest.fixture
 def experts(base):
     return [expert_weights(base, i) for i in range(3)]
 

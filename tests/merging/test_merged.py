@@ -17,17 +17,6 @@ from lightning_merge.methods import SCORE, TSVM, TALLMask, TaskArithmetic, Weigh
 from lightning_merge.repair import Pool, insert, tact
 from lightning_merge.repair import repair as repair_activations
 from tests.repair.models import VGG, expert_of, images
-from tests.toys import base_weights, expert_weights
-
-
-@pytest.fixture
-def base():
-    return base_weights()
-
-
-@pytest.fixture
-def experts(base):
-    return {name: expert_weights(base, i) for i, name in enumerate("abc")}
 
 
 def changed(one, other) -> set[str]:

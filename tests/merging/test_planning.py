@@ -30,12 +30,7 @@ from lightning_merge.methods import (
     WeightAverage,
 )
 from lightning_merge.methods.base.matrices import Matrices
-from tests.toys import base_weights, expert_weights
-
-
-@pytest.fixture
-def base():
-    return base_weights()
+from tests.toys import expert_weights
 
 
 @pytest.fixture

@@ -16,16 +16,6 @@ from lightning_merge.utilities.factorization_cache import Factorizations
 from tests.toys import base_weights, expert_weights
 
 
-@pytest.fixture
-def base():
-    return base_weights()
-
-
-@pytest.fixture
-def experts(base):
-    return {name: expert_weights(base, i) for i, name in enumerate("abc")}
-
-
 def same(one: dict, other: dict) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
