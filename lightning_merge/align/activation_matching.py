@@ -55,13 +55,13 @@ def match_activations(
 
     Args:
         module: Runs both models; it is as before afterwards, and its own weights are not used.
-        reference: The model that stays as it is.
-        other: The model whose channels are put into order.
+        reference: The parameters ``(…)`` by name of the model that stays as it is.
+        other: Those of the model whose channels are put into order.
         symmetries: The groups of both, with the activations that carry them (``features``).
-        batches: Images, or ``(images, labels)``, whose labels are not read. They may be read twice.
+        batches: Images ``(N, …)``, or ``(images, labels)``, whose labels are not read. They may be read twice.
         epsilon: See :meth:`lightning_merge.align.CrossMoments.correlation`.
         rest: What happens to :func:`groups_without_features`: they are matched by their weights, or stay.
-        seed: Of data that are drawn from PyTorch's global generator, and of the matching by weights.
+        seed: The seed of data that are drawn from PyTorch's global generator, and of the matching by weights.
         distributed: Whether the processes of a process group each read batches of their own, and all find the
             permutation for all of them.
 
@@ -95,7 +95,7 @@ def match_activations(
 
 
 def groups_without_features(symmetries: Symmetries) -> list[str]:
-    """Return the groups that no activation carries in a way that says something about their order."""
+    """List the groups that no activation carries in a way that determines their order."""
     carried = {group for reading in _readings(symmetries) for feature in reading for group in feature.entries.groups}
     return [group for group in symmetries.groups if group not in carried]
 
@@ -125,7 +125,7 @@ def _features(symmetries: Symmetries) -> Iterator[_Feature]:
 
 
 def _readings(symmetries: Symmetries) -> list[list[_Feature]]:
-    """Which activations are watched in which reading of the data, so that all that they depend on is known by then."""
+    """Divide the features into readings of the data, each after those that find the orders it depends on."""
     features = list(_features(symmetries))
     known: set[str] = set()
     readings = []
@@ -172,7 +172,7 @@ def _watch(
 
 
 def _rows(feature: _Feature, activation: Tensor, orders: Orders, symmetries: Symmetries) -> Tensor:
-    """Return the units of a feature: ``(samples and places, n)``."""
+    """Arrange an activation ``(N, …)`` as the units of a feature: ``(samples and places, n)``."""
     site, axes = feature.site, symmetries.features[feature.site.name]
     ordered = {dim: axis.size for dim, axis in enumerate(axes) if any(groups_of(axis))}
     if activation.dim() != len(axes) or any(activation.shape[dim] != size for dim, size in ordered.items()):

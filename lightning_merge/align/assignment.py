@@ -12,14 +12,14 @@ from lightning_merge.align.entries import Family, Key
 
 
 def assign(scores: Tensor) -> Tensor:
-    """Return the order ``(n,)`` with the largest sum of ``scores[i, order[i]]``, where the scores are ``(n, n)``."""
+    """Find the order ``(n,)`` with the largest sum of ``scores[i, order[i]]``, where the scores are ``(n, n)``."""
     from scipy.optimize import linear_sum_assignment
 
     return torch.from_numpy(linear_sum_assignment(scores.cpu().numpy(), maximize=True)[1]).long()
 
 
 def assign_family(family: Family, scores: Mapping[Key, Tensor], fixed: Orders | None = None) -> dict[str, Tensor]:
-    """Return the orders of a group and of those within it with the largest total score.
+    """Find the orders of a group and of those within it with the largest total score.
 
     For every pair of outer entries (two heads) the best orders within them are found first; the sum of what they reach
     is the score of the pair. All groups within one group share its order, which keeps what attention computes. If
@@ -28,9 +28,9 @@ def assign_family(family: Family, scores: Mapping[Key, Tensor], fixed: Orders | 
 
     Args:
         family: The groups.
-        scores: For the entries of every key how similar each is to each ``(n, n)``: rows of the reference, columns of
-            the other model.
-        fixed: Orders that are given. Those within a group need that group's own order, too.
+        scores: For every key the similarities ``(n, n)`` of its entries: those of the reference in rows, those of the
+            other model in columns.
+        fixed: Orders ``(n,)`` or ``(outer, n)`` that stay. Those within a group need that group's own order, too.
 
     Returns:
         The orders of all groups of the family that are scored or fixed: ``(n,)``, or ``(outer, n)``.
@@ -53,7 +53,7 @@ def assign_family(family: Family, scores: Mapping[Key, Tensor], fixed: Orders | 
 
 
 def _as_blocks(family: Family, key: Key, matrix: Tensor) -> Tensor:
-    """``(h·a·b, h·a·b)`` as ``(h, h, a, b, a, b)``."""
+    """Rearrange ``(h·a·b, h·a·b)`` as ``(h, h, a, b, a, b)``."""
     shape = [family.size, *(family.inner[group] for group in key[1:])]
     return matrix.reshape(*shape, *shape).movedim(len(shape), 1)
 
@@ -61,7 +61,7 @@ def _as_blocks(family: Family, key: Key, matrix: Tensor) -> Tensor:
 def _assign_pair(
     sizes: Mapping[str, int], blocks: Mapping[Key, Tensor], known: Orders
 ) -> tuple[dict[str, Tensor], float]:
-    """Return the best orders within one pair of outer entries, and their score.
+    """Find the best orders within one pair of outer entries, and their score.
 
     Args:
         sizes: The sizes of the groups within.

@@ -29,7 +29,7 @@ class Free:
 
     Args:
         group: The name of the group.
-        size: How many entries there are.
+        size: The number of entries.
     """
 
     group: str
@@ -44,7 +44,7 @@ class Product:
 
     @property
     def size(self) -> int:
-        """How many entries there are."""
+        """The number of entries."""
         return math.prod(factor.size for factor in self.factors)
 
 
@@ -56,7 +56,7 @@ class Sum:
 
     @property
     def size(self) -> int:
-        """How many entries there are."""
+        """The number of entries."""
         return sum(part.size for part in self.parts)
 
 
@@ -74,11 +74,11 @@ def groups_of(axis: Axis) -> Iterator[str]:
 
 
 def sources(axis: Axis, orders: Orders, within: Mapping[str, str]) -> Tensor:
-    """Where the entries along an axis are taken from: ``(size,)``, for ``index_select``.
+    """Compute where the entries along an axis are taken from: ``(size,)``, for ``index_select``.
 
     Args:
         axis: The axis.
-        orders: The permutation of each group; groups that are not in it stay as they are.
+        orders: The order of each group, ``(n,)`` or ``(outer, n)``; groups that are not in it stay as they are.
         within: For each group that has an order in every entry of another group: that other one, which must stand
             before it in the same product.
     """
@@ -111,7 +111,7 @@ def sources(axis: Axis, orders: Orders, within: Mapping[str, str]) -> Tensor:
 
 
 def coordinates(axis: Axis, group: str) -> Tensor:
-    """Return the coordinate that each entry along an axis has in a group: ``(size,)``; -1 where it has none."""
+    """Find the coordinate that each entry along an axis has in a group: ``(size,)``; -1 where it has none."""
     if isinstance(axis, Sum):
         return torch.cat([coordinates(part, group) for part in axis.parts])
     if isinstance(axis, Product):

@@ -36,13 +36,13 @@ class CrossMoments:
 
     @classmethod
     def empty(cls, n: int, m: int | None = None, device: torch.device | str = "cpu") -> CrossMoments:
-        """Return the moments of no samples, of n units and m (n)."""
+        """Make the moments of no samples, for n units of the first model and m (by default n) of the second."""
         m = n if m is None else m
         shapes = ((), (n,), (m,), (n,), (m,), (n, m))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def to(self, device: torch.device | str) -> CrossMoments:
-        """Return the same moments on a device."""
+        """Return these moments on a device."""
         return CrossMoments(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def update(self, a: Tensor, b: Tensor) -> None:
@@ -70,7 +70,7 @@ class CrossMoments:
         self.count = total
 
     def correlation(self, epsilon: float = 0.0) -> Tensor:
-        """Pearson's correlation of every unit with every other one ``(n, m)``; 0 for units that do not vary.
+        """Compute Pearson's correlations ``(n, m)`` of the units of both models; 0 for units that do not vary.
 
         Args:
             epsilon: Added to the product of the standard deviations (REPAIR's code has 1e-4), so that units that hardly

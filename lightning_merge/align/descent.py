@@ -17,12 +17,12 @@ TOLERANCE = 1e-12  # of what the similarity could be at most: smaller gains are 
 
 
 def compared(symmetries: Symmetries) -> list[str]:
-    """Return the parameters that are compared: all that are ordered, without statistics."""
+    """List the parameters that are compared: all that are ordered, without statistics."""
     return [name for name in symmetries.axes if name not in symmetries.statistics]
 
 
 def inner_product(first: Tensor, second: Tensor) -> float:
-    """Return the sum of the products of all entries, in float64."""
+    """Compute the inner product of two tensors ``(…)`` of one shape, in float64."""
     return float(torch.dot(first.double().flatten(), second.double().flatten()))
 
 
@@ -130,9 +130,9 @@ class Descent:
         return sum(self._norms[name] for name in {found.name for found in occurrences})
 
     def _assign(self, family: str, occurrences: list[_Occurrence], least: float) -> bool:
-        """Take the best orders if the similarity itself grows by more than the least.
+        """Take the best orders if the similarity itself grows by more than ``least``.
 
-        That is no matter of course if a family is on two axes of a parameter.
+        It need not grow if a family is on two axes of a parameter.
         """
         if not occurrences:
             return False
@@ -151,7 +151,7 @@ class Descent:
         return True
 
     def _version(self, occurrence: _Occurrence) -> tuple[int, ...]:
-        """How often everything has changed that the scores of an occurrence depend on."""
+        """Count the changes of each family that the scores of an occurrence depend on."""
         return tuple(self._changes[family] for family in occurrence.others)
 
     def _scores(self, occurrence: _Occurrence) -> Tensor:
@@ -165,7 +165,7 @@ class Descent:
 
 
 class _Occurrence:
-    """Entries of one parameter that a family orders, and how similar they are: ``(n, n)``.
+    """Entries of one parameter that a family orders, and their similarities ``(n, n)``.
 
     The scores are kept. When other families have moved, only the columns that have changed are multiplied again.
     """
@@ -178,7 +178,7 @@ class _Occurrence:
         self._rows = torch.empty(0)
 
     def update(self, reference: Tensor, rows: Tensor, version: tuple[int, ...]) -> None:
-        """Compute the scores of ``(n, K)`` and ``(n, K)``."""
+        """Bring the scores up to date with the entries ``(n, K)`` of the reference and of the other model."""
         if self.version is None:
             self.scores = reference.double() @ rows.double().T
         else:

@@ -43,13 +43,13 @@ class Dim:
         self._same_as = self
 
     def become(self, kind: str, children: Iterable[Dim], index: Dim | None = None) -> list[Dim]:
-        """Give a leaf a structure; returns its children."""
+        """Give a leaf a structure; return its children."""
         self.kind, self.children, self.index = kind, list(children), index
         return self.children
 
 
 def find(dim: Dim) -> Dim:
-    """Return the one that stands for all that were merged with this one."""
+    """Find the dimension that stands for all that were merged with this one."""
     while dim._same_as is not dim:
         dim._same_as = dim._same_as._same_as
         dim = dim._same_as
@@ -57,17 +57,17 @@ def find(dim: Dim) -> Dim:
 
 
 def free(sizes: Iterable[int]) -> list[Dim]:
-    """New dimensions."""
+    """Make dimensions whose entries may move."""
     return [Dim(size) for size in sizes]
 
 
 def fixed(sizes: Iterable[int], why: str) -> list[Dim]:
-    """New dimensions whose entries stay in their places, and why."""
+    """Make dimensions whose entries stay in their places, and note why."""
     return [Dim(size, why) for size in sizes]
 
 
 def leaves(dim: Dim) -> Iterator[Dim]:
-    """What a dimension is made of."""
+    """Yield the leaves of a dimension: itself, or those of its children."""
     dim = find(dim)
     if dim.kind == "leaf":
         yield dim
@@ -82,13 +82,13 @@ def freeze(dim: Dim, why: str) -> None:
 
 
 def reason(dim: Dim) -> str:
-    """Why all entries are fixed; empty if some may move."""
+    """Say why all entries are fixed; an empty string if some may move."""
     reasons = [leaf.fixed for leaf in leaves(dim)]
     return reasons[0] if all(reasons) else ""
 
 
 def flat(dim: Dim, kind: str) -> list[Dim]:
-    """Return the factors of a product (or the parts of a sum), nested ones resolved, those of one entry left out."""
+    """List the factors of a product (or the parts of a sum), nested ones resolved, factors of one entry left out."""
     dim = find(dim)
     if dim.kind == kind:
         return [piece for child in dim.children for piece in flat(child, kind)]
@@ -96,13 +96,13 @@ def flat(dim: Dim, kind: str) -> list[Dim]:
 
 
 def product(factors: Sequence[Dim]) -> Dim:
-    """Return the axis that a reshape makes of several, the last one running fastest."""
+    """Build the axis that a reshape makes of several, the last one running fastest."""
     factors = [piece for factor in factors for piece in flat(factor, "product")]
     return _combined("product", factors, math.prod(factor.size for factor in factors))
 
 
 def total(parts: Sequence[Dim]) -> Dim:
-    """Return the axis that a concatenation makes of several."""
+    """Build the axis that a concatenation makes of several."""
     return _combined("sum", [part for part in parts if part.size], sum(part.size for part in parts))
 
 
@@ -114,14 +114,14 @@ def _combined(kind: str, children: Sequence[Dim], size: int) -> Dim:
 
 
 def family(index: Dim, members: Sequence[Dim]) -> Dim:
-    """Return the axis that differs for each entry of another one."""
+    """Build the axis that differs for each entry of another one."""
     if all(find(member) is find(members[0]) for member in members):
         return find(members[0])
     return Dim(members[0].size, "", "family", members, index)
 
 
 def member(dim: Dim, index: Dim, entry: int) -> Dim:
-    """What an axis is at one entry of another one."""
+    """Take the member of an axis at one entry of another one: itself where it is the same for all entries."""
     dim = find(dim)
     if dim.kind == "family" and find(dim.index) is find(index):
         return find(dim.children[entry])

@@ -29,7 +29,7 @@ class Entries:
     places: Tensor
 
     def rows(self, tensor: Tensor, dim: int) -> Tensor:
-        """Bring the entries along an axis to the front: ``(n, everything else)``."""
+        """Bring the entries along an axis of a tensor ``(…)`` to the front: ``(n, everything else)``."""
         return tensor.movedim(dim, 0)[self.places.to(tensor.device)].flatten(1)
 
 
@@ -54,7 +54,7 @@ class Family:
 
 
 def families(symmetries: Symmetries) -> dict[str, Family]:
-    """Return the families of a model by their outer group."""
+    """Collect the families of a model by their outer group."""
     sizes = {name: group.size for name, group in symmetries.groups.items()}
     return {
         name: Family(name, group.size, {child: sizes[child] for child in symmetries.children(name)})
@@ -64,12 +64,12 @@ def families(symmetries: Symmetries) -> dict[str, Family]:
 
 
 def families_along(axis: Axis, within: Mapping[str, str]) -> list[str]:
-    """Return the outer groups of all groups along an axis."""
+    """List the outer groups of all groups along an axis."""
     return list(dict.fromkeys(within.get(group, group) for group in groups_of(axis)))
 
 
 def entries_along(axis: Axis, within: Mapping[str, str]) -> list[Entries]:
-    """Return the entries along an axis by the groups that order them; those that stay where they are are left out."""
+    """Collect the entries along an axis by the groups that order them; those that no group orders are left out."""
     sizes = {group: int(coordinates(axis, group).max()) + 1 for group in groups_of(axis)}
     found = []
     for outer in families_along(axis, within):
@@ -93,9 +93,9 @@ def aligned_but(
     """Permute a tensor along all its axes, but leave the entries of one family along one axis in their places.
 
     Args:
-        tensor: The tensor.
+        tensor: The tensor ``(…)``.
         axes: Its axes.
-        orders: The permutation of each group.
+        orders: The order of each group, ``(n,)`` or ``(outer, n)``.
         within: For each group that is within another one: that one.
         family: The outer group of the family.
         dim: The axis.
@@ -111,5 +111,5 @@ def aligned_but(
 
 
 def keys_of(axes: Iterable[Axis], within: Mapping[str, str]) -> set[Key]:
-    """Return all keys of the entries along some axes."""
+    """Collect the keys of all entries along some axes."""
     return {entries.groups for axis in axes for entries in entries_along(axis, within)}

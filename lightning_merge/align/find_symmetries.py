@@ -34,7 +34,8 @@ def find_symmetries(
 
     Args:
         module: Any module; it is copied, and left as it is.
-        example_inputs: What its ``forward`` is called with; a batch of one is repeated.
+        example_inputs: The tensor ``(N, …)`` that its ``forward`` is called with, or a tuple of all arguments; a batch
+            of one is repeated.
         fixed: Shell patterns of parameters whose channels must not move, such as ``head.*``.
         verify: Whether random permutations are tried on a copy of the module with random parameters. Groups that change
             what it computes, which would be a bug, are then fixed and reported.
@@ -60,7 +61,7 @@ def find_symmetries(
 
 
 def propagated(module: nn.Module, program: ExportedProgram, immovable: frozenset[str] = frozenset()) -> Symmetries:
-    """Find the groups in a graph; where it has operators without a rule, also in what these are made of.
+    """Find the groups in a graph; where it has operators without a rule, also in the simpler ones they consist of.
 
     Args:
         module: What was traced.
@@ -119,7 +120,7 @@ def _features(
 
 
 def _representable(dims: Dims, names: Mapping[Dim, str], within: Mapping[str, str]) -> tuple[Axis, ...]:
-    """Return the axes of an activation; none if the order along one depends on the place along another one."""
+    """Express an activation by axes; by none if the order along one depends on the place along another one."""
     try:
         axes = tuple(tree(dim, names) for dim in dims)
     except Dependent:
@@ -129,7 +130,7 @@ def _representable(dims: Dims, names: Mapping[Dim, str], within: Mapping[str, st
 
 
 def _reasons(traced: Propagation) -> dict[str, int]:
-    """How many axes of parameters are fixed for which reason."""
+    """Count the axes of parameters that are fixed, by the reason."""
     count: Counter[str] = Counter()
     for dims in traced.stored.values():
         for dim in dims:
@@ -138,7 +139,7 @@ def _reasons(traced: Propagation) -> dict[str, int]:
 
 
 def describe(symmetries: Symmetries, module: nn.Module) -> str:
-    """Say how many groups a module has, how much of it they order, and why the rest is fixed."""
+    """Describe how many groups a module has, how much of it they order, and why the rest is fixed."""
     sizes = {id(tensor): tensor.numel() for tensor in module.parameters()}
     names = {name: id(tensor) for name, tensor in module.named_parameters(remove_duplicate=False)}
     moving = sum(sizes[key] for key in {names[name] for name in symmetries.axes if name in names})

@@ -23,13 +23,13 @@ from lightning_merge.checkpoints.views import Mean, Renamed, own_names
 from lightning_merge.utilities.errors import raise_all
 
 Match = Callable[[Mapping[str, Weights]], Mapping[str, Permutation]]
-"""Finds the permutation of every foundation, by its name."""
+"""Function that finds the permutation of every foundation, by its name."""
 
 
 class Permuted(Weights):
     """A model in another order of its channels, permuted when it is read.
 
-    Its values are others than the model's, so it has a digest of its own, and statistics of the model are not its own.
+    Its values differ from the model's, so it has a digest of its own, and the model's statistics are not its own.
 
     Args:
         original: The model.
@@ -52,7 +52,7 @@ class Permuted(Weights):
         return self.permutation.apply_to(name, self.original[name])
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the model is from, and which permutation it is seen through."""
+        """Record where the model is from, and through which permutation it is read."""
         return self.original.provenance() | {"permutation": self.permutation.digest()}
 
 

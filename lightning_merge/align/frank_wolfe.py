@@ -28,7 +28,7 @@ PATIENCE = 5  # steps that gain almost nothing, and then it ends
 TOLERANCE = 1e-7
 
 Mixtures = dict[Key, Tensor]
-"""For the entries of every key a mixture of their permutations ``(n, n)``: rows of the result, columns of the model."""
+"""For every key a mixture of permutations ``(n, n)`` of its entries: rows of the result, columns of the model."""
 
 
 def synchronize(
@@ -49,7 +49,7 @@ def synchronize(
 
 
 def _climb(space: _Space, mixtures: list[Mixtures]) -> list[Mixtures]:
-    """Go from mixtures on as long as the value grows."""
+    """Go on from mixtures as long as the value grows."""
     value, idle = space.value(mixtures), 0
     for _ in range(STEPS):
         corners = [space.mixtures(orders) for orders in space.best_orders(space.gradients(mixtures))]
@@ -83,7 +83,7 @@ class _Space:
         return found
 
     def best_orders(self, scores: Sequence[Mixtures]) -> list[dict[str, Tensor]]:
-        """For every model the permutation with the largest inner product with some matrices."""
+        """Find for every model the permutation with the largest inner product with its matrices ``(n, n)``."""
         outer = {key[0] for key in self._keys}
         found: list[dict[str, Tensor]] = []
         for matrices in scores:
@@ -95,7 +95,7 @@ class _Space:
         return found
 
     def value(self, mixtures: Sequence[Mixtures]) -> float:
-        """Return the sum of the similarities of all pairs."""
+        """Compute the sum of the similarities of all pairs."""
         total = 0.0
         for name in self._entries:
             tensors = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
@@ -115,7 +115,7 @@ class _Space:
         return [dict(gradient) for gradient in found]
 
     def best_between(self, start: Sequence[Mixtures], end: Sequence[Mixtures]) -> list[Mixtures]:
-        """Return the best point of the line from one to the other, on which the value is a polynomial."""
+        """Find the best point on the line from one to the other, along which the value is a polynomial."""
 
         def at(share: float) -> list[Mixtures]:
             return [

@@ -30,18 +30,18 @@ def match_many(
 ) -> dict[Name, Permutation]:
     """Find a permutation for each of several models that brings all of them into the order of the first one.
 
-    The order of model a relative to model b is ``found[a].then(found[b].inverse())``: it is the same whether one goes
+    The order of model a relative to model b is ``result[a].then(result[b].inverse())``: it is the same whether one goes
     from a to b at once or by other models.
 
     Args:
-        models: The models by name, or in a sequence, whose names are 0, 1, 2, …
+        models: The parameters ``(…)`` of each model, by the model's name, or in a sequence, with the names 0, 1, 2, …
         symmetries: The groups of all models.
         method: ``frank_wolfe`` makes the similarity of all pairs large at once (C²M³, Crisostomi et al.: C²M³:
             Cycle-Consistent Multi-Model Merging, NeurIPS 2024), once from the models as they are and once from what
             ``reference`` finds, and keeps the better result. ``reference`` matches every model to the first one, and
             looks at no other pair. ``mean`` goes on from there: one model after the other, in random order, comes next
             to the mean of the others, as long as the similarity of all pairs grows (MergeMany, Git Re-Basin, appendix).
-        seed: Of all random orders.
+        seed: The seed of all random orders.
         sweeps: After how many visits of every group, and of every model, to stop at the latest.
 
     Returns:
@@ -103,7 +103,7 @@ def _by_frank_wolfe(
 
 
 def pair_similarity(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetries) -> float:
-    """Return the sum of the similarities of all pairs of models."""
+    """Compute the sum of the similarities of all pairs of models, in float64."""
     total = 0.0
     for name in compared(symmetries):
         tensors = [model[name].double() for model in models]

@@ -1,4 +1,4 @@
-"""Which groups have an order of their own in every entry of another group: the channels within a head."""
+"""Nesting of groups: the channels within a head have an order of their own in every head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensors = Iterable[tuple[Axis, ...]]
 def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | None = None) -> dict[str, frozenset[str]]:
     """Find for each group the others in each of whose entries it may have an order of its own.
 
-    That is so if every tensor that has channels of the group has them within the other one: as a coordinate beside
+    That is so if every tensor that has channels of the group has them within the other one: as a coordinate next to
     it in all that is computed, and before it in the same product in all parameters, so that it can be written down.
 
     Args:
@@ -41,7 +41,7 @@ def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | Non
 
 
 def direct_groups(axis: Axis) -> list[str]:
-    """Return the groups in which every entry along an axis has a coordinate."""
+    """List the groups in which every entry along an axis has a coordinate."""
     factors = axis.factors if isinstance(axis, Product) else (axis,)
     return [factor.group for factor in factors if isinstance(factor, Free)]
 
@@ -60,7 +60,7 @@ def occurrences(axis: Axis, outer: frozenset[str]) -> Iterator[tuple[str, frozen
 
 
 def outermost(candidates: dict[str, frozenset[str]], sizes: dict[str, int]) -> dict[str, str]:
-    """Choose one outer group for each that has some, which is not within another one itself: the largest."""
+    """Choose for each group the largest of its outer groups that are not within another one themselves."""
     chosen = {}
     for group, outer in candidates.items():
         roots = [other for other in outer if not candidates.get(other)]
@@ -70,5 +70,5 @@ def outermost(candidates: dict[str, frozenset[str]], sizes: dict[str, int]) -> d
 
 
 def has_group(axes: Iterable[Axis]) -> bool:
-    """Tell whether any group orders a tensor."""
+    """Tell whether a group orders any of some axes."""
     return any(True for axis in axes for _ in groups_of(axis))

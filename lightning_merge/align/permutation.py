@@ -16,7 +16,7 @@ from lightning_merge.align.symmetries import Symmetries
 
 @dataclass(frozen=True)
 class Permutation:
-    """Where the channels of every group are taken from.
+    """Permutation of a model's channels: where those of every group are taken from.
 
     Args:
         symmetries: The groups.
@@ -30,12 +30,12 @@ class Permutation:
 
     @classmethod
     def identity(cls, symmetries: Symmetries) -> Permutation:
-        """Return the permutation that moves nothing."""
+        """Make the permutation that moves nothing."""
         return cls(symmetries, {name: symmetries.identity_order(name) for name in symmetries.groups})
 
     @classmethod
     def random(cls, symmetries: Symmetries, seed: int = 0) -> Permutation:
-        """Return a permutation drawn uniformly from the whole group."""
+        """Draw a permutation uniformly from the whole group."""
         generator = torch.Generator().manual_seed(seed)
 
         def draw(shape: tuple[int, ...]) -> Tensor:
@@ -53,11 +53,11 @@ class Permutation:
         return found
 
     def apply_to(self, name: str, tensor: Tensor, skip: int | None = None) -> Tensor:
-        """Permute one parameter; those that no group orders are given back as they are.
+        """Permute one parameter; those that no group orders are returned as they are.
 
         Args:
             name: The parameter.
-            tensor: Its values.
+            tensor: Its values ``(…)``; the result has their shape.
             skip: An axis that is left as it is.
         """
         for dim, source in self._sources.get(name, {}).items():
@@ -75,7 +75,7 @@ class Permutation:
         return {name: self.apply_to(name, weights[name]) for name in weights}
 
     def inverse(self) -> Permutation:
-        """Return the permutation that undoes this one."""
+        """Compute the permutation that undoes this one."""
         within, orders = self.symmetries.within, {}
         for name, order in self.orders.items():
             inverted = order.argsort(dim=-1)
@@ -83,7 +83,7 @@ class Permutation:
         return Permutation(self.symmetries, orders)
 
     def then(self, other: Permutation) -> Permutation:
-        """Return the permutation that does this one first and then the other."""
+        """Compose two permutations: this one first, then the other."""
         within, orders = self.symmetries.within, {}
         for name, order in self.orders.items():
             inner = order if name not in within else order[other.orders[within[name]]]
@@ -91,7 +91,7 @@ class Permutation:
         return Permutation(self.symmetries, orders)
 
     def digest(self) -> str:
-        """Return the sha256 of all orders: the same for the same permutation."""
+        """Compute the sha256 of all orders: the same for the same permutation."""
         digest = hashlib.sha256()
         for name in sorted(self.orders):
             digest.update(f"{name} {tuple(self.orders[name].shape)}\n".encode())
@@ -99,7 +99,7 @@ class Permutation:
         return digest.hexdigest()
 
     def moved(self) -> float:
-        """Return the share of all channels that do not stay in their place."""
+        """Compute the share (0 to 1) of all channels that do not stay in their place."""
         count = sum(order.numel() for order in self.orders.values())
         moved = sum(int((order != torch.arange(order.shape[-1])).sum()) for order in self.orders.values())
         return moved / max(count, 1)

@@ -39,7 +39,7 @@ class Propagation:
     unknown: set[str] = field(default_factory=set)
 
     def run(self, program: ExportedProgram) -> Propagation:
-        """Go through a graph from its inputs to its outputs."""
+        """Follow the dimensions through a graph, from its inputs to its outputs."""
         values: dict[fx.Node, Any] = {}
         for node in program.graph.nodes:
             if node.op == "placeholder":
@@ -123,7 +123,7 @@ class Propagation:
         return list(found)
 
     def trees(self, names: Mapping[Dim, str]) -> tuple[set[tuple[Axis, ...]], set[tuple[Axis, ...]]]:
-        """Return the axes of all parameters, and of all that is computed from them."""
+        """Express all parameters, and all that is computed from them, by the axes of named groups."""
         stored = {tuple(tree(dim, names) for dim in dims) for dims in self.stored.values()}
         computed = {tuple(tree(dim, names) for dim in dims) for seen in self.computed for dims in each_member(seen)}
         return stored, computed
@@ -143,25 +143,25 @@ def _freeze_all(dims: Iterable[Dim], why: str) -> None:
 
 
 def frozen(node: fx.Node, why: str) -> Any:
-    """Dimensions of their own for the output of a node, or each of them, that stay as they are."""
+    """Make dimensions that stay as they are for the output of a node, or for each of its outputs."""
     return pytree.tree_map_only(Tensor, lambda tensor: fixed(map(int, tensor.shape), why), node.meta.get("val"))
 
 
 def _constant(tensor: Tensor) -> Dims:
-    """Return the dimensions of a tensor that is no parameter: axes along which all is equal may be in any order."""
+    """Make the dimensions of a tensor ``(…)`` that is no parameter: axes along which all is equal may be permuted."""
     equal = [bool((tensor == tensor.narrow(axis, 0, 1)).all()) for axis in range(tensor.dim() if tensor.numel() else 0)]
     return [Dim(size, "" if same else "constants") for size, same in zip(tensor.shape, equal, strict=True)]
 
 
 def _each(sizes: Any) -> list[Any]:
-    """Return the sizes of every output."""
+    """List the sizes of each output."""
     if sizes is None or all(isinstance(size, int) for size in sizes):
         return [] if sizes is None else [sizes]
     return [size for part in sizes for size in _each(part)]
 
 
 def _rule(target: Any) -> Any:
-    """Return the rule of an operator such as ``aten.add_.Tensor``."""
+    """Look up the rule of an operator such as ``aten.add_.Tensor``."""
     namespace, _, operation = str(target).partition(".")
     if namespace != "aten":
         return None
@@ -172,7 +172,7 @@ def _rule(target: Any) -> Any:
 
 
 def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by their names."""
+    """Bind the arguments of a call to the names in its operator's schema."""
     schema = target._schema.arguments
     found = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     named = dict(zip((argument.name for argument in schema), args, strict=False))

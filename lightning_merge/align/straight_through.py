@@ -39,7 +39,7 @@ def refine_straight_through(
     epochs: int = 10,
     seed: int = 0,
 ) -> Permutation:
-    """Look near a permutation for one with which the model halfway between the two has a smaller loss.
+    """Search near a permutation for one with which the model halfway between the two has a smaller loss.
 
     A guide starts as the reference. In every step the permutation is the one that brings ``other`` next to the guide
     (weight matching, from the last one on). The forward pass runs the mean of the reference and of the permuted model;
@@ -48,16 +48,16 @@ def refine_straight_through(
 
     Args:
         module: Runs the models; it is as before afterwards, and its own weights are not used.
-        reference: The model that stays as it is.
-        other: The model whose channels are put into order.
+        reference: The parameters ``(…)`` by name of the model that stays as it is.
+        other: Those of the model whose channels are put into order.
         symmetries: The groups of both.
-        batches: ``(images, labels)``, read again in every epoch.
+        batches: ``(images, labels)``, ``(N, …)`` each, read again in every epoch.
         permutation: Where to start, such as what :func:`lightning_merge.align.match_weights` finds.
-        loss: Of ``(outputs, labels)``, a mean over the samples.
-        learning_rate: Of SGD on the guide; the authors' is 0.01.
-        momentum: Of SGD on the guide.
+        loss: Computes the mean loss ``()`` over the samples, from outputs ``(N, …)`` and labels ``(N, …)``.
+        learning_rate: The learning rate of SGD on the guide; the authors' is 0.01.
+        momentum: The momentum of SGD on the guide.
         epochs: How many times to read the data.
-        seed: Of data that are drawn from PyTorch's global generator, and of the matching.
+        seed: The seed of data that are drawn from PyTorch's global generator, and of the matching.
 
     Returns:
         The permutation with the smallest loss on all batches; ``permutation`` itself if none has a smaller one.
@@ -119,7 +119,7 @@ def _permuted(permutation: Permutation, weights: Mapping[str, Tensor]) -> dict[s
 
 
 def _middle(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the mean of two models; what is no number with a fraction is the first one's."""
+    """Average two models; tensors that are not floating-point are the first one's."""
     return {
         name: (tensor + second[name]) / 2 if tensor.is_floating_point() else tensor for name, tensor in first.items()
     }

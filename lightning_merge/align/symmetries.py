@@ -1,4 +1,4 @@
-"""Which channels of a model may be renamed without changing what it computes."""
+"""Permutation symmetries of a model: channels that may be reordered without changing what it computes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Group:
     """Channels that may be put into any order, as long as it is the same one wherever they occur.
 
     Args:
-        name: What it is called.
+        name: The name of the group.
         size: The number of channels.
         within: Another group in each of whose entries these channels have an order of their own: the heads, for the
             channels within a head. It is not within another one itself.
@@ -58,7 +58,7 @@ class Symmetries:
         shapes: Mapping[str, Sequence[int]],
         statistics: Iterable[str] = (),
     ) -> Symmetries:
-        """Take a specification that was written by hand, as git-re-basin's ``axes_to_perm``.
+        """Build the groups from a specification that was written by hand, such as git-re-basin's ``axes_to_perm``.
 
         Args:
             axes: For every parameter the name of the group of each of its axes, or None.
@@ -90,11 +90,11 @@ class Symmetries:
         return {group.name: group.within for group in self.groups.values() if group.within is not None}
 
     def children(self, group: str) -> list[str]:
-        """Return the groups that are within this one."""
+        """List the groups that are within this one."""
         return [name for name, outer in self.within.items() if outer == group]
 
     def occurrences(self, group: str) -> list[tuple[str, int]]:
-        """Return the parameters and axes along which a group occurs, those of statistics left out."""
+        """List the parameters and axes along which a group occurs, those of statistics left out."""
         return [
             (name, dim)
             for name, axes in self.axes.items()
@@ -124,7 +124,7 @@ class Symmetries:
         raise_all(problems)
 
     def ignoring(self, patterns: Iterable[str]) -> Symmetries:
-        """Return the same groups, for comparisons of models that leave out some parameters (heads).
+        """Leave some parameters (heads) out of comparisons of models; the groups are the same.
 
         Args:
             patterns: Shell patterns of names. What they match is permuted with the rest, but not compared.
@@ -134,7 +134,7 @@ class Symmetries:
         return replace(self, statistics=self.statistics | ignored)
 
     def to_json(self) -> str:
-        """Return the groups and axes as text."""
+        """Write the groups and axes as text, which :meth:`from_json` reads."""
 
         def plain(axis: Axis) -> Any:
             if isinstance(axis, Fixed):
@@ -196,5 +196,5 @@ class Symmetries:
         return (found.size,) if found.within is None else (self.groups[found.within].size, found.size)
 
     def identity_order(self, group: str) -> Tensor:
-        """Return the order of a group in which nothing moves."""
+        """Make the order of a group in which nothing moves: ``(n,)``, or ``(outer, n)`` within another group."""
         return torch.arange(self.groups[group].size).expand(self.order_shape(group)).clone()

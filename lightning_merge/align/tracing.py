@@ -21,7 +21,7 @@ BY_HAND = "Describe its groups by hand with Symmetries.from_axes or Symmetries.f
 
 @torch.library.custom_op("lightning_merge::site", mutates_args=(), schema="(Tensor x, str name) -> Tensor")
 def mark(x: Tensor, name: str) -> Tensor:
-    """Leave the name of a site in a graph."""
+    """Leave the name of a site in a graph, next to its activation ``(…)``, which is copied."""
     return x.clone()
 
 
@@ -34,7 +34,7 @@ SITE = torch.ops.lightning_merge.site.default
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode, without the trainer that a LightningModule may hold.
+    """Copy a module, in evaluation mode and without the trainer that a LightningModule may hold.
 
     Raises:
         MergeError: If the module cannot be copied.
@@ -53,7 +53,7 @@ _NO_TRAINER = object()
 
 
 def batch_of_two(inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as a tuple, with a batch of one repeated: a size of one would look as if it was broadcast."""
+    """Put inputs ``(N, …)`` into a tuple and repeat a batch of one, whose size would look as if it were broadcast."""
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     batched = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
     if not batched or any(tensor.shape[0] != 1 for tensor in batched):
@@ -75,7 +75,7 @@ def run(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 def exported(module: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
-    """Return the graph of a module, in which the outputs of its parts and the inputs of its leaves are marked.
+    """Trace a module into a graph in which the outputs of its parts and the inputs of its leaves are marked.
 
     Args:
         module: A module in evaluation mode; its hooks are removed afterwards.
@@ -124,7 +124,7 @@ def _start_autograd() -> None:
 
 
 def decomposed(program: ExportedProgram) -> ExportedProgram | None:
-    """Return the same graph with simpler operators: a recurrent layer as its steps; None if that fails."""
+    """Rewrite a graph with simpler operators: a recurrent layer as its steps; None if that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -134,7 +134,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram | None:
 
 
 def _sentence(error: Exception) -> str:
-    """Return the first line of an error's message."""
+    """Take the first line of an error's message, as a sentence of 300 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0][:300] if lines else type(error).__name__
     return text if text.endswith((".", "!", "?")) else f"{text}."

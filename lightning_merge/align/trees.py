@@ -9,11 +9,11 @@ from lightning_merge.align.dimensions import Dim, find, flat, member
 
 
 class Dependent(Exception):
-    """The order along an axis depends on the place along another one: no tree can say that."""
+    """Order along an axis that depends on the place along another one: no tree can express that."""
 
 
 def tree(dim: Dim, names: Mapping[Dim, str]) -> Axis:
-    """Return a dimension as an axis of named groups; what has no name is fixed."""
+    """Express a dimension as an axis of named groups; what has no name is fixed."""
     dim = find(dim)
     if dim.kind == "leaf":
         return Free(names[dim], dim.size) if dim in names else Fixed(dim.size)

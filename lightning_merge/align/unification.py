@@ -41,7 +41,7 @@ def tie(dim: Dim, indices: Iterable[Dim] = ()) -> None:
 
 
 def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
-    """See an axis as several, as ``unflatten`` does: their dimensions, the last one running fastest."""
+    """Split an axis into factors, as ``unflatten`` does, the last one running fastest."""
     dim, wanted = find(dim), [size for size in sizes if size != 1]
     if len(wanted) < len(sizes):
         found = iter(factor(dim, wanted) if wanted else ())
@@ -79,7 +79,7 @@ def _of_members(dim: Dim, pieces: Sequence[Sequence[Dim]]) -> list[Dim]:
 
 
 def _stacked(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
-    """See a sum of equal parts as a stack of them."""
+    """Treat a sum of equal parts as a stack of them."""
     count, *inner = sizes
     boundary, boundaries = 0, set()
     for part in flat(dim, "sum"):
@@ -94,7 +94,7 @@ def _stacked(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
 
 
 def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
-    """See an axis as several that stand one behind the other, as ``torch.split`` does: their dimensions."""
+    """Cut an axis into parts that stand one behind the other, as ``torch.split`` does."""
     dim, wanted = find(dim), [size for size in sizes if size]
     if len(wanted) < len(sizes):
         found = iter(cut(dim, wanted) if wanted else ())
@@ -123,7 +123,7 @@ def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
 
 
 def _slices(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
-    """Slices of a product along its outermost factor."""
+    """Cut a product along its outermost factor."""
     outer, *inner = flat(dim, "product")
     inside = dim.size // outer.size
     if any(size % inside for size in sizes):
@@ -164,7 +164,7 @@ def unify(first: Dim, second: Dim) -> None:
 
 
 def _pairs(first: Dim, second: Dim) -> Sequence[tuple[Dim, Dim]]:
-    """Return the pieces of two axes that must be ordered alike if the axes are."""
+    """Pair the pieces of two axes that must be ordered alike if the axes are."""
     if first.kind == second.kind == "family":
         return list(zip(first.children, second.children, strict=True))
     if first.kind == second.kind:
@@ -183,7 +183,7 @@ def _absorb(first: Dim, second: Dim) -> None:
 
 
 def _aligned(first: Dim, second: Dim, kind: str) -> list[tuple[Dim, Dim]]:
-    """Return the pieces of two products, or two sums, refined until they have the same sizes."""
+    """Pair the pieces of two products, or two sums, refined until they have the same sizes."""
     ones, others, pairs = flat(first, kind), flat(second, kind), []
     while ones and others:
         swap = ones[0].size < others[0].size

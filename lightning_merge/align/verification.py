@@ -26,7 +26,7 @@ def verified(symmetries: Symmetries, module: nn.Module, inputs: tuple[Any, ...],
     """Leave out the groups that change what a module computes.
 
     Args:
-        symmetries: What has been found.
+        symmetries: The groups that were found.
         module: A module of one's own in evaluation mode; its parameters are overwritten.
         inputs: What it is called with; floating-point ones are drawn anew.
         seed: The seed of the parameters, inputs and permutations.
@@ -43,7 +43,7 @@ def verified(symmetries: Symmetries, module: nn.Module, inputs: tuple[Any, ...],
 
 
 class Trial:
-    """A module with random parameters, in double precision if it works in it, and what it computes."""
+    """A module with random parameters, in double precision if it supports that, and what it computes."""
 
     def __init__(self, module: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> None:
         self.module, self.seed = module, seed
@@ -69,7 +69,7 @@ class Trial:
             )
 
     def run(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the module computes with some parameters."""
+        """Run the module with other parameters ``(…)``; return its outputs ``(…)`` in float64."""
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             outputs = functional_call(self.module, dict(weights), self.inputs, tie_weights=False)
@@ -82,7 +82,7 @@ class Trial:
         return float(torch.stack(changes).max()) / self.scale
 
     def culprits(self, symmetries: Symmetries, names: list[str]) -> list[str]:
-        """Return the groups among some that change what is computed, by bisection."""
+        """Find the groups among some that change what is computed, by bisection."""
         drawn = Permutation.random(symmetries, self.seed)
         orders = {
             name: drawn.orders[name] if name in names else symmetries.identity_order(name) for name in drawn.orders
@@ -95,7 +95,7 @@ class Trial:
 
 
 class _Precision(TorchDispatchMode):
-    """Notes whether anything is computed in less than double precision: some layers convert what they are given."""
+    """Dispatch mode that notes what is computed in less than double precision: some layers convert their inputs."""
 
     rounded = False
 

@@ -32,10 +32,10 @@ def match_weights(
     matched together, see :func:`lightning_merge.align.assignment.assign_family`.
 
     Args:
-        reference: The model that stays as it is.
-        other: The model whose channels are put into order.
+        reference: The parameters ``(…)`` by name of the model that stays as it is.
+        other: Those of the model whose channels are put into order.
         symmetries: The groups of both.
-        seed: Of the order in which the groups are visited, and of the starts.
+        seed: The seed of the order in which the groups are visited, and of the starts.
         restarts: How many times to do so: the first time from the order as it is, as in the paper; the second time
             from an order that grows from the model's inputs and outputs on (:meth:`Descent.grow`), which deep models
             with residual streams may need; then from random ones. The result with the largest similarity is kept.
@@ -62,17 +62,17 @@ def match_weights(
 
 
 def similarity(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], symmetries: Symmetries) -> float:
-    """The inner product of the ordered parameters of two models, in float64: what weight matching makes large."""
+    """Compute the inner product of the ordered parameters of two models, in float64; weight matching maximizes it."""
     return sum(inner_product(reference[name], other[name]) for name in compared(symmetries))
 
 
 def distance(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], symmetries: Symmetries) -> float:
-    """Return the Euclidean distance of the ordered parameters of two models, in float64."""
+    """Compute the Euclidean distance of the ordered parameters of two models, in float64."""
     return sum(float((reference[n].double() - other[n].double()).square().sum()) for n in compared(symmetries)) ** 0.5
 
 
 def checked(weights: Mapping[str, Tensor], symmetries: Symmetries, fallback: str) -> dict[str, Tensor]:
-    """Read the ordered parameters of a model.
+    """Read the ordered parameters of a model, and check them.
 
     Raises:
         MergeError: If it has other parameters or shapes, or values that are not finite.

@@ -11,7 +11,7 @@ from lightning_merge.align.unification import factor, unify
 
 @rule("linear")
 def linear(call: Call) -> Result:
-    """``x @ weight.T + bias``."""
+    """Contract the channels of the input: ``x @ weight.T + bias``."""
     x, weight = call["input"], call["weight"]
     unify(x[-1], weight[-1])
     return broadcast([*x[:-1], *weight[:-1]], call["bias"] or [])
@@ -19,14 +19,14 @@ def linear(call: Call) -> Result:
 
 @rule("matmul", "mm", "bmm", "mv", "dot")
 def matmul(call: Call) -> Result:
-    """``x @ y`` with any number of leading dimensions, or none."""
+    """Contract two tensors: ``x @ y`` with any number of leading dimensions, or none."""
     x, y = list(call.arguments.values())[:2]
     return _matmul(x, y)
 
 
 @rule("addmm", "baddbmm", "addmv")
 def addmm(call: Call) -> Result:
-    """``bias + x @ y``."""
+    """Contract two tensors and add a third one: ``bias + x @ y``."""
     bias, x, y = list(call.arguments.values())[:3]
     return broadcast(_matmul(x, y), bias)
 
@@ -40,7 +40,7 @@ def _matmul(x: Dims, y: Dims) -> Dims:
 
 @rule("einsum")
 def einsum(call: Call) -> Result:
-    """Every letter is one dimension."""
+    """Tie the dimensions that have one letter."""
     inputs, arrow, output = call["equation"].replace(" ", "").partition("->")
     if not arrow or "." in inputs:
         raise Unsupported
@@ -57,7 +57,7 @@ def einsum(call: Call) -> Result:
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
 def convolution(call: Call) -> Result:
-    """Channels are contracted within each of the groups; a kernel's places, and an image's, stay where they are."""
+    """Contract channels within each of the groups; a kernel's places, and an image's, stay where they are."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     space = len(weight) - 2
     channels, groups = x[-space - 1], call["groups"] or 1
@@ -78,7 +78,7 @@ def convolution(call: Call) -> Result:
 
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Result:
-    """``softmax(query @ key.T + mask) @ value``; with ``enable_gqa`` several queries share a key."""
+    """Contract ``softmax(query @ key.T + mask) @ value``; with ``enable_gqa`` several queries share a key."""
     query, key, value = call["query"], call["key"], call["value"]
     heads = query[:-2]
     if call["enable_gqa"] and query[-3].size != key[-3].size:
@@ -91,7 +91,7 @@ def attention(call: Call) -> Result:
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention")
 def fused_attention(call: Call) -> Result:
-    """The same, as a kernel that returns the logarithm of the sums, too."""
+    """Contract the same as :func:`attention`, in a kernel that returns the logarithms of the sums, too."""
     query, key, value = call["query"], call["key"], call["value"]
     heads = broadcast(query[:-2], key[:-2], value[:-2])
     out = _attend(heads, query, key, value, call["attn_mask"] or call["attn_bias"], call["is_causal"])
@@ -110,7 +110,7 @@ def _attend(heads: Dims, query: Dims, key: Dims, value: Dims, mask: Sequence[Dim
 
 @rule("embedding")
 def embedding(call: Call) -> Result:
-    """Rows of a table: their numbers are data."""
+    """Look up rows of a table, whose numbers are data."""
     weight, indices = call["weight"], call["indices"]
     freeze(weight[0], "entries of a table")
     return [*indices, *weight[1:]]

@@ -9,7 +9,7 @@ from lightning_merge.align.unification import factor
 
 @rule("copy", "fill", "hardswish", "masked_fill", "rsub", "softplus", "square", "where")
 def elementwise(call: Call) -> Result:
-    """Operands are broadcast; also the rule of every operator with the tag ``pointwise``."""
+    """Broadcast the operands; this is also the rule of every operator with the tag ``pointwise``."""
     return broadcast(*tensors(call.arguments))
 
 
@@ -18,13 +18,13 @@ def elementwise(call: Call) -> Result:
     *("_to_copy", "softmax", "_softmax", "log_softmax", "_log_softmax"),
 )
 def unchanged(call: Call) -> Result:
-    """The same entries, or functions of them that treat all alike, in the same places."""
+    """Keep the entries in their places, or functions of them that treat all alike."""
     return call.first
 
 
 @rule("prelu")
 def prelu(call: Call) -> Result:
-    """A slope for each channel, or one for all."""
+    """Multiply by a slope for each channel, or one for all."""
     x, slopes = call.first, call["weight"]
     broadcast(x[1:2], slopes)
     return x
@@ -32,7 +32,7 @@ def prelu(call: Call) -> Result:
 
 @rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> Result:
-    """Normalised over the last dimensions."""
+    """Normalize over the last dimensions."""
     x = call["input"]
     normalized = x[-len(call["normalized_shape"]) :]
     for dims in (call["weight"], call["bias"]):
@@ -43,7 +43,7 @@ def layer_norm(call: Call) -> Result:
 
 @rule("group_norm", "native_group_norm")
 def group_norm(call: Call) -> Result:
-    """Normalised over each of the groups of channels."""
+    """Normalize each group of channels."""
     x, groups = call.first, call["num_groups"] or call["group"]
     factor(x[1], [groups, x[1].size // groups])
     for dims in (call["weight"], call["bias"]):
@@ -57,7 +57,7 @@ def group_norm(call: Call) -> Result:
     *("_native_batch_norm_legit_no_training", "_native_batch_norm_legit"),
 )
 def batch_norm(call: Call) -> Result:
-    """Normalised over each channel."""
+    """Normalize each channel."""
     x = call["input"]
     for name in ("weight", "bias", "running_mean", "running_var"):
         broadcast(call[name] or [], x[1:2])
@@ -70,7 +70,7 @@ def batch_norm(call: Call) -> Result:
     *("max", "min"),
 )
 def reduction(call: Call) -> Result:
-    """Any order of what is reduced gives the same."""
+    """Reduce over dimensions, in any order of their entries."""
     x = call.first
     reduced = call.axes("dim", len(x))
     kept = len(call.sizes) == len(x)
@@ -79,27 +79,27 @@ def reduction(call: Call) -> Result:
 
 @rule("var_mean", "std_mean", "aminmax")
 def reductions(call: Call) -> Result:
-    """Two reductions at once."""
+    """Reduce in two ways at once."""
     return [reduction(Call(call.arguments, sizes, call.separate)) for sizes in call.sizes]
 
 
 @rule("max.dim", "min.dim")
 def extremum(call: Call) -> Result:
-    """The place of an extremum is a number that a permutation would change."""
+    """Reduce to an extremum and its place, a number that a permutation would change."""
     in_place([call.first[axis] for axis in call.axes("dim", len(call.first))], "numbered")
     return reductions(call)
 
 
 @rule("argmax", "argmin")
 def argmax(call: Call) -> Result:
-    """The same, for the place alone."""
+    """Reduce to the place of an extremum alone."""
     in_place([call.first[axis] for axis in call.axes("dim", len(call.first))], "numbered")
     return reduction(call)
 
 
 @rule("cumsum", "cumprod", "flip", "roll")
 def ordered(call: Call) -> Result:
-    """The order along some dimensions matters; they keep their sizes."""
+    """Fix dimensions along which the order matters; they keep their sizes."""
     x = call.first
     in_place([x[axis] for axis in call.axes("dims" if "dims" in call.arguments else "dim", len(x))], "places")
     return x
@@ -107,14 +107,14 @@ def ordered(call: Call) -> Result:
 
 @rule("tril", "triu")
 def triangle(call: Call) -> Result:
-    """The order along the last two dimensions matters."""
+    """Fix the last two dimensions, along which the order matters."""
     in_place(call.first[-2:], "places")
     return call.first
 
 
 @rule("glu")
 def glu(call: Call) -> Result:
-    """One half is the other half's gate."""
+    """Gate one half of the channels by the other half."""
     x, (axis,) = call.first, call.axes("dim", len(call.first))
     halves, channels = factor(x[axis], [2, x[axis].size // 2])
     freeze(halves, "a stack")
@@ -128,7 +128,7 @@ def glu(call: Call) -> Result:
     *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
 )
 def resample(call: Call) -> Result:
-    """Places are pooled or interpolated, each channel for itself."""
+    """Pool or interpolate places, each channel for itself."""
     x, kept = call.first, [axis for axis, size in enumerate(call.sizes) if axis < 2]
     kept = kept if len(call.sizes) > 2 else kept[:1]
     in_place(x[len(kept) :], "places")
@@ -137,7 +137,7 @@ def resample(call: Call) -> Result:
 
 @rule("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool1d", "adaptive_max_pool2d")
 def pool_with_indices(call: Call) -> Result:
-    """The same, with the places of the maxima."""
+    """Pool places, and return those of the maxima, too."""
     return [resample(Call(call.arguments, sizes, call.separate)) for sizes in call.sizes]
 
 
@@ -146,5 +146,5 @@ def pool_with_indices(call: Call) -> Result:
     *("zeros_like", "ones_like", "full_like", "empty_like"),
 )
 def uniform(call: Call) -> Result:
-    """The same number everywhere, in any order."""
+    """Fill a tensor with one number, the same in any order."""
     return free(call.sizes)

@@ -15,12 +15,12 @@ Result = Sequence[Any]
 
 
 class Unsupported(Exception):
-    """A rule that does not cover this use of its operator; all that it touches is fixed."""
+    """Use of an operator that its rule does not cover; all that it touches is fixed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator.
+    """Call of an operator.
 
     Args:
         arguments: Its arguments by the names in the operator's schema, with the dimensions of a tensor in its place.
@@ -64,7 +64,7 @@ def rule(*names: str) -> Callable[[R], R]:
 
 
 def tensors(arguments: Any) -> Iterator[Dims]:
-    """The dimensions of all tensors among the arguments of a call, or in its result."""
+    """Yield the dimensions of each tensor among the arguments of a call, or in its result."""
     if isinstance(arguments, Mapping):
         arguments = list(arguments.values())
     if isinstance(arguments, (list, tuple)):
@@ -95,5 +95,5 @@ def in_place(dims: Sequence[Dim], why: str) -> Dims:
 
 
 def places(sizes: Sequence[int]) -> Dims:
-    """Dimensions of new places in space or time, which stay where they are."""
+    """Make dimensions of new places in space or time, which stay where they are."""
     return fixed(sizes, "places")

@@ -11,12 +11,12 @@ from lightning_merge.align.unification import cut, factor
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_copy", "reshape_as", "view_as")
 def reshape(call: Call) -> Result:
-    """Entries keep their order."""
+    """Reshape a tensor; its entries keep their order."""
     return regroup(call.first, call.sizes)
 
 
 def regroup(dims: Dims, sizes: Sequence[int]) -> Dims:
-    """The dimensions after a reshape: what is joined becomes a product, what is split is factored."""
+    """Regroup dimensions as a reshape does: what is joined becomes a product, what is split is factored."""
     if 0 in sizes:
         raise Unsupported
     old, new, found = [dim for dim in dims if dim.size != 1], [size for size in sizes if size != 1], []
@@ -37,13 +37,13 @@ def regroup(dims: Dims, sizes: Sequence[int]) -> Dims:
 
 @rule("permute", "permute_copy")
 def permute(call: Call) -> Result:
-    """Axes in another order."""
+    """Put axes into another order."""
     return [call.first[axis] for axis in call.axes("dims", len(call.first))]
 
 
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(call: Call) -> Result:
-    """Two axes change places."""
+    """Swap two axes."""
     one, other = (value for value in call.arguments.values() if isinstance(value, int))
     dims = list(call.first)
     dims[one], dims[other] = dims[other], dims[one]
@@ -52,14 +52,14 @@ def transpose(call: Call) -> Result:
 
 @rule("t", "numpy_T", "mT", "adjoint")
 def transposed(call: Call) -> Result:
-    """The axes of a matrix change places."""
+    """Swap the axes of a matrix."""
     *batch, rows, columns = call.first
     return [*batch, columns, rows]
 
 
 @rule("movedim", "moveaxis")
 def movedim(call: Call) -> Result:
-    """Axes go to other places."""
+    """Move axes to other places."""
     dims, rank = call.first, len(call.first)
     goal = dict(zip(call.axes("destination", rank), call.axes("source", rank), strict=True))
     rest = iter(axis for axis in range(rank) if axis not in goal.values())
@@ -68,35 +68,35 @@ def movedim(call: Call) -> Result:
 
 @rule("unsqueeze")
 def unsqueeze(call: Call) -> Result:
-    """An axis of one entry more."""
+    """Insert an axis of one entry."""
     (axis,) = call.axes("dim", len(call.first) + 1)
     return _kept(call.first, axis)
 
 
 @rule("squeeze")
 def squeeze(call: Call) -> Result:
-    """Axes of one entry less."""
+    """Drop axes of one entry."""
     dropped = call.axes("dim", len(call.first))
     return [dim for axis, dim in enumerate(call.first) if axis not in dropped or dim.size != 1]
 
 
 @rule("expand", "expand_as", "broadcast_to", "expand_copy")
 def expand(call: Call) -> Result:
-    """Copies along an axis: they are equal, so that any order of them does."""
+    """Copy entries along an axis; the copies are equal, so that they may be in any order."""
     dims = [*(Dim(1) for _ in range(len(call.sizes) - len(call.first))), *call.first]
     return [dim if dim.size == size else Dim(size) for dim, size in zip(dims, call.sizes, strict=True)]
 
 
 @rule("repeat", "tile")
 def repeat(call: Call) -> Result:
-    """Copies one behind the other."""
+    """Repeat a tensor, one copy behind the other."""
     dims = [*(Dim(1) for _ in range(len(call.sizes) - len(call.first))), *call.first]
     return [product([Dim(size // dim.size), dim]) for dim, size in zip(dims, call.sizes, strict=True)]
 
 
 @rule("repeat_interleave.self_int")
 def repeat_interleave(call: Call) -> Result:
-    """Copies of every entry beside it."""
+    """Repeat every entry next to itself."""
     if call["dim"] is None:
         raise Unsupported
     return [product([dim, Dim(size // dim.size)]) for dim, size in zip(call.first, call.sizes, strict=True)]
@@ -104,7 +104,7 @@ def repeat_interleave(call: Call) -> Result:
 
 @rule("cat", "concat", "concatenate")
 def cat(call: Call) -> Result:
-    """Tensors one behind the other along an axis."""
+    """Concatenate tensors along an axis."""
     inputs: list[Dims] = call.first
     (axis,) = call.axes("dim", len(call.sizes))
     if any(len(dims) != len(call.sizes) for dims in inputs):
@@ -118,7 +118,7 @@ def cat(call: Call) -> Result:
 
 @rule("stack")
 def stack(call: Call) -> Result:
-    """Tensors along a new axis: a family in every other axis."""
+    """Stack tensors along a new axis: every other axis becomes a family."""
     (axis,) = call.axes("dim", len(call.sizes))
     (index,) = fixed([len(call.first)], "a stack")
     dims = [family(index, same) for same in zip(*call.first, strict=True)]
@@ -126,7 +126,7 @@ def stack(call: Call) -> Result:
 
 
 def entry(call: Call, dims: Dims, axis: int, place: int) -> Dims:
-    """A tensor at one entry of an axis: that entry does not move."""
+    """Take a tensor at one entry of an axis; that entry does not move."""
     index = find(dims[axis])
     call.separate(index, dims)
     if not index.fixed and index.size > 1:
@@ -140,21 +140,21 @@ def _kept(dims: Dims, axis: int) -> Dims:
 
 @rule("select", "select_copy")
 def select(call: Call) -> Result:
-    """One entry along an axis."""
+    """Take one entry along an axis."""
     (axis,) = call.axes("dim", len(call.first))
     return entry(call, call.first, axis, call["index"] % call.first[axis].size)
 
 
 @rule("unbind", "unbind_copy")
 def unbind(call: Call) -> Result:
-    """Every entry along an axis."""
+    """Take every entry along an axis by itself."""
     (axis,) = call.axes("dim", len(call.first))
     return [entry(call, call.first, axis, place) for place in range(len(call.sizes))]
 
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "split_copy", "split_with_sizes_copy")
 def split(call: Call) -> Result:
-    """Parts along an axis."""
+    """Split a tensor along an axis."""
     dims, (axis,) = call.first, call.axes("dim", len(call.first))
     sizes = [part[axis] for part in call.sizes]
     if set(sizes) == {1}:
@@ -164,7 +164,7 @@ def split(call: Call) -> Result:
 
 @rule("slice", "narrow", "slice_copy")
 def slice_(call: Call) -> Result:
-    """A range along an axis."""
+    """Take a range along an axis."""
     dims, (axis,) = list(call.first), call.axes("dim", len(call.first)) if call["dim"] is not None else (0,)
     size, length = dims[axis].size, call.sizes[axis]
     if call["step"] not in (None, 1):
@@ -181,7 +181,7 @@ def slice_(call: Call) -> Result:
 
 @rule("index", "_unsafe_index")
 def index(call: Call) -> Result:
-    """Numbered entries along some axes."""
+    """Take numbered entries along some axes."""
     dims, indices = call.first, call["indices"]
     axes = [axis for axis, found in enumerate(indices) if found is not None]
     if axes != list(range(axes[0], axes[-1] + 1)):
@@ -192,7 +192,7 @@ def index(call: Call) -> Result:
 
 @rule("index_select")
 def index_select(call: Call) -> Result:
-    """Numbered entries along one axis."""
+    """Take numbered entries along one axis."""
     dims, (axis,) = call.first, call.axes("dim", len(call.first))
     freeze(dims[axis], "entries of a table")
     return [*dims[:axis], *places([call.sizes[axis]]), *dims[axis + 1 :]]
@@ -200,7 +200,7 @@ def index_select(call: Call) -> Result:
 
 @rule("pad", "constant_pad_nd")
 def pad(call: Call) -> Result:
-    """Entries at the ends of the last axes: constants, in any order, or copies of others."""
+    """Add entries at the ends of the last axes: constants, in any order, or copies of others."""
     dims, widths = list(call.first), call["pad"]
     constant = call["mode"] in (None, "constant")
     for axis, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True), 1):
@@ -215,7 +215,7 @@ def pad(call: Call) -> Result:
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def shuffle(call: Call) -> Result:
-    """Channels become places, or places channels, or channels change places with their groups."""
+    """Turn channels into places, or places into channels, or swap channels with their groups."""
     dims = call.first
     if call["groups"] is not None:
         outer, inner = factor(dims[1], [call["groups"], dims[1].size // call["groups"]])
