@@ -73,8 +73,7 @@ def match_activations(
     """
     processes, module = Processes(distributed), plain(module)
     with processes.together():
-        known = {"weights", "identity"}
-        raise_all([] if rest in known else [f"rest={rest!r} must be 'weights' or 'identity'."])
+        raise_all([] if rest in {"weights", "identity"} else [f"rest={rest!r} must be 'weights' or 'identity'."])
         a, b = checked(reference, symmetries, "the reference"), checked(other, symmetries, "the other model")
         models = complete_state(module, reference, "the reference"), complete_state(module, other, "the other model")
         readings = _readings(symmetries)
@@ -127,11 +126,11 @@ def _features(symmetries: Symmetries) -> Iterator[_Feature]:
 def _readings(symmetries: Symmetries) -> list[list[_Feature]]:
     """Divide the features into readings of the data, each after those that find the orders it depends on."""
     features = list(_features(symmetries))
-    known: set[str] = set()
+    solved: set[str] = set()  # families
     readings = []
-    while ready := [feature for feature in features if feature.family not in known and feature.others <= known]:
+    while ready := [feature for feature in features if feature.family not in solved and feature.others <= solved]:
         readings.append(ready)
-        known |= {feature.family for feature in ready}
+        solved |= {feature.family for feature in ready}
     return readings
 
 
@@ -153,10 +152,10 @@ def _watch(
 
     def compare(site: Site, activation: Tensor) -> None:
         first = seen[site.name].pop(0)
-        for feature, found in zip(reading, moments, strict=True):
+        for feature, feature_moments in zip(reading, moments, strict=True):
             if feature.site.name == site.name:
                 a, b = _rows(feature, first, {}, symmetries), _rows(feature, activation, orders, symmetries)
-                found.update(a, b)
+                feature_moments.update(a, b)
 
     sites = {feature.site.name: Site(feature.site.path, input=feature.site.input) for feature in reading}.values()
     with torch.no_grad():
@@ -194,17 +193,18 @@ def _assign(
 ) -> dict[str, Tensor]:
     """Add up the moments of all processes, and the correlations of all features; solve every family."""
     scores: dict[str, dict[Key, Tensor]] = defaultdict(dict)
-    for feature, own in zip(reading, moments, strict=True):
-        total, *others = processes.gather(own.to("cpu"))
+    for feature, feature_moments in zip(reading, moments, strict=True):
+        total, *others = processes.gather(feature_moments.to("cpu"))
         for other in others:
             total.merge(other)
         if not bool(total.products.isfinite().all()):
             raise MergeError(
                 f"The activation of {feature.site.name!r} is not finite on the data of {TASK}; look at both."
             )
-        found, key = scores[feature.family], feature.entries.groups
-        found[key] = total.correlation(epsilon) + found.get(key, 0.0)
-    by_name, orders = families(symmetries), {}
-    for name, found in scores.items():
-        orders |= assign_family(by_name[name], found)
+        family_scores, key = scores[feature.family], feature.entries.groups
+        family_scores[key] = total.correlation(epsilon) + family_scores.get(key, 0.0)
+    by_name = families(symmetries)
+    orders: dict[str, Tensor] = {}
+    for name, family_scores in scores.items():
+        orders |= assign_family(by_name[name], family_scores)
     return orders

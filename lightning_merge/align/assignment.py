@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -35,21 +36,21 @@ def assign_family(family: Family, scores: Mapping[Key, Tensor], fixed: Orders | 
     Returns:
         The orders of all groups of the family that are scored or fixed: ``(n,)``, or ``(outer, n)``.
     """
-    found = dict(fixed or {})
+    orders = dict(fixed or {})
     if not family.inner:
-        return found if family.name in found else {family.name: assign(scores[family.name,])}
+        return orders if family.name in orders else {family.name: assign(scores[family.name,])}
     blocks = {key[1:]: _as_blocks(family, key, matrix.cpu()) for key, matrix in scores.items()}
-    known = {group: order for group, order in found.items() if group != family.name}
+    fixed_within = {group: order for group, order in orders.items() if group != family.name}
 
     def best(i: int, j: int) -> tuple[dict[str, Tensor], float]:
         pair = {inner: block[i, j] for inner, block in blocks.items()}
-        return _assign_pair(family.inner, pair, {group: order[i] for group, order in known.items()})
+        return _assign_pair(family.inner, pair, {group: order[i] for group, order in fixed_within.items()})
 
-    size = range(family.size)
-    if family.name not in found:
-        found[family.name] = assign(torch.tensor([[best(i, j)[1] for j in size] for i in size], dtype=torch.float64))
-    chosen = [best(i, j)[0] for i, j in enumerate(found[family.name].tolist())]
-    return found | {group: torch.stack([orders[group] for orders in chosen]) for group in chosen[0]}
+    outer = range(family.size)
+    if family.name not in orders:
+        orders[family.name] = assign(torch.tensor([[best(i, j)[1] for j in outer] for i in outer], dtype=torch.float64))
+    chosen = [best(i, j)[0] for i, j in enumerate(orders[family.name].tolist())]
+    return orders | {group: torch.stack([within[group] for within in chosen]) for group in chosen[0]}
 
 
 def _as_blocks(family: Family, key: Key, matrix: Tensor) -> Tensor:
@@ -59,41 +60,39 @@ def _as_blocks(family: Family, key: Key, matrix: Tensor) -> Tensor:
 
 
 def _assign_pair(
-    sizes: Mapping[str, int], blocks: Mapping[Key, Tensor], known: Orders
+    sizes: Mapping[str, int], blocks: Mapping[Key, Tensor], fixed: Orders
 ) -> tuple[dict[str, Tensor], float]:
     """Find the best orders within one pair of outer entries, and their score.
 
     Args:
         sizes: The sizes of the groups within.
         blocks: The scores by the groups within ``(a, b, …, a, b, …)``.
-        known: The orders of groups that stay as they are.
+        fixed: The orders ``(n,)`` of groups that stay as they are.
     """
-    orders, reached = dict(known), -float("inf")
-    free = [group for group in dict.fromkeys(group for key in blocks for group in key) if group not in known]
+    orders, reached = dict(fixed), -float("inf")
+    free = [group for group in dict.fromkeys(group for key in blocks for group in key) if group not in fixed]
     alone = all(len(key) < 2 for key in blocks)
     free.sort(key=lambda group: (group,) not in blocks)  # first those whose scores need no other order
     while True:
         for group in free:
-            scores = [_given(block, key, orders, group) for key, block in blocks.items() if group in key]
-            scored = [score for score in scores if score is not None]
-            orders[group] = assign(sum(scored)) if scored else torch.arange(sizes[group])
-        value = sum(float(_given(block, key, orders, None)) for key, block in blocks.items())
+            scores = [
+                _reduced(block, key, orders, group)
+                for key, block in blocks.items()
+                if group in key and {*key} - {group} <= orders.keys()
+            ]
+            orders[group] = assign(reduce(torch.add, scores)) if scores else torch.arange(sizes[group])
+        value = sum(float(_reduced(block, key, orders)) for key, block in blocks.items())
         if alone or value <= reached + 1e-12 * abs(reached):
             return orders, value
         reached = value
 
 
-def _given(block: Tensor, key: Key, orders: Orders, group: str | None) -> Tensor | None:
-    """Return the scores of one group ``(n, n)`` where the others have their orders, or the value where all have one.
-
-    None if this cannot be said yet.
-    """
+def _reduced(block: Tensor, key: Key, orders: Orders, group: str | None = None) -> Tensor:
+    """Sum scores over the orders of all groups of a key ``()``, or of all but one ``(n, n)``."""
     left = list(key)
     for other in key:
         if other == group:
             continue
-        if other not in orders:
-            return None
         at = left.index(other)
         block = block.movedim((at, len(left) + at), (0, 1))
         block = block[torch.arange(len(block)), orders[other]].sum(0)

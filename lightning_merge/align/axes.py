@@ -91,18 +91,19 @@ def sources(axis: Axis, orders: Orders, within: Mapping[str, str]) -> Tensor:
                 offset += part.size
             return torch.cat(parts, dim=1)
         if isinstance(axis, Product):
-            found = torch.zeros(count, 1, dtype=torch.long)
+            places = torch.zeros(count, 1, dtype=torch.long)
             targets = dict(targets)
             for factor in axis.factors:
-                width = found.shape[1]
-                found = (found.reshape(-1, 1) * factor.size + steps(factor, count * width, targets)).reshape(count, -1)
+                width = places.shape[1]
+                inner = steps(factor, count * width, targets)
+                places = (places.reshape(-1, 1) * factor.size + inner).reshape(count, -1)
                 targets = {group: target.repeat_interleave(factor.size) for group, target in targets.items()}
                 if isinstance(factor, Free):
                     targets[factor.group] = torch.arange(factor.size).repeat(count * width)
-            return found
-        order = orders.get(axis.group) if isinstance(axis, Free) else None
-        if order is None:
+            return places
+        if isinstance(axis, Fixed) or axis.group not in orders:
             return torch.arange(axis.size).expand(count, -1)
+        order = orders[axis.group]
         if order.dim() == 2:
             return order[targets[within[axis.group]]]
         return order.expand(count, -1)
@@ -115,11 +116,11 @@ def coordinates(axis: Axis, group: str) -> Tensor:
     if isinstance(axis, Sum):
         return torch.cat([coordinates(part, group) for part in axis.parts])
     if isinstance(axis, Product):
-        found = torch.full((1,), -1)
+        combined = torch.full((1,), -1)
         for factor in axis.factors:
-            own = coordinates(factor, group).expand(len(found), -1)
-            found = torch.where(own >= 0, own, found[:, None]).reshape(-1)
-        return found
+            inner = coordinates(factor, group).expand(len(combined), -1)
+            combined = torch.where(inner >= 0, inner, combined[:, None]).reshape(-1)
+        return combined
     if isinstance(axis, Free) and axis.group == group:
         return torch.arange(axis.size)
     return torch.full((axis.size,), -1)

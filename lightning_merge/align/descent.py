@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ def compared(symmetries: Symmetries) -> list[str]:
 def inner_product(first: Tensor, second: Tensor) -> float:
     """Compute the inner product of two tensors ``(…)`` of one shape, in float64."""
     return float(torch.dot(first.double().flatten(), second.double().flatten()))
+
+
+def pairwise_inner_products(tensors: Sequence[Tensor]) -> float:
+    """Compute the sum of the inner products of all pairs of some tensors ``(…)`` of one shape."""
+    return float(reduce(torch.add, tensors).square().sum() - sum(tensor.square().sum() for tensor in tensors)) / 2
 
 
 class Descent:
@@ -58,8 +64,8 @@ class Descent:
         self._seen: dict[str, object] = {}
 
     def _find_occurrences(self, names: list[str]) -> dict[str, list[_Occurrence]]:
-        """Where the families occur that may get new orders."""
-        found: dict[str, list[_Occurrence]] = {}
+        """Find where the families occur that may get new orders."""
+        occurrences: dict[str, list[_Occurrence]] = {}
         for name in names:
             along = [
                 (dim, family)
@@ -71,8 +77,8 @@ class Descent:
                     family = entries.groups[0]
                     if not self._fixed.issuperset(self._families[family].groups):
                         others = tuple(other for at, other in along if (at, other) != (dim, family))
-                        found.setdefault(family, []).append(_Occurrence(name, dim, entries, others))
-        return found
+                        occurrences.setdefault(family, []).append(_Occurrence(name, dim, entries, others))
+        return occurrences
 
     def _similarities(self, names: Iterable[str], permutation: Permutation) -> dict[str, float]:
         return {
@@ -106,7 +112,11 @@ class Descent:
         pending = list(self._occurrences)
 
         def usable(family: str) -> list[_Occurrence]:
-            return [found for found in self._occurrences[family] if not set(found.others).intersection(pending)]
+            return [
+                occurrence
+                for occurrence in self._occurrences[family]
+                if not set(occurrence.others).intersection(pending)
+            ]
 
         def share(family: str) -> float:
             return self._bound(usable(family)) / max(self._bound(self._occurrences[family]), 1e-300)
@@ -119,15 +129,15 @@ class Descent:
     def visit(self, family: str) -> bool:
         """Give one family its best orders; return whether the similarity has grown."""
         occurrences = self._occurrences[family]
-        versions = [self._version(found) for found in occurrences]
+        versions = [self._version(occurrence) for occurrence in occurrences]
         if self._seen.get(family) == versions:
             return False
         self._seen[family] = versions
         return self._assign(family, occurrences, TOLERANCE * self._bound(occurrences))
 
     def _bound(self, occurrences: list[_Occurrence]) -> float:
-        """What the similarity of some parameters can be at most."""
-        return sum(self._norms[name] for name in {found.name for found in occurrences})
+        """Compute an upper bound of the similarity of the parameters that the occurrences are in."""
+        return sum(self._norms[name] for name in {occurrence.name for occurrence in occurrences})
 
     def _assign(self, family: str, occurrences: list[_Occurrence], least: float) -> bool:
         """Take the best orders if the similarity itself grows by more than ``least``.
@@ -137,12 +147,12 @@ class Descent:
         if not occurrences:
             return False
         scores: dict[Key, Tensor] = {}
-        for found in occurrences:
-            key = found.entries.groups
-            scores[key] = self._scores(found) + scores.get(key, 0.0)
+        for occurrence in occurrences:
+            key = occurrence.entries.groups
+            scores[key] = self._scores(occurrence) + scores.get(key, 0.0)
         fixed = {group: self._orders[group] for group in self._families[family].groups if group in self._fixed}
         orders = self._orders | assign_family(self._families[family], scores, fixed)
-        touched = {found.name for found in self._occurrences[family]}
+        touched = {occurrence.name for occurrence in self._occurrences[family]}
         similar = self._similarities(touched, Permutation(self._symmetries, orders))
         if sum(similar[name] - self._similar[name] for name in touched) <= least:
             return False

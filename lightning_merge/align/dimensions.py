@@ -120,10 +120,16 @@ def family(index: Dim, members: Sequence[Dim]) -> Dim:
     return Dim(members[0].size, "", "family", members, index)
 
 
+def index_of(dim: Dim) -> Dim:
+    """Find the axis for each of whose entries a family has a member."""
+    assert dim.index is not None, "only families have an index"
+    return find(dim.index)
+
+
 def member(dim: Dim, index: Dim, entry: int) -> Dim:
     """Take the member of an axis at one entry of another one: itself where it is the same for all entries."""
     dim = find(dim)
-    if dim.kind == "family" and find(dim.index) is find(index):
+    if dim.kind == "family" and index_of(dim) is find(index):
         return find(dim.children[entry])
     if dim.kind in ("product", "sum"):
         children = [member(child, index, entry) for child in dim.children]

@@ -71,20 +71,21 @@ def families_along(axis: Axis, within: Mapping[str, str]) -> list[str]:
 def entries_along(axis: Axis, within: Mapping[str, str]) -> list[Entries]:
     """Collect the entries along an axis by the groups that order them; those that no group orders are left out."""
     sizes = {group: int(coordinates(axis, group).max()) + 1 for group in groups_of(axis)}
-    found = []
+    by_groups = []
     for outer in families_along(axis, within):
-        own = coordinates(axis, outer)
+        position = coordinates(axis, outer)
         inner = {group: coordinates(axis, group) for group in sizes if within.get(group) == outer}
-        pattern = sum((2**i * (own >= 0) for i, own in enumerate(inner.values())), torch.zeros_like(own))
-        for code in pattern[own >= 0].unique().tolist():
-            here = ((own >= 0) & (pattern == code)).nonzero()[:, 0]
-            groups, index, count = [outer], own[here], sizes[outer]
+        bits = (2**i * (coordinate >= 0) for i, coordinate in enumerate(inner.values()))
+        pattern = sum(bits, torch.zeros_like(position))
+        for code in pattern[position >= 0].unique().tolist():
+            here = ((position >= 0) & (pattern == code)).nonzero()[:, 0]
+            groups, index, count = [outer], position[here], sizes[outer]
             for i, (group, coordinate) in enumerate(inner.items()):
                 if code >> i & 1:
                     groups.append(group)
                     index, count = index * sizes[group] + coordinate[here], count * sizes[group]
-            found.append(Entries(tuple(groups), here[index.argsort(stable=True)].reshape(count, -1)))
-    return found
+            by_groups.append(Entries(tuple(groups), here[index.argsort(stable=True)].reshape(count, -1)))
+    return by_groups
 
 
 def aligned_but(

@@ -82,7 +82,7 @@ def _assembled(traced: Propagation, sites: set[str]) -> Symmetries:
     sizes = {name: leaf.size for leaf, name in names.items()}
     within = outermost(outer_groups(*traced.trees(names)), sizes)
     axes = {name: tuple(tree(dim, names) for dim in dims) for name, dims in traced.stored.items()}
-    axes = {name: found for name, found in axes.items() if has_group(found)}
+    axes = {name: along for name, along in axes.items() if has_group(along)}
     return Symmetries(
         {name: Group(name, size, within.get(name)) for name, size in sizes.items()},
         axes,
@@ -110,13 +110,13 @@ def _named(traced: Propagation) -> dict[Dim, str]:
 def _features(
     traced: Propagation, sites: set[str], names: Mapping[Dim, str], within: Mapping[str, str]
 ) -> dict[str, tuple[Axis, ...]]:
-    """Return the axes of the activations that groups order, in the order in which they are computed."""
-    found = {}
+    """Collect the axes of the activations that groups order, in the order in which these are computed."""
+    features = {}
     for site in (site for site in traced.sites if site in sites):
         axes = _representable(traced.sites[site], names, within)
         if axes and has_group(axes) and not has_group(axes[:1]):
-            found[site] = (Fixed(-1), *axes[1:])
-    return found
+            features[site] = (Fixed(-1), *axes[1:])
+    return features
 
 
 def _representable(dims: Dims, names: Mapping[Dim, str], within: Mapping[str, str]) -> tuple[Axis, ...]:

@@ -117,12 +117,14 @@ def align_experts(
     opened = {name: open_weights(source, f"foundation {name}") for name, source in foundations.items()}
     reference = open_weights(like, "the module") if like is not None else next(iter(opened.values()))
     opened = {name: match_names(reference, weights) for name, weights in opened.items()}
-    found = {name: _open_expert(name, source, opened[foundation_of[name]]) for name, source in experts.items()}
+    opened_experts = {name: _open_expert(name, source, opened[foundation_of[name]]) for name, source in experts.items()}
     if match is None:
-        return Aligned(Mean("the common initialisation", opened), found, opened, {})
+        return Aligned(Mean("the common initialisation", opened), opened_experts, opened, {})
     permutations = dict(match(opened))
-    moved = {name: Permuted(weights, permutations[name]) for name, weights in opened.items()}
-    permuted = {name: Permuted(weights, permutations[foundation_of[name]]) for name, weights in found.items()}
+    moved: dict[str, Weights] = {name: Permuted(weights, permutations[name]) for name, weights in opened.items()}
+    permuted: dict[str, Weights] = {
+        name: Permuted(weights, permutations[foundation_of[name]]) for name, weights in opened_experts.items()
+    }
     return Aligned(Mean("the common initialisation", moved), permuted, moved, permutations)
 
 

@@ -9,7 +9,6 @@ all heads and of what is within them, whose steps :func:`lightning_merge.align.a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from lightning_merge.align.assignment import assign_family
 from lightning_merge.align.axes import Free, Orders, Product, sources
-from lightning_merge.align.descent import compared
+from lightning_merge.align.descent import compared, pairwise_inner_products
 from lightning_merge.align.entries import Entries, Key, entries_along, families, keys_of
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
@@ -72,47 +71,47 @@ class _Space:
         self._families = families(symmetries)
         self._sizes = {name: group.size for name, group in symmetries.groups.items()}
         self._keys = keys_of((axis for name in names for axis in symmetries.axes[name]), self._within)
-        self._degree = 2 * max((sum(map(len, found)) for found in self._entries.values()), default=1)
+        self._degree = 2 * max((sum(map(len, along)) for along in self._entries.values()), default=1)
 
     def mixtures(self, orders: Orders) -> Mixtures:
-        """Return a permutation as matrices."""
-        found = {}
+        """Write a permutation as matrices ``(n, n)``."""
+        matrices = {}
         for key in self._keys:
             axis = Product(tuple(Free(group, self._sizes[group]) for group in key))
-            found[key] = torch.eye(axis.size, dtype=torch.float64)[sources(axis, orders, self._within)]
-        return found
+            matrices[key] = torch.eye(axis.size, dtype=torch.float64)[sources(axis, orders, self._within)]
+        return matrices
 
     def best_orders(self, scores: Sequence[Mixtures]) -> list[dict[str, Tensor]]:
         """Find for every model the permutation with the largest inner product with its matrices ``(n, n)``."""
         outer = {key[0] for key in self._keys}
-        found: list[dict[str, Tensor]] = []
+        best: list[dict[str, Tensor]] = []
         for matrices in scores:
             orders: dict[str, Tensor] = {}
             for name in sorted(outer):
-                own = {key: matrix for key, matrix in matrices.items() if key[0] == name}
-                orders |= assign_family(self._families[name], own)
-            found.append(orders)
-        return found
+                of_family = {key: matrix for key, matrix in matrices.items() if key[0] == name}
+                orders |= assign_family(self._families[name], of_family)
+            best.append(orders)
+        return best
 
     def value(self, mixtures: Sequence[Mixtures]) -> float:
         """Compute the sum of the similarities of all pairs."""
         total = 0.0
         for name in self._entries:
-            tensors = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
-            total += float(sum(tensors).square().sum() - sum(tensor.square().sum() for tensor in tensors)) / 2
+            total += pairwise_inner_products(self._mixed_all(name, mixtures))
         return total
 
     def gradients(self, mixtures: Sequence[Mixtures]) -> list[Mixtures]:
-        """Return the derivative of the value by every matrix."""
-        found: list[Mixtures] = [defaultdict(float) for _ in mixtures]
+        """Compute the derivatives ``(n, n)`` of the value by every matrix."""
+        gradients: list[Mixtures] = [{} for _ in mixtures]
         for name in self._entries:
-            mixed = [self._mixed(model[name], name, own) for model, own in zip(self._models, mixtures, strict=True)]
-            for model, own, result, gradient in zip(self._models, mixtures, mixed, found, strict=True):
+            mixed = self._mixed_all(name, mixtures)
+            for model, matrices, result, gradient in zip(self._models, mixtures, mixed, gradients, strict=True):
                 others = sum(mixed) - result
                 for dim, entries in self._places(name):
-                    partial = self._mixed(model[name], name, own, but=(dim, entries))
-                    gradient[entries.groups] += entries.rows(others, dim) @ entries.rows(partial, dim).T
-        return [dict(gradient) for gradient in found]
+                    key, partial = entries.groups, self._mixed(model[name], name, matrices, but=(dim, entries))
+                    step = entries.rows(others, dim) @ entries.rows(partial, dim).T
+                    gradient[key] = step + gradient.get(key, 0.0)
+        return gradients
 
     def best_between(self, start: Sequence[Mixtures], end: Sequence[Mixtures]) -> list[Mixtures]:
         """Find the best point on the line from one to the other, along which the value is a polynomial."""
@@ -130,16 +129,21 @@ class _Space:
         return at(float(shares[line(shares).argmax()]))
 
     def _places(self, name: str) -> Iterator[tuple[int, Entries]]:
-        for dim, found in enumerate(self._entries[name]):
-            for entries in found:
+        for dim, along in enumerate(self._entries[name]):
+            for entries in along:
                 yield dim, entries
 
-    def _mixed(self, tensor: Tensor, name: str, own: Mixtures, but: tuple[int, Entries] | None = None) -> Tensor:
+    def _mixed_all(self, name: str, mixtures: Sequence[Mixtures]) -> list[Tensor]:
+        """Mix one parameter of every model."""
+        pairs = zip(self._models, mixtures, strict=True)
+        return [self._mixed(model[name], name, matrices) for model, matrices in pairs]
+
+    def _mixed(self, tensor: Tensor, name: str, matrices: Mixtures, but: tuple[int, Entries] | None = None) -> Tensor:
         """Mix a tensor along all its axes, except some entries along one axis."""
         for dim, entries in self._places(name):
             if but is not None and but[0] == dim and but[1] is entries:
                 continue
-            mixture, rows = own[entries.groups], tensor.movedim(dim, 0)
+            mixture, rows = matrices[entries.groups], tensor.movedim(dim, 0)
             if torch.equal(entries.places[:, 0], torch.arange(len(rows))):
                 rows = torch.tensordot(mixture, rows, dims=1)
             else:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, TypeVar
+from functools import reduce
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from lightning_merge.align.descent import Descent, compared
+from lightning_merge.align.descent import Descent, compared, pairwise_inner_products
 from lightning_merge.align.frank_wolfe import synchronize
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
@@ -16,18 +17,31 @@ from lightning_merge.align.weight_matching import checked, match_weights
 from lightning_merge.utilities.errors import MergeError, raise_all
 
 Name = TypeVar("Name", bound=Hashable)
-Orders = dict[Hashable, Permutation]
+Model = Mapping[str, Tensor]
+Method = Literal["frank_wolfe", "mean", "reference"]
 TOLERANCE = 1e-9  # of the similarity: smaller gains end the search
 
 
+@overload
 def match_many(
-    models: Mapping[Name, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+    models: Mapping[Name, Model], symmetries: Symmetries, *, method: Method = ..., seed: int = ..., sweeps: int = ...
+) -> dict[Name, Permutation]: ...
+
+
+@overload
+def match_many(
+    models: Sequence[Model], symmetries: Symmetries, *, method: Method = ..., seed: int = ..., sweeps: int = ...
+) -> dict[int, Permutation]: ...
+
+
+def match_many(
+    models: Mapping[Any, Model] | Sequence[Model],
     symmetries: Symmetries,
     *,
-    method: Literal["frank_wolfe", "mean", "reference"] = "frank_wolfe",
+    method: Method = "frank_wolfe",
     seed: int = 0,
     sweeps: int = 100,
-) -> dict[Name, Permutation]:
+) -> dict[Any, Permutation]:
     """Find a permutation for each of several models that brings all of them into the order of the first one.
 
     The order of model a relative to model b is ``result[a].then(result[b].inverse())``: it is the same whether one goes
@@ -55,15 +69,15 @@ def match_many(
     if len(named) < 2:
         raise MergeError(f"There are {len(named)} models to match; give at least two.")
     raise_all([] if method in _METHODS else [f"method={method!r} must be one of {', '.join(_METHODS)}."])
-    found = {name: checked(weights, symmetries, f"model {name}") for name, weights in named.items()}
-    permutations = _METHODS[method](found, symmetries, torch.Generator().manual_seed(seed), sweeps)
+    parameters = {name: checked(weights, symmetries, f"model {name}") for name, weights in named.items()}
+    permutations = _METHODS[method](parameters, symmetries, torch.Generator().manual_seed(seed), sweeps)
     back = permutations[next(iter(named))].inverse()
     return {name: permutation.then(back) for name, permutation in permutations.items()}
 
 
 def _to_the_first(
-    models: Mapping[Hashable, dict[str, Tensor]], symmetries: Symmetries, generator: torch.Generator, sweeps: int
-) -> Orders:
+    models: Mapping[Name, Model], symmetries: Symmetries, generator: torch.Generator, sweeps: int
+) -> dict[Name, Permutation]:
     first, *others = models
     seed = int(torch.randint(2**31, (), generator=generator))
     return {first: Permutation.identity(symmetries)} | {
@@ -72,29 +86,33 @@ def _to_the_first(
 
 
 def _to_the_mean(
-    models: Mapping[Hashable, dict[str, Tensor]], symmetries: Symmetries, generator: torch.Generator, sweeps: int
-) -> Orders:
+    models: Mapping[Name, Model], symmetries: Symmetries, generator: torch.Generator, sweeps: int
+) -> dict[Name, Permutation]:
     """Match every model to the mean of the others until the similarity of all pairs no longer grows."""
-    names, found = list(models), _to_the_first(models, symmetries, generator, sweeps)
-    reached = pair_similarity([found[name].apply(models[name]) for name in names], symmetries)
+    names, permutations = list(models), _to_the_first(models, symmetries, generator, sweeps)
+    reached = pair_similarity([permutations[name].apply(models[name]) for name in names], symmetries)
     for _ in range(sweeps):
         for i in torch.randperm(len(names), generator=generator).tolist():
             name, others = names[i], [other for other in names if other != names[i]]
-            permuted = [found[other].apply(models[other]) for other in others]
-            mean = {key: sum(model[key].double() for model in permuted) / len(permuted) for key in models[name]}
-            descent = Descent(mean, models[name], found[name])
+            permuted = [permutations[other].apply(models[other]) for other in others]
+            mean = {
+                key: reduce(torch.add, (model[key].double() for model in permuted)) / len(permuted)
+                for key in models[name]
+            }
+            descent = Descent(mean, models[name], permutations[name])
             descent.run(generator, sweeps)
-            found[name] = descent.permutation
-        before, reached = reached, pair_similarity([found[name].apply(models[name]) for name in names], symmetries)
+            permutations[name] = descent.permutation
+        before = reached
+        reached = pair_similarity([permutations[name].apply(models[name]) for name in names], symmetries)
         if reached - before <= TOLERANCE * abs(reached):
             break
-    return found
+    return permutations
 
 
 def _by_frank_wolfe(
-    models: Mapping[Hashable, dict[str, Tensor]], symmetries: Symmetries, generator: torch.Generator, sweeps: int
-) -> Orders:
-    """From the models as they are, as in the paper, and from what matching to the first one finds."""
+    models: Mapping[Name, Model], symmetries: Symmetries, generator: torch.Generator, sweeps: int
+) -> dict[Name, Permutation]:
+    """Start from the models as they are, as in the paper, and from what matching to the first one finds."""
     starts = [
         [Permutation.identity(symmetries)] * len(models),
         list(_to_the_first(models, symmetries, generator, sweeps).values()),
@@ -106,8 +124,7 @@ def pair_similarity(models: Sequence[Mapping[str, Tensor]], symmetries: Symmetri
     """Compute the sum of the similarities of all pairs of models, in float64."""
     total = 0.0
     for name in compared(symmetries):
-        tensors = [model[name].double() for model in models]
-        total += float(sum(tensors).square().sum() - sum(tensor.square().sum() for tensor in tensors)) / 2
+        total += pairwise_inner_products([model[name].double() for model in models])
     return total
 
 

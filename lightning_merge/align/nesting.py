@@ -21,11 +21,11 @@ def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | Non
         computed: The axes of all that is computed.
         only: The groups that are asked for; by default all.
     """
-    found: dict[str, frozenset[str]] = {}
+    candidates: dict[str, frozenset[str]] = {}
 
     def meet(group: str, outer: frozenset[str]) -> None:
         if only is None or group in only:
-            found[group] = found.get(group, outer) & outer - {group}
+            candidates[group] = candidates.get(group, outer) & outer - {group}
 
     for axes in stored:
         for axis in axes:
@@ -37,7 +37,7 @@ def outer_groups(stored: Tensors, computed: Tensors, only: Collection[str] | Non
         for axis in axes:
             for group, outer in occurrences(axis, unique):
                 meet(group, outer)
-    return found
+    return candidates
 
 
 def direct_groups(axis: Axis) -> list[str]:

@@ -46,11 +46,11 @@ class Permutation:
     @cached_property
     def _sources(self) -> dict[str, dict[int, Tensor]]:
         """For every parameter the axes along which something moves, and where its entries are taken from."""
-        within, found = self.symmetries.within, {}
+        within, moving = self.symmetries.within, {}
         for name, axes in self.symmetries.axes.items():
             every = {dim: sources(axis, self.orders, within) for dim, axis in enumerate(axes) if any(groups_of(axis))}
-            found[name] = {dim: s for dim, s in every.items() if not torch.equal(s, torch.arange(len(s)))}
-        return found
+            moving[name] = {dim: s for dim, s in every.items() if not torch.equal(s, torch.arange(len(s)))}
+        return moving
 
     def apply_to(self, name: str, tensor: Tensor, skip: int | None = None) -> Tensor:
         """Permute one parameter; those that no group orders are returned as they are.

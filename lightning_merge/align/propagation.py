@@ -71,7 +71,8 @@ class Propagation:
         return self.stored.get(name) or frozen(node, "unused")
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
+        args: tuple[Any, ...] = fx.map_arg(node.args, values.__getitem__)
+        kwargs: Mapping[str, Any] = fx.map_arg(node.kwargs, values.__getitem__)
         if node.target is operator.getitem:
             return args[0][args[1]]
         if node.target is SITE:
@@ -85,10 +86,10 @@ class Propagation:
         try:
             if rule is None or not all(isinstance(size, int) for size in pytree.tree_leaves(sizes)):
                 raise Unsupported
-            found = rule(Call(_bound(node.target, args, kwargs), sizes, self.separate))
-            if [[dim.size for dim in dims] for dims in tensors(found)] != _each(sizes):
+            result = rule(Call(_bound(node.target, args, kwargs), sizes, self.separate))
+            if [[dim.size for dim in dims] for dims in tensors(result)] != _each(sizes):
                 raise Unsupported
-            return found
+            return result
         except (Unsupported, ArithmeticError, LookupError, TypeError, ValueError):  # a form that the rule does not know
             operator_ = str(node.target)
             for dims in tensors((args, kwargs)):
@@ -115,12 +116,12 @@ class Propagation:
             leaf.become("family", free([leaf.size] * index.size), index)
 
     def free_leaves(self) -> list[Dim]:
-        """What may be ordered in the parameters, in the order of their names."""
-        found: dict[Dim, None] = {}
+        """List the leaves of the parameters that may be permuted, in the order of the parameters."""
+        movable: dict[Dim, None] = {}
         for name in self.owners:
             for dim in self.stored.get(name, ()):
-                found.update(dict.fromkeys(leaf for leaf in leaves(dim) if not leaf.fixed))
-        return list(found)
+                movable.update(dict.fromkeys(leaf for leaf in leaves(dim) if not leaf.fixed))
+        return list(movable)
 
     def trees(self, names: Mapping[Dim, str]) -> tuple[set[tuple[Axis, ...]], set[tuple[Axis, ...]]]:
         """Express all parameters, and all that is computed from them, by the axes of named groups."""
@@ -174,9 +175,9 @@ def _rule(target: Any) -> Any:
 def _bound(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Bind the arguments of a call to the names in its operator's schema."""
     schema = target._schema.arguments
-    found = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
     named = dict(zip((argument.name for argument in schema), args, strict=False))
-    return {argument.name: {**found, **named, **kwargs}.get(argument.name) for argument in schema}
+    return {argument.name: {**defaults, **named, **kwargs}.get(argument.name) for argument in schema}
 
 
 def _is_statistic(node: fx.Node) -> bool:

@@ -73,7 +73,7 @@ def refine_straight_through(
     device, dtype = device_of(module), common_dtype({**a, **b})
     generator = torch.Generator().manual_seed(seed)
 
-    def loss_of(weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def loss_of(weights: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         return loss(functional_call(module, weights, (images,), tie_weights=False), labels)
 
     def total(candidate: Permutation) -> float:
@@ -109,7 +109,8 @@ def _next_to(
     guide: Mapping[str, Tensor], other: Mapping[str, Tensor], start: Permutation, generator: torch.Generator
 ) -> Permutation:
     names = start.symmetries.axes
-    descent = Descent(*({n: weights[n].detach() for n in names} for weights in (guide, other)), start)
+    first, second = ({name: weights[name].detach() for name in names} for weights in (guide, other))
+    descent = Descent(first, second, start)
     descent.run(generator, sweeps=100)
     return descent.permutation
 

@@ -68,7 +68,9 @@ class Symmetries:
         Raises:
             MergeError: If a parameter has other axes, or a group several sizes.
         """
-        problems, sizes, found = [], {}, {}
+        problems: list[str] = []
+        sizes: dict[str, int] = {}
+        ordered: dict[str, tuple[Axis, ...]] = {}
         for name, groups in axes.items():
             shape = tuple(shapes[name]) if name in shapes else None
             if shape is None or len(shape) != len(groups):
@@ -78,11 +80,11 @@ class Symmetries:
             for group, size in zip(groups, shape, strict=True):
                 if group is not None and sizes.setdefault(group, size) != size:
                     problems.append(f"The group {group!r} has {sizes[group]} channels, but {size} in {name!r}.")
-            found[name] = tuple(
+            ordered[name] = tuple(
                 Fixed(size) if group is None else Free(group, size) for group, size in zip(groups, shape, strict=True)
             )
         raise_all(problems)
-        return cls({name: Group(name, size) for name, size in sizes.items()}, found, statistics=frozenset(statistics))
+        return cls({name: Group(name, size) for name, size in sizes.items()}, ordered, statistics=frozenset(statistics))
 
     @property
     def within(self) -> dict[str, str]:
@@ -146,7 +148,7 @@ class Symmetries:
             return {"sum": [plain(part) for part in axis.parts]}
 
         def table(axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, list[Any]]:
-            return {name: [plain(axis) for axis in found] for name, found in axes.items()}
+            return {name: [plain(axis) for axis in along] for name, along in axes.items()}
 
         content = {
             "groups": {group.name: {"size": group.size, "within": group.within} for group in self.groups.values()},
@@ -178,7 +180,7 @@ class Symmetries:
                 return Sum(tuple(map(tree, plain["sum"])))
 
             def table(axes: Mapping[str, list[Any]]) -> dict[str, tuple[Axis, ...]]:
-                return {name: tuple(map(tree, found)) for name, found in axes.items()}
+                return {name: tuple(map(tree, along)) for name, along in axes.items()}
 
             return cls(
                 groups,
@@ -192,8 +194,8 @@ class Symmetries:
 
     def order_shape(self, group: str) -> tuple[int, ...]:
         """Return the shape of a group's part of a permutation: ``(n,)``, or ``(outer, n)`` within another group."""
-        found = self.groups[group]
-        return (found.size,) if found.within is None else (self.groups[found.within].size, found.size)
+        size, within = self.groups[group].size, self.groups[group].within
+        return (size,) if within is None else (self.groups[within].size, size)
 
     def identity_order(self, group: str) -> Tensor:
         """Make the order of a group in which nothing moves: ``(n,)``, or ``(outer, n)`` within another group."""

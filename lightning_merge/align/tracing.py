@@ -161,11 +161,11 @@ def _mark_input(path: str) -> Callable[..., Any]:
 
 
 def marks(program: ExportedProgram) -> set[str]:
-    """Return the names of the sites that are computed once, inputs that are the output of a part left out."""
-    found = [node for node in program.graph.nodes if node.target is SITE]
-    count = Counter(node.args[1] for node in found)
+    """Collect the names of the sites that are computed once, without inputs that are the output of a part."""
+    marked = [node for node in program.graph.nodes if node.target is SITE]
+    count = Counter(node.args[1] for node in marked)
     return {
         node.args[1]
-        for node in found
+        for node in marked
         if count[node.args[1]] == 1 and not (node.args[1].endswith(":input") and node.args[0].target is SITE)
     }

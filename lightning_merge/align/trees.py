@@ -32,15 +32,15 @@ def tree(dim: Dim, names: Mapping[Dim, str]) -> Axis:
 
 
 def _joined(kind: type[Product] | type[Sum], axes: Iterable[Axis]) -> Axis:
-    """Return a product or a sum, with those within it resolved and fixed neighbours joined."""
-    found: list[Axis] = []
+    """Build a product or a sum, with those within it resolved and fixed neighbours joined."""
+    pieces: list[Axis] = []
     for axis in axes:
         for piece in (axis.factors if isinstance(axis, Product) else axis.parts) if isinstance(axis, kind) else (axis,):
-            if found and isinstance(piece, Fixed) and isinstance(found[-1], Fixed):
-                found[-1] = Fixed(kind((found[-1], piece)).size)
+            if pieces and isinstance(piece, Fixed) and isinstance(pieces[-1], Fixed):
+                pieces[-1] = Fixed(kind((pieces[-1], piece)).size)
             elif kind is Sum or piece.size != 1:
-                found.append(piece)
-    return found[0] if len(found) == 1 else kind(tuple(found)) if found else Fixed(1)
+                pieces.append(piece)
+    return pieces[0] if len(pieces) == 1 else kind(tuple(pieces)) if pieces else Fixed(1)
 
 
 def each_member(dims: Sequence[Dim]) -> Iterator[Sequence[Dim]]:

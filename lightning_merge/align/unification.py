@@ -16,6 +16,7 @@ from lightning_merge.align.dimensions import (
     flat,
     free,
     freeze,
+    index_of,
     member,
     product,
     reason,
@@ -27,25 +28,25 @@ ACROSS = "reshaped across channels"
 
 def tie(dim: Dim, indices: Iterable[Dim] = ()) -> None:
     """Merge the members of the families along an axis whose index stands neither outside them nor in ``indices``."""
-    dim, known = find(dim), {find(index) for index in indices}
-    if dim.kind == "family" and find(dim.index) not in known:
+    dim, standing = find(dim), {find(index) for index in indices}
+    if dim.kind == "family" and index_of(dim) not in standing:
         for other in dim.children[1:]:
             unify(dim.children[0], other)
         dim._same_as = find(dim.children[0])
-        tie(dim, known)
+        tie(dim, standing)
         return
     for child in list(dim.children):
-        tie(child, known)
+        tie(child, standing)
         if dim.kind == "product":
-            known = known | set(flat(child, "product"))
+            standing = standing | set(flat(child, "product"))
 
 
 def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Split an axis into factors, as ``unflatten`` does, the last one running fastest."""
     dim, wanted = find(dim), [size for size in sizes if size != 1]
     if len(wanted) < len(sizes):
-        found = iter(factor(dim, wanted) if wanted else ())
-        return [Dim(1) if size == 1 else next(found) for size in sizes]
+        factors = iter(factor(dim, wanted) if wanted else ())
+        return [Dim(1) if size == 1 else next(factors) for size in sizes]
     if len(sizes) == 1:
         return [dim]
     why = reason(dim)
@@ -57,25 +58,24 @@ def factor(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         return _of_members(dim, [factor(child, sizes) for child in dim.children])
     if dim.kind == "sum":
         return _stacked(dim, sizes)
-    rest, found = flat(dim, "product"), []
+    remaining, pieces = flat(dim, "product"), []
     for size in sizes:
         taken: list[Dim] = []
         while size > 1:
-            if rest[0].size % size == 0 and rest[0].size != size:
-                rest[:1] = factor(rest[0], [size, rest[0].size // size])
-            if size % rest[0].size:
+            if remaining[0].size % size == 0 and remaining[0].size != size:
+                remaining[:1] = factor(remaining[0], [size, remaining[0].size // size])
+            if size % remaining[0].size:
                 freeze(dim, ACROSS)
                 return fixed(sizes, ACROSS)
-            taken.append(rest.pop(0))
+            taken.append(remaining.pop(0))
             size //= taken[-1].size
-        found.append(product(taken))
-    return found
+        pieces.append(product(taken))
+    return pieces
 
 
 def _of_members(dim: Dim, pieces: Sequence[Sequence[Dim]]) -> list[Dim]:
-    """Return the families of what the members of a family were split into."""
-    assert dim.index is not None
-    return [family(dim.index, same) for same in zip(*pieces, strict=True)]
+    """Build the families of what the members of a family were split into."""
+    return [family(index_of(dim), same) for same in zip(*pieces, strict=True)]
 
 
 def _stacked(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
@@ -97,8 +97,8 @@ def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     """Cut an axis into parts that stand one behind the other, as ``torch.split`` does."""
     dim, wanted = find(dim), [size for size in sizes if size]
     if len(wanted) < len(sizes):
-        found = iter(cut(dim, wanted) if wanted else ())
-        return [next(found) if size else Dim(0, "no entry") for size in sizes]
+        parts = iter(cut(dim, wanted) if wanted else ())
+        return [next(parts) if size else Dim(0, "no entry") for size in sizes]
     if len(sizes) == 1:
         return [dim]
     why = reason(dim)
@@ -110,16 +110,16 @@ def cut(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
         return _of_members(dim, [cut(child, sizes) for child in dim.children])
     if dim.kind == "product":
         return _slices(dim, sizes)
-    rest, found = flat(dim, "sum"), []
+    remaining, pieces = flat(dim, "sum"), []
     for size in sizes:
         taken: list[Dim] = []
         while size:
-            if rest[0].size > size:
-                rest[:1] = cut(rest[0], [size, rest[0].size - size])
-            taken.append(rest.pop(0))
+            if remaining[0].size > size:
+                remaining[:1] = cut(remaining[0], [size, remaining[0].size - size])
+            taken.append(remaining.pop(0))
             size -= taken[-1].size
-        found.append(total(taken))
-    return found
+        pieces.append(total(taken))
+    return pieces
 
 
 def _slices(dim: Dim, sizes: Sequence[int]) -> list[Dim]:
@@ -146,7 +146,7 @@ def unify(first: Dim, second: Dim) -> None:
         freeze(second, "sizes that differ")
         return
     if first.kind != "product" or second.kind != "product":
-        stacked = first.kind == second.kind == "family" and find(first.index) is find(second.index)
+        stacked = first.kind == second.kind == "family" and index_of(first) is index_of(second)
         if not stacked:
             tie(first)
             tie(second)
@@ -194,9 +194,9 @@ def _aligned(first: Dim, second: Dim, kind: str) -> list[tuple[Dim, Dim]]:
                 freeze(first, ACROSS)
                 freeze(second, ACROSS)
                 return []
-            rest = big[0].size // small[0].size if kind == "product" else big[0].size - small[0].size
+            remainder = big[0].size // small[0].size if kind == "product" else big[0].size - small[0].size
             refine = factor if kind == "product" else cut
-            big[:1] = refine(big[0], [small[0].size, rest])
+            big[:1] = refine(big[0], [small[0].size, remainder])
             continue
         pairs.append((ones.pop(0), others.pop(0)))
     return pairs

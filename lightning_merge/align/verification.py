@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
+from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum
+from lightning_merge.align.nesting import has_group
 from lightning_merge.align.permutation import Permutation
 from lightning_merge.align.symmetries import Symmetries
 from lightning_merge.utilities.errors import MergeError
@@ -76,9 +77,9 @@ class Trial:
         return [out.double() for out in pytree.tree_leaves(outputs) if isinstance(out, Tensor)]
 
     def error(self, permutation: Permutation) -> float:
-        """Return the largest change of an output that a permutation makes, relative to the largest output."""
-        found = self.run(permutation.apply(self.module.state_dict()))
-        changes = [(new - old).abs().max() for new, old in zip(found, self.outputs, strict=True) if new.numel()]
+        """Measure the largest change of an output that a permutation makes, relative to the largest output."""
+        permuted = self.run(permutation.apply(self.module.state_dict()))
+        changes = [(new - old).abs().max() for new, old in zip(permuted, self.outputs, strict=True) if new.numel()]
         return float(torch.stack(changes).max()) / self.scale
 
     def culprits(self, symmetries: Symmetries, names: list[str]) -> list[str]:
@@ -90,8 +91,8 @@ class Trial:
         if not names or self.error(Permutation(symmetries, orders)) <= self.tolerance:
             return []
         half = len(names) // 2
-        found = [name for part in (names[:half], names[half:]) if half for name in self.culprits(symmetries, part)]
-        return found or names
+        fewer = [name for part in (names[:half], names[half:]) if half for name in self.culprits(symmetries, part)]
+        return fewer or names
 
 
 class _Precision(TorchDispatchMode):
@@ -147,8 +148,8 @@ def without(symmetries: Symmetries, names: Collection[str]) -> Symmetries:
         return Sum(tuple(map(fix, axis.parts))) if isinstance(axis, Sum) else axis
 
     def table(axes: Mapping[str, tuple[Axis, ...]]) -> dict[str, tuple[Axis, ...]]:
-        found = {name: tuple(map(fix, along)) for name, along in axes.items()}
-        return {name: along for name, along in found.items() if any(True for axis in along for _ in groups_of(axis))}
+        remaining = {name: tuple(map(fix, along)) for name, along in axes.items()}
+        return {name: along for name, along in remaining.items() if has_group(along)}
 
     axes = table(symmetries.axes)
     return replace(

@@ -50,15 +50,15 @@ def match_weights(
     raise_all([] if restarts > 0 else [f"restarts={restarts} must be at least 1."])
     reference, other = checked(reference, symmetries, "the reference"), checked(other, symmetries, "the other model")
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    ends = []
     for restart in range(restarts):
         start = Permutation.random(symmetries, seed + restart) if restart > 1 else Permutation.identity(symmetries)
         descent = Descent(reference, other, start)
         if restart == 1:
             descent.grow()
         descent.run(generator, sweeps)
-        found.append((descent.similarity, descent.permutation))
-    return max(found, key=lambda one: one[0])[1]
+        ends.append((descent.similarity, descent.permutation))
+    return max(ends, key=lambda end: end[0])[1]
 
 
 def similarity(reference: Mapping[str, Tensor], other: Mapping[str, Tensor], symmetries: Symmetries) -> float:
@@ -79,12 +79,12 @@ def checked(weights: Mapping[str, Tensor], symmetries: Symmetries, fallback: str
     """
     name = getattr(weights, "name", fallback)
     symmetries.check(weights, name)
-    found = {parameter: weights[parameter].detach() for parameter in symmetries.axes}
+    parameters = {parameter: weights[parameter].detach() for parameter in symmetries.axes}
     raise_all(
         [
             f"{parameter!r} of {name} holds values that are not finite; such a model cannot be aligned."
-            for parameter, tensor in found.items()
+            for parameter, tensor in parameters.items()
             if not bool(tensor.isfinite().all())
         ]
     )
-    return found
+    return parameters

@@ -47,11 +47,11 @@ def einsum(call: Call) -> Result:
     letters: dict[str, Dim] = {}
     for names, dims in zip(inputs.split(","), call["tensors"], strict=True):
         for letter, dim in zip(names, dims, strict=True):
-            known = letters.setdefault(letter, dim)
-            if known.size == 1:
+            first = letters.setdefault(letter, dim)
+            if first.size == 1:
                 letters[letter] = dim
             elif dim.size != 1:
-                unify(known, dim)
+                unify(first, dim)
     return [letters[letter] for letter in output]
 
 

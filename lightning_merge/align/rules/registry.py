@@ -41,11 +41,11 @@ class Call:
         return next(iter(self.arguments.values()))
 
     def axes(self, name: str, rank: int) -> list[int]:
-        """An argument that names dimensions, all of them by default, counted from the front."""
-        found = self[name]
-        if found is None or found == []:
+        """Read an argument that names dimensions, all of them by default, counted from the front."""
+        named = self[name]
+        if named is None or named == []:
             return list(range(rank))
-        return [axis % rank for axis in ([found] if isinstance(found, int) else found)]
+        return [axis % rank for axis in ([named] if isinstance(named, int) else named)]
 
 
 Rule = Callable[[Call], Result]
@@ -76,15 +76,15 @@ def tensors(arguments: Any) -> Iterator[Dims]:
 
 
 def broadcast(*operands: Sequence[Dim]) -> Dims:
-    """The dimensions of what tensors are broadcast to; those that meet are ordered alike."""
-    found: Dims = []
+    """Broadcast the dimensions of tensors; those that meet are ordered alike."""
+    result: Dims = []
     for place in range(1, max(map(len, operands), default=0) + 1):
         meeting = [dims[-place] for dims in operands if len(dims) >= place]
         wide = [dim for dim in meeting if dim.size != 1] or meeting[:1]
         for other in wide[1:]:
             unify(wide[0], other)
-        found.insert(0, wide[0])
-    return found
+        result.insert(0, wide[0])
+    return result
 
 
 def in_place(dims: Sequence[Dim], why: str) -> Dims:

@@ -19,7 +19,7 @@ def regroup(dims: Dims, sizes: Sequence[int]) -> Dims:
     """Regroup dimensions as a reshape does: what is joined becomes a product, what is split is factored."""
     if 0 in sizes:
         raise Unsupported
-    old, new, found = [dim for dim in dims if dim.size != 1], [size for size in sizes if size != 1], []
+    old, new, regrouped = [dim for dim in dims if dim.size != 1], [size for size in sizes if size != 1], []
     while old:
         joined, split = [old.pop(0)], [new.pop(0)]
         have, want = joined[0].size, split[0]
@@ -30,8 +30,8 @@ def regroup(dims: Dims, sizes: Sequence[int]) -> Dims:
             else:
                 split.append(new.pop(0))
                 want *= split[-1]
-        found += factor(product(joined), split)
-    remaining = iter(found)
+        regrouped += factor(product(joined), split)
+    remaining = iter(regrouped)
     return [Dim(1) if size == 1 else next(remaining) for size in sizes]
 
 
@@ -62,8 +62,8 @@ def movedim(call: Call) -> Result:
     """Move axes to other places."""
     dims, rank = call.first, len(call.first)
     goal = dict(zip(call.axes("destination", rank), call.axes("source", rank), strict=True))
-    rest = iter(axis for axis in range(rank) if axis not in goal.values())
-    return [dims[goal[place] if place in goal else next(rest)] for place in range(rank)]
+    unmoved = iter(axis for axis in range(rank) if axis not in goal.values())
+    return [dims[goal[place] if place in goal else next(unmoved)] for place in range(rank)]
 
 
 @rule("unsqueeze")
@@ -183,7 +183,7 @@ def slice_(call: Call) -> Result:
 def index(call: Call) -> Result:
     """Take numbered entries along some axes."""
     dims, indices = call.first, call["indices"]
-    axes = [axis for axis, found in enumerate(indices) if found is not None]
+    axes = [axis for axis, numbers in enumerate(indices) if numbers is not None]
     if axes != list(range(axes[0], axes[-1] + 1)):
         raise Unsupported
     in_place([dims[axis] for axis in axes], "entries of a table")
