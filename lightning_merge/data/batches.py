@@ -20,7 +20,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class GlobalBatches(DistributedSampler):
-    """Yield this process's part of every batch. Lightning leaves any ``DistributedSampler`` as it is.
+    """Sampler of this process's part of every batch. Lightning leaves any ``DistributedSampler`` as it is.
 
     Args:
         dataset: What is sampled from.
@@ -46,7 +46,7 @@ class GlobalBatches(DistributedSampler):
     ) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         super().__init__(
-            dataset,  # type: ignore[arg-type]
+            dataset,  # type: ignore[arg-type]  # torch reads its length only
             num_replicas=num_replicas or (torch.distributed.get_world_size() if distributed else 1),
             rank=rank if rank is not None else (torch.distributed.get_rank() if distributed else 0),
             shuffle=shuffle,
@@ -75,7 +75,7 @@ class GlobalBatches(DistributedSampler):
         return len(self.bounds)
 
     def __iter__(self) -> Iterator[list[int]]:
-        total = len(self.dataset)  # type: ignore[arg-type]
+        total = len(self.dataset)  # type: ignore[arg-type]  # it is the sized one of __init__
         if self.shuffle:
             order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         else:
@@ -91,9 +91,9 @@ class _Batched(Dataset):
         self.dataset, self._collate = dataset, collate
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's class has none, its samplers want one
 
-    def __getitem__(self, indices: list[int]):
+    def __getitem__(self, indices: list[int]) -> Any:
         return self._collate([self.dataset[i] for i in indices])
 
 
@@ -121,7 +121,7 @@ def batch_loader(
     return DataLoader(
         _Batched(dataset, collate),
         batch_size=None,
-        sampler=GlobalBatches(dataset, batch_size, shuffle, **processes),  # type: ignore[arg-type]
+        sampler=GlobalBatches(dataset, batch_size, shuffle, **processes),  # type: ignore[arg-type]  # as in _Batched
         num_workers=num_workers,
         worker_init_fn=worker_init,
         persistent_workers=num_workers > 0 and shuffle,

@@ -12,11 +12,11 @@ from torch.utils.data import Dataset, TensorDataset
 from lightning_merge.data.domain_data import DomainDataModule
 
 Look = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""From images (N, 8, 8) in [0, 1] to images of the same shape."""
+"""Function from images ``(N, 8, 8)`` in [0, 1] to images of the same shape."""
 
 
 def upright(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As they were written, with ink and page of any two shades that differ: bright on dark or dark on bright."""
+    """Give ink and page of images ``(N, 8, 8)`` any two shades that differ: bright on dark or dark on bright."""
     shades = rng.uniform(0, 1, (64 * len(images), 2))
     shades = shades[np.abs(shades[:, 0] - shades[:, 1]) > 0.25][: len(images)]
     ink, page = shades.T.reshape(2, -1, 1, 1)
@@ -24,7 +24,7 @@ def upright(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def rotated(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Turned clockwise or counter-clockwise by 15 to 40 degrees."""
+    """Turn images ``(N, 8, 8)`` clockwise or counter-clockwise by 15 to 40 degrees."""
     from scipy.ndimage import rotate
 
     angles = rng.uniform(15, 40, len(images)) * rng.choice([-1, 1], len(images))
@@ -32,24 +32,24 @@ def rotated(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def inverted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Dark ink on a bright page."""
+    """Invert images ``(N, 8, 8)``: dark ink on a bright page."""
     return 1 - images
 
 
 def noisy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gaussian noise on every pixel."""
+    """Add Gaussian noise to every pixel of images ``(N, 8, 8)``."""
     return images + rng.normal(0, 0.25, images.shape)
 
 
 def thick(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a broad pen: every pixel takes the brightest of its neighbours."""
+    """Thicken the pen in images ``(N, 8, 8)``: every pixel takes the brightest of its neighbours."""
     from scipy.ndimage import grey_dilation
 
     return np.stack([grey_dilation(image, size=(2, 2)) for image in images])
 
 
 def slanted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Leaning to the left or to the right by 0.4 to 0.8 pixels a row."""
+    """Slant images ``(N, 8, 8)`` to the left or to the right by 0.4 to 0.8 pixels a row."""
     from scipy.ndimage import affine_transform
 
     slants = rng.uniform(0.4, 0.8, len(images)) * rng.choice([-1, 1], len(images))
@@ -88,7 +88,7 @@ class Digits(DomainDataModule):
         return images.reshape(-1, 8, 8) / 16, labels
 
     def labels(self, domain: str) -> np.ndarray:
-        """Return the digits' labels: the same in every domain."""
+        """Return the digits' labels ``(N,)``, the same in every domain."""
         return self._digits[1]
 
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:

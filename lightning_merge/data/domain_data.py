@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -14,6 +14,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_merge.data.batches import batch_loader
 from lightning_merge.utilities.errors import MergeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Split = Literal["train", "val", "test", "all"]
 
@@ -81,7 +84,7 @@ class DomainDataModule(LightningDataModule, ABC):
         """The names of the classes, in the order of the labels."""
 
     def class_names_of(self, domain: str) -> list[str]:
-        """The names of a domain's classes: the same for all of them, unless a subclass has tasks of several kinds."""
+        """Return the names of a domain's classes: the same for all, unless a subclass has tasks of several kinds."""
         return self.class_names
 
     @abstractmethod
@@ -90,7 +93,7 @@ class DomainDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """Return the samples of a domain at ``indices``: pairs of an image tensor ``(C, H, W)`` and a label."""
+        """Return the samples of a domain at ``indices`` ``(n,)``: pairs of an image ``(C, H, W)`` and a label."""
 
     def check(self, domains: Sequence[str]) -> None:
         """Raise a :class:`MergeError` if the samples of these domains cannot be used. By default they can."""
@@ -109,8 +112,8 @@ class DomainDataModule(LightningDataModule, ABC):
             return list(self._test_domains)
         return [self.held_out] if self.held_out else self.train_domains
 
-    def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test"):
-        """Return a copy of this data module for other domains."""
+    def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test") -> Self:
+        """Copy this data module for other domains."""
         other = copy.copy(self)
         other.held_out, other.test_on = None, test_on
         other._train_domains, other._test_domains = list(train), list(test)
@@ -134,7 +137,7 @@ class DomainDataModule(LightningDataModule, ABC):
         return self.test_domains
 
     def split(self, domain: str, split: Split) -> np.ndarray:
-        """Return the indices of a split of a domain, in ascending order.
+        """Return the indices ``(n,)`` of a split of a domain, in ascending order.
 
         Raises:
             MergeError: If a class is too small to be split.
@@ -154,8 +157,8 @@ class DomainDataModule(LightningDataModule, ABC):
         share = {"random_state": self.split_seed}
         val_size = self.val_fraction / (1 - self.test_fraction)
         try:
-            rest, test = train_test_split(everything, test_size=self.test_fraction, stratify=labels, **share)
-            train, val = train_test_split(rest, test_size=val_size, stratify=labels[rest], **share)
+            remaining, test = train_test_split(everything, test_size=self.test_fraction, stratify=labels, **share)
+            train, val = train_test_split(remaining, test_size=val_size, stratify=labels[remaining], **share)
         except ValueError as error:
             raise MergeError(
                 f"The domain {domain!r} has {len(labels)} images, too few to have all {len(self.class_names)} classes "
@@ -168,32 +171,32 @@ class DomainDataModule(LightningDataModule, ABC):
         return batch_loader(ConcatDataset(parts), self.batch_size, shuffle, self.num_workers)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the train splits of the training domains."""
+        """Build the loader of the train splits of the training domains."""
         return self._loader(self.train_domains, "train", shuffle=True)
 
     def statistics_dataloader(self) -> DataLoader:
-        """The train splits of the training domains, without augmentation: every sample once, in one random order."""
+        """Build the loader of the train splits without augmentation: every sample once, in one random order."""
         parts = [self.dataset(domain, self.split(domain, "train"), augment=False) for domain in self.train_domains]
-        samples = ConcatDataset(parts)
+        samples: ConcatDataset[Any] = ConcatDataset(parts)
         order = np.random.default_rng(self.split_seed).permutation(len(samples)).tolist()
         return batch_loader(Subset(samples, order), self.batch_size, shuffle=False, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the validation splits of the training domains, together."""
+        """Build the loader of the validation splits of the training domains, together."""
         return self._loader(self.train_domains, "val")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """Return one loader for each test domain."""
+        """Build one loader for each test domain."""
         return [self._loader([domain], self.test_on) for domain in self.test_domains]
 
     def predict_dataloader(self) -> list[DataLoader]:
-        """Return one loader for each test domain."""
+        """Build one loader for each test domain."""
         return self.test_dataloader()
 
     def training_images(
         self, domains: Sequence[str], model: LightningModule, batch_size: int = 16
     ) -> dict[str, DataLoader]:
-        """Return the train split of each domain without augmentation, in random order, for what runs the model on it.
+        """Build a loader of each domain's train split without augmentation, in random order, for what runs the model.
 
         Every process gets the same batches.
 
@@ -212,7 +215,7 @@ class DomainDataModule(LightningDataModule, ABC):
         }
 
     def description(self) -> dict[str, Any]:
-        """What the results depend on: plain values."""
+        """Describe, in plain values, what the results depend on."""
         return {
             "class": type(self).__name__,
             "domains": self.domains,

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 
 
 class DomainFolders(DomainDataModule):
-    """A folder for each domain, in it one for each class: PACS, VLCS, OfficeHome, TerraIncognita, DomainNet, NICO++.
+    """Images in a folder per domain, in it one per class: PACS, VLCS, OfficeHome, TerraIncognita, DomainNet, NICO++.
 
     Images get the preprocessing of the model's backbone. In training, a random crop of nearly the whole image and a
     horizontal flip are added.
@@ -43,7 +43,7 @@ class DomainFolders(DomainDataModule):
         num_workers: Processes that read images.
         crop_scale: The smallest share of the area that a random crop keeps in training, in (0, 1]; 1 for no crop.
         flip: Flip half of the images in training.
-        size: Height and width; by default the backbone's.
+        size: Height and width in pixels; by default the backbone's.
         mean: Mean per channel; by default the backbone's.
         std: Standard deviation per channel; by default the backbone's.
         check_images: Open every image before starting, so that an unreadable one is found first and not halfway.
@@ -104,11 +104,11 @@ class DomainFolders(DomainDataModule):
         return list(next(iter(self._files.values())))
 
     def labels(self, domain: str) -> np.ndarray:
-        """Return the labels of a domain's images, sorted by class and by name."""
+        """Return the labels ``(N,)`` of a domain's images, sorted by class and by name."""
         return np.repeat(np.arange(len(self.class_names)), [len(files) for files in self._files[domain].values()])
 
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """Return the images of a domain at ``indices``."""
+        """Return the images of a domain at ``indices`` ``(n,)``: ``(3, H, W)`` each."""
         files = [file for files in self._files[domain].values() for file in files]
         labels = self.labels(domain)
         preprocessing = self.preprocessing
@@ -121,22 +121,24 @@ class DomainFolders(DomainDataModule):
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of the backbone, with what was set here instead."""
         module = self.model or (self.trainer.lightning_module if self.trainer is not None else None)
-        theirs: Preprocessing | None = getattr(module, "preprocessing", None)
-        if theirs is None and None in (self.size, self.mean, self.std):
-            raise MergeError(
-                "The model does not say how its images are prepared; set data.size, data.mean and data.std."
-            )
+        backbone: Preprocessing | None = getattr(module, "preprocessing", None)
+        if backbone is None:
+            if self.size is None or self.mean is None or self.std is None:
+                raise MergeError(
+                    "The model does not say how its images are prepared; set data.size, data.mean and data.std."
+                )
+            backbone = Preprocessing(self.size, self.mean, self.std)
         return Preprocessing(
-            size=tuple(self.size or theirs.size),
-            mean=tuple(self.mean or theirs.mean),
-            std=tuple(self.std or theirs.std),
-            interpolation=theirs.interpolation if theirs else "bicubic",
-            crop=theirs.crop if theirs else 1.0,
-            resize=theirs.resize if theirs else "shortest",
+            size=cast("tuple[int, int]", tuple(self.size or backbone.size)),
+            mean=tuple(self.mean or backbone.mean),
+            std=tuple(self.std or backbone.std),
+            interpolation=backbone.interpolation,
+            crop=backbone.crop,
+            resize=backbone.resize,
         )
 
     def check(self, domains: Sequence[str]) -> None:
-        """Open the images of these domains, each once in a run.
+        """Check that the images of these domains can be read; each is opened once in a run.
 
         Raises:
             MergeError: If images cannot be read; they are named.
@@ -150,7 +152,7 @@ class DomainFolders(DomainDataModule):
         self._checked.update(todo)
 
     def description(self) -> dict[str, Any]:
-        """What the results depend on: plain values."""
+        """Describe, in plain values, what the results depend on."""
         counts = {
             domain: {name: len(files) for name, files in classes.items()} for domain, classes in self._files.items()
         }
@@ -181,18 +183,19 @@ def find_images(root: Path, classes: Sequence[str] | None = None) -> dict[str, d
     names = sorted(classes) if classes is not None else sorted({name for kinds in tree.values() for name in kinds})
     if not names:
         raise MergeError(f"The domains in {root} hold no class folders (root/domain/class/image).")
-    problems, images = [], {}
+    problems: list[str] = []
+    images: dict[str, dict[str, list[Path]]] = {}
     for domain, kinds in tree.items():
         images[domain] = {}
         for name in names:
-            found = _images(kinds[name]) if name in kinds else []
-            if not found:
+            files = _images(kinds[name]) if name in kinds else []
+            if not files:
                 what = "holds no images" if name in kinds else "does not exist"
                 problems.append(
                     f"The class folder {root / domain / name} {what}; all domains need the same classes: add images, "
                     "move the domain away, or choose the classes with data.classes."
                 )
-            images[domain][name] = found
+            images[domain][name] = files
     raise_all(problems)
     return images
 
@@ -254,8 +257,8 @@ class ImageFiles(Dataset):
         from PIL import Image
 
         try:
-            with Image.open(self.files[index]) as image:
-                image = image.convert("RGB")
+            with Image.open(self.files[index]) as file:
+                image = file.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise MergeError(
                 f"The image {self.files[index]} cannot be read ({error}); mend it or remove it."

@@ -25,7 +25,7 @@ from lightning_merge.utilities.processes import processes_of_run
 
 
 def each_once(loaders: Any) -> Iterable[Any]:
-    """Return the samples of any project's loaders, each once and in order, whatever the number of processes.
+    """Iterate over the samples of any project's loaders, each once and in order, whatever the number of processes.
 
     Every process gets its part of every batch. Nothing is dropped or shuffled, nor repeated so that all processes have
     the same number of samples (as Lightning's distributed sampler does). A sampler of the project's own is asked once
@@ -56,6 +56,7 @@ def each_once(loaders: Any) -> Iterable[Any]:
 
 
 def _can_be_read_anew(loader: Any) -> bool:
+    """Tell whether the samples of a loader can be put into other batches than its own."""
     return (
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
@@ -67,25 +68,27 @@ def _can_be_read_anew(loader: Any) -> bool:
     )
 
 
-def _unwrapped(sampler: Sampler | Iterable[int]) -> Sampler | Iterable[int]:
+def _unwrapped(sampler: Sampler | Iterable[int]) -> Any:
     """Return the project's own sampler, inside what Lightning made of it to share it out."""
-    return sampler.dataset._sampler if type(sampler) is DistributedSamplerWrapper else sampler
+    if type(sampler) is not DistributedSamplerWrapper:
+        return sampler
+    return sampler.dataset._sampler  # type: ignore[attr-defined]  # Lightning does not say what its data set is
 
 
 def _own_order(sampler: Sampler | Iterable[int]) -> list[int] | None:
-    """Return the indices that a sampler takes, in ascending order; None if it takes all."""
-    own = _unwrapped(sampler)
-    if type(own) in (SequentialSampler, DistributedSampler):
+    """List the indices that a sampler takes, in ascending order; None if it takes all."""
+    unwrapped = _unwrapped(sampler)
+    if type(unwrapped) in (SequentialSampler, DistributedSampler):
         return None
-    if type(own) is RandomSampler and not own.replacement and len(own) == len(own.data_source):
+    if type(unwrapped) is RandomSampler and not unwrapped.replacement and len(unwrapped) == len(unwrapped.data_source):
         return None
-    generators = [value for value in vars(own).values() if isinstance(value, torch.Generator)]
+    generators = [value for value in vars(unwrapped).values() if isinstance(value, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     with torch.random.fork_rng([]):
         for generator in (torch.default_generator, *generators):
             generator.manual_seed(0)  # so that all processes draw the same
         try:
-            return sorted(islice(own, len(own)))
+            return sorted(islice(unwrapped, len(unwrapped)))
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)

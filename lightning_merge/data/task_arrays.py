@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,9 +15,12 @@ from lightning_merge.data.domain_data import DomainDataModule, Split
 from lightning_merge.data.task_files import Part, ShiftedImages, Task, draw_by_class, read_task, resized
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class TaskArrays(DomainDataModule):
-    """A NumPy file for each task: MNIST, Fashion-MNIST, CIFAR-10, …, which do not share their classes.
+    """Images in a NumPy file for each task: MNIST, Fashion-MNIST, CIFAR-10, …, which do not share their classes.
 
     ``root/TASK.npz`` holds ``train_images`` and ``test_images``, uint8 ``(N, H, W)`` or ``(N, H, W, C)`` of any size;
     ``train_labels`` and ``test_labels``, integers; and ``classes``, their names. A task is what the other data modules
@@ -30,7 +33,7 @@ class TaskArrays(DomainDataModule):
         train_domains: The tasks to train and validate on; by default those of ``test_domains``, else all.
         test_domains: The tasks to test on; by default those of ``train_domains``.
         test_on: Test on a task's ``test`` or ``val`` split.
-        image_size: Height and width that images are resized to.
+        image_size: Height and width that images are resized to, in pixels.
         channels: 1 for grey images, 3 for coloured ones; those of the files are converted.
         val_fraction: Share of every class's training images that is for validation, below 0.5.
         max_train: Use at most this many of a task's training images, drawn by class; those for validation included.
@@ -94,9 +97,9 @@ class TaskArrays(DomainDataModule):
         if self.channels not in (1, 3):
             problems.append(f"channels must be 1 (grey) or 3 (coloured), got {self.channels}.")
         for name in ("mean", "std"):
-            given = getattr(self, name)
-            if given is not None and len(given) != self.channels:
-                problems.append(f"{name} has {len(given)} values and the images have channels={self.channels}.")
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                problems.append(f"{name} has {len(values)} values and the images have channels={self.channels}.")
         if self.shift < 0:
             problems.append(f"shift must not be negative, got {self.shift}.")
         raise_all(problems)
@@ -115,26 +118,26 @@ class TaskArrays(DomainDataModule):
         """The names of the tasks."""
         if not self.root.is_dir():
             raise MergeError(f"There is no folder {self.root}; data.root should hold a file TASK.npz for each task.")
-        found = sorted(file.stem for file in self.root.glob("*.npz"))
-        if not found:
+        stems = sorted(file.stem for file in self.root.glob("*.npz"))
+        if not stems:
             raise MergeError(f"{self.root} holds no .npz files; data.root should hold a file TASK.npz for each task.")
-        missing = [task for task in self.tasks or () if task not in found]
-        raise_all([f"There is no task {task!r} in {self.root}; there are {', '.join(found)}." for task in missing])
-        return found if self.tasks is None else list(self.tasks)
+        missing = [task for task in self.tasks or () if task not in stems]
+        raise_all([f"There is no task {task!r} in {self.root}; there are {', '.join(stems)}." for task in missing])
+        return stems if self.tasks is None else list(self.tasks)
 
     @property
     def train_domains(self) -> list[str]:
         """The tasks to train on."""
-        given = self._train_domains if self._train_domains is not None else self._test_domains
-        return list(given if given is not None else self.domains)
+        tasks = self._train_domains if self._train_domains is not None else self._test_domains
+        return list(tasks if tasks is not None else self.domains)
 
     @property
     def test_domains(self) -> list[str]:
         """The tasks to test on."""
         return list(self._test_domains) if self._test_domains is not None else self.train_domains
 
-    def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test"):
-        """Return a copy of this data module for other tasks."""
+    def only(self, train: Sequence[str], test: Sequence[str], test_on: Literal["test", "all", "val"] = "test") -> Self:
+        """Copy this data module for other tasks."""
         self._refuse_all(test_on)
         return super().only(train, test, test_on)
 
@@ -147,7 +150,9 @@ class TaskArrays(DomainDataModule):
         """
         used = dict.fromkeys([*self.train_domains, *self.test_domains])
         names = {task: self.class_names_of(task) for task in used}
-        first = next(iter(names), None)
+        if not names:
+            return []
+        first = next(iter(names))
         other = next((task for task in names if names[task] != names[first]), None)
         if other is not None:
             raise MergeError(
@@ -155,7 +160,7 @@ class TaskArrays(DomainDataModule):
                 f"{', '.join(names[other][:3])}…), which one head cannot tell apart; use one task at a time: set "
                 "data.train_domains and data.test_domains to it."
             )
-        return names[first] if first is not None else []
+        return names[first]
 
     def class_names_of(self, domain: str) -> list[str]:
         """Return the names of a task's classes."""
@@ -172,7 +177,7 @@ class TaskArrays(DomainDataModule):
         return self._tasks[name]
 
     def _drawn(self, task: str, part: Part, count: int | None, argument: str) -> Part:
-        """At most ``count`` images, drawn by class, resized and converted."""
+        """Draw at most ``count`` images by class, and resize and convert them."""
         images, labels = part
         if count is not None and count < len(labels):
             classes = len(set(labels.tolist()))
@@ -185,7 +190,7 @@ class TaskArrays(DomainDataModule):
         return resized(images, self.image_size, self.channels), labels
 
     def check(self, domains: Sequence[str]) -> None:
-        """Read the files and look for labels outside the classes, missing arrays, empty splits, classes too small."""
+        """Check the files for missing arrays, labels outside the classes, empty splits and classes too small."""
 
         def check(task: str) -> None:
             self.split(task, "train")
@@ -198,7 +203,7 @@ class TaskArrays(DomainDataModule):
         return np.concatenate([task.train[1], task.test[1]])
 
     def split(self, domain: str, split: Split) -> np.ndarray:
-        """Return the indices of a split of a task, in ascending order.
+        """Return the indices ``(n,)`` of a split of a task, in ascending order.
 
         Raises:
             MergeError: If a class is too small to be split, or if ``all`` is asked for.
@@ -222,7 +227,7 @@ class TaskArrays(DomainDataModule):
         return np.sort({"train": train, "val": val}[split])
 
     def dataset(self, domain: str, indices: np.ndarray, augment: bool) -> Dataset:
-        """Return the images of a task at ``indices``: ``(channels, image_size, image_size)``, normalised."""
+        """Return the images of a task at ``indices`` ``(n,)``: ``(channels, image_size, image_size)``, normalised."""
         task, mean, std = self._task(domain), *self._normalisation()
         picked = torch.as_tensor(indices)
         images = torch.cat([task.train[0], task.test[0]])[picked].float() / 255
@@ -231,26 +236,26 @@ class TaskArrays(DomainDataModule):
         return ShiftedImages((images - mean) / std, labels, shift, flip)
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation ``(C, 1, 1)``: what was set here, the backbone's, or 0.5."""
+        """Return mean and standard deviation ``(C, 1, 1)``: what was set here, the backbone's, or 0.5."""
         module = self.model or (self.trainer.lightning_module if self.trainer is not None else None)
-        theirs = getattr(module, "preprocessing", None)
+        preprocessing = getattr(module, "preprocessing", None)
 
-        def choose(own: Sequence[float] | None, backbone: Sequence[float] | None) -> Tensor:
-            values = torch.tensor(own or backbone or (0.5,))
+        def choose(chosen: Sequence[float] | None, backbone: Sequence[float] | None) -> Tensor:
+            values = torch.tensor(chosen or backbone or (0.5,))
             if len(values) != self.channels:
                 values = values.mean().expand(self.channels)  # a backbone for coloured images, used on grey ones
             return values[:, None, None]
 
-        return choose(self.mean, getattr(theirs, "mean", None)), choose(self.std, getattr(theirs, "std", None))
+        mean, std = (getattr(preprocessing, name, None) for name in ("mean", "std"))
+        return choose(self.mean, mean), choose(self.std, std)
 
     def description(self) -> dict[str, Any]:
-        """What the results depend on: plain values."""
-        own = ("image_size", "channels", "max_train", "max_test", "mean", "std", "shift", "flip")
-        own += ("val_fraction", "split_seed")
+        """Describe, in plain values, what the results depend on."""
+        images = ("image_size", "channels", "max_train", "max_test", "mean", "std", "shift", "flip")
         used = list(dict.fromkeys([*self.train_domains, *self.test_domains]))
         return {
             "class": type(self).__name__,
             "domains": used,
             "classes": {task: self.class_names_of(task) for task in used},
             "batch_size": self.batch_size,
-        } | {name: getattr(self, name) for name in own}
+        } | {name: getattr(self, name) for name in (*images, "val_fraction", "split_seed")}

@@ -29,7 +29,7 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classe
 
 @dataclass(frozen=True)
 class Task:
-    """What the file of a task holds.
+    """Content of the file of a task.
 
     Args:
         classes: The names of the classes, in the order of the labels.
@@ -84,28 +84,28 @@ def _part_problems(path: Path, split: str, images: np.ndarray, labels: np.ndarra
 
 
 def draw_by_class(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """The indices of ``count`` samples in ascending order, drawn at random so that every class keeps its share."""
+    """Draw ``count`` of the labels ``(N,)`` so that classes keep their share; return sorted indices ``(count,)``."""
     order = np.random.default_rng(seed).permutation(len(labels))
     places = np.empty(len(labels))  # how far down its class every sample stands, in (0, 1)
     for label in np.unique(labels):
-        own = order[labels[order] == label]
-        places[own] = (np.arange(len(own)) + 0.5) / len(own)
+        members = order[labels[order] == label]
+        places[members] = (np.arange(len(members)) + 0.5) / len(members)
     return np.sort(order[np.argsort(places[order], kind="stable")[:count]])
 
 
 def resized(images: np.ndarray, size: int, channels: int) -> Tensor:
-    """From ``(N, H, W)`` or ``(N, H, W, C)`` to uint8 ``(N, channels, size, size)``, bilinear with antialiasing."""
-    found = torch.as_tensor(images)
-    found = found[:, None] if found.dim() == 3 else found.movedim(3, 1)
-    if found.shape[1] == 3 and channels == 1:
-        found = (found.float() * torch.tensor(_GREY)[:, None, None]).sum(dim=1, keepdim=True).round().byte()
-    if found.shape[2:] != (size, size):
-        found = F.interpolate(found.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-    return found.expand(-1, channels, -1, -1).contiguous()
+    """Resize ``(N, H, W)`` or ``(N, H, W, C)`` to uint8 ``(N, channels, size, size)``, bilinear with antialiasing."""
+    pixels = torch.as_tensor(images)
+    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.movedim(3, 1)
+    if pixels.shape[1] == 3 and channels == 1:
+        pixels = (pixels.float() * torch.tensor(_GREY)[:, None, None]).sum(dim=1, keepdim=True).round().byte()
+    if pixels.shape[2:] != (size, size):
+        pixels = F.interpolate(pixels.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+    return pixels.expand(-1, channels, -1, -1).contiguous()
 
 
 class ShiftedImages(Dataset):
-    """Images that are shifted at random, and flipped; what enters repeats the border.
+    """Images that are shifted at random, and flipped; the border is repeated into the gap.
 
     Args:
         images: ``(N, C, H, W)``.

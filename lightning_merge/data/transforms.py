@@ -12,13 +12,15 @@ from lightning_merge.models.backbones import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torchvision.transforms import InterpolationMode
 
 
 Transform = Callable[["Image"], Tensor]
+"""Function from an RGB image to a tensor ``(3, H, W)``."""
 
 
 def eval_transform(preprocessing: Preprocessing) -> Transform:
-    """Resize, crop the centre, normalise: as timm and open_clip evaluate."""
+    """Build the transform that timm and open_clip evaluate with: resize, crop the centre, normalise."""
     from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
     from torchvision.transforms import v2
 
@@ -28,7 +30,7 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
         resize, crop = v2.Resize(resized, interpolation=interpolation), v2.CenterCrop(preprocessing.size)
     elif preprocessing.resize == "longest":
         resize = ResizeKeepRatio(resized, longest=1.0, interpolation=preprocessing.interpolation)
-        crop = CenterCropOrPad(preprocessing.size)
+        crop = CenterCropOrPad(list(preprocessing.size))
     elif resized[0] == resized[1]:
         resize, crop = v2.Resize(resized[0], interpolation=interpolation), v2.CenterCrop(preprocessing.size)
     else:
@@ -38,7 +40,7 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
 
 
 def train_transform(preprocessing: Preprocessing, crop_scale: float, flip: bool) -> Transform:
-    """Crop at random at least ``crop_scale`` of the area, flip half of the images, normalise."""
+    """Build the transform for training: a random crop of at least ``crop_scale`` of the area, a flip, normalise."""
     from torchvision.transforms import v2
 
     return v2.Compose(
@@ -64,7 +66,7 @@ def _to_tensor(preprocessing: Preprocessing) -> list[Callable]:
     ]
 
 
-def _interpolation(preprocessing: Preprocessing):
+def _interpolation(preprocessing: Preprocessing) -> InterpolationMode:
     from torchvision.transforms import InterpolationMode
 
     return InterpolationMode(preprocessing.interpolation)

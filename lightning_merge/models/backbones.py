@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are prepared for a backbone.
+    """Preparation of images for a backbone.
 
     Args:
         size: Height and width, in pixels.
@@ -67,7 +67,7 @@ def timm_backbone(name: str, pretrained: bool | str, **arguments: Any) -> tuple[
     """
     import timm
 
-    overlay: Mapping[str, Any] | None = None
+    overlay: dict[str, Any] | None = None
     if isinstance(pretrained, str):
         overlay = {"file": require_file(pretrained)}
 
@@ -95,7 +95,7 @@ def timm_backbone(name: str, pretrained: bool | str, **arguments: Any) -> tuple[
         crop=config["crop_pct"],
         resize={"center": "shortest", "border": "longest"}.get(config["crop_mode"], config["crop_mode"]),
     )
-    return model, model.num_features, preprocessing
+    return model, cast(int, model.num_features), preprocessing
 
 
 def _check_loaded(model: nn.Module, random: nn.Module, path: str) -> None:
@@ -133,6 +133,7 @@ def load_clip(name: str, pretrained: bool | str, **arguments: Any) -> CLIP:
     if pretrained is True and ":" not in name:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise MergeError(f"Say which weights open_clip should load for {name}: pretrained={tags}, or a file.")
+    weights: dict[str, Any]
     if ":" in name:  # hf-hub: and local-dir: bring their own weights
         weights = {"load_weights": bool(pretrained)}
     else:
@@ -144,7 +145,7 @@ def load_clip(name: str, pretrained: bool | str, **arguments: Any) -> CLIP:
 
 
 def image_tower(clip: CLIP) -> tuple[nn.Module, int, Preprocessing]:
-    """The image tower of an open_clip model, as :func:`timm_backbone` returns a backbone. The text tower is let go."""
+    """Return the image tower of an open_clip model, without the text tower, as :func:`timm_backbone` does."""
     config = clip.visual.preprocess_cfg
     size = config["size"]
     preprocessing = Preprocessing(
@@ -203,45 +204,45 @@ def _attribute(path: str) -> Callable[..., Any]:
     if not module:
         raise MergeError(f"The backbone python/{path} names no module; write python/PACKAGE.MODULE.CLASS.")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        attribute = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise MergeError(
             f"The module of the backbone python/{path} cannot be imported: {error}; is its folder on PYTHONPATH?"
         ) from error
-    if not callable(found):
+    if not callable(attribute):
         raise MergeError(f"The module {module} has no class or function {name!r} for the backbone python/{path}.")
-    if not _makes_modules(found):
+    if not _makes_modules(attribute):
         raise MergeError(
             f"python/{path} is neither a class of modules nor a function that is annotated to return one, and is not "
             "called; write `-> nn.Module` behind its arguments if it is a backbone of yours."
         )
-    return found
+    return attribute
 
 
-def _makes_modules(found: Any) -> bool:
+def _makes_modules(maker: Any) -> bool:
     """Tell whether something is a class of modules, or a function that says it returns one."""
     try:
-        kind = found if isinstance(found, type) else get_type_hints(found).get("return")
+        kind = maker if isinstance(maker, type) else get_type_hints(maker).get("return")
     except (NameError, TypeError):
         return False
     return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def load_exactly(model: nn.Module, path: str) -> None:
-    """Put the weights of a file into a model.
+    """Load the weights of a file into a model.
 
     Raises:
         MergeError: If it does not hold exactly the parameters of this model.
     """
     weights = open_weights(path)
-    own = model.state_dict()
+    state = model.state_dict()
     raise_all(
-        [f"{path} lacks {name!r} of this model; is it of another backbone or head?" for name in own.keys() - weights]
-        + [f"{path} has {name!r}, which this model lacks." for name in weights.keys() - own.keys()]
+        [f"{path} lacks {name!r} of this model; is it of another backbone or head?" for name in state.keys() - weights]
+        + [f"{path} has {name!r}, which this model lacks." for name in weights.keys() - state.keys()]
         + [
-            f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path} and {tuple(own[name].shape)} here."
-            for name in own
-            if name in weights and weights.meta[name].shape != own[name].shape
+            f"{name!r} has shape {tuple(weights.meta[name].shape)} in {path} and {tuple(state[name].shape)} here."
+            for name in state
+            if name in weights and weights.meta[name].shape != state[name].shape
         ]
     )
     model.load_state_dict(dict(weights))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_merge.models.backbones import (
+    Preprocessing,
     image_tower,
     load_clip,
     load_exactly,
@@ -20,9 +21,12 @@ from lightning_merge.models.backbones import (
     split_name,
     timm_backbone,
 )
-from lightning_merge.models.heads import LinearHead, zero_shot_head
+from lightning_merge.models.heads import LinearHead, ZeroShotHead, zero_shot_head
 from lightning_merge.models.metrics import classification_metrics
 from lightning_merge.utilities.errors import MergeError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 
 class Expert(LightningModule):
@@ -80,9 +84,12 @@ class Expert(LightningModule):
             self.load_weights(weights)
         self.metrics = classification_metrics(self.num_classes)
 
-    def _build(self, backbone: str, pretrained: bool | str, head: str, templates: Sequence[str]):
+    def _build(
+        self, backbone: str, pretrained: bool | str, head: str, templates: Sequence[str]
+    ) -> tuple[nn.Module, LinearHead | ZeroShotHead, Preprocessing]:
+        """Build backbone and head; return them and the preprocessing of the images."""
         library, name = split_name(backbone)
-        arguments = self.hparams.backbone_args or {}
+        arguments = self.hparams["backbone_args"] or {}
         if library != "open_clip":
             if head == "zero_shot":
                 raise MergeError(f"{backbone} has no text tower to build a zero-shot head from; use open_clip/….")
@@ -98,7 +105,7 @@ class Expert(LightningModule):
         return model, LinearHead(num_features, self.num_classes), preprocessing
 
     def load_weights(self, path: str) -> None:
-        """Take all weights from a checkpoint.
+        """Load all weights from a checkpoint.
 
         Raises:
             MergeError: If it does not hold exactly the parameters of this model.
@@ -111,9 +118,9 @@ class Expert(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the data have the classes that the head has."""
-        theirs = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if theirs is not None:
-            self.check_classes(theirs)
+        class_names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if class_names is not None:
+            self.check_classes(class_names)
 
     def check_classes(self, theirs: Sequence[str]) -> None:
         """Raise a :class:`MergeError` unless the head's classes are these, the data's, in their order."""
@@ -129,15 +136,15 @@ class Expert(LightningModule):
             )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Compute the loss of one batch of ``(images, labels)``."""
+        """Compute the loss ``()`` of a batch of images ``(N, C, H, W)`` and labels ``(N,)``."""
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams.label_smoothing)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count one batch of the validation split."""
+        """Update the metrics with a batch of the validation split: images ``(N, C, H, W)`` and labels ``(N,)``."""
         self.metrics.update(self(batch[0]).float().softmax(dim=-1), batch[1])
 
     def on_validation_epoch_end(self) -> None:
@@ -148,11 +155,12 @@ class Expert(LightningModule):
         """Set up one set of metrics for each test domain."""
         loaders = self.trainer.test_dataloaders
         count = len(loaders) if isinstance(loaders, Sequence) else 1
-        names = getattr(self.trainer.datamodule, "test_domains", None) or [str(i) for i in range(count)]
+        datamodule = getattr(self.trainer, "datamodule", None)
+        names = getattr(datamodule, "test_domains", None) or [str(i) for i in range(count)]
         self._test_metrics = {name: self.metrics.clone().to(self.device) for name in names}
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count one batch of a test domain."""
+        """Update the metrics of a test domain with a batch of images ``(N, C, H, W)`` and labels ``(N,)``."""
         probabilities = self(batch[0]).float().softmax(dim=-1)
         list(self._test_metrics.values())[dataloader_idx].update(probabilities, batch[1])
 
@@ -162,7 +170,7 @@ class Expert(LightningModule):
             self.log_dict({f"test/{name}/{key}": value for key, value in metrics.compute().items()})
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return class probabilities ``(N, classes)``."""
+        """Compute class probabilities ``(N, classes)`` of images ``(N, C, H, W)``, alone or first in a batch."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         return self(images).float().softmax(dim=-1)
 
@@ -170,31 +178,30 @@ class Expert(LightningModule):
         self.log_dict({f"{split}/{name}": value for name, value in self.metrics.compute().items()}, prog_bar=True)
         self.metrics.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with a linear warm-up and a cosine decay to zero, step by step."""
-        hparams, head_rate = self.hparams, self.hparams.head_learning_rate
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build AdamW with a linear warm-up and a cosine decay to zero, step by step."""
+        hparams = self.hparams
+        rate, head_rate = hparams["learning_rate"], hparams["head_learning_rate"]
+        warmup = hparams["warmup_steps"]
         groups = [
-            {"params": _trainable(self.backbone), "lr": hparams.learning_rate},
-            {"params": _trainable(self.head), "lr": hparams.learning_rate if head_rate is None else head_rate},
+            {"params": _trainable(self.backbone), "lr": rate},
+            {"params": _trainable(self.head), "lr": rate if head_rate is None else head_rate},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=hparams.weight_decay)
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=hparams["weight_decay"])
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise MergeError("The learning rate falls until the end of the fit; set trainer.max_epochs or max_steps.")
         steps = int(steps)
-        if hparams.warmup_steps >= steps:
+        if warmup >= steps:
             rank_zero_warn(
-                f"The learning rate rises over {hparams.warmup_steps} steps but the whole fit has {steps}; "
-                "lower model.warmup_steps."
+                f"The learning rate rises over {warmup} steps but the whole fit has {steps}; lower model.warmup_steps."
             )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, hparams.warmup_steps, steps)
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """The share of the peak learning rate at a step: linear up to ``warmup``, then half a cosine down to ``total``."""
+    """Compute the share of the peak learning rate at a step: linear to ``warmup``, half a cosine to ``total``."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))

@@ -30,22 +30,32 @@ def check_whole(trainer: Trainer, who: str) -> None:
         )
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a trainer, in the order of their calls."""
+    return trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
+
+
+def trial_batches(trainer: Trainer) -> int:
+    """Return the number of batches of a ``fast_dev_run``; 0 in a run that is none."""
+    return int(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it from outside of the class
+
+
 def average_callback(trainer: Trainer) -> Callback | None:
-    """Lightning's WeightAveraging (or EMAWeightAveraging) in this trainer, if there is one."""
+    """Find Lightning's WeightAveraging (or EMAWeightAveraging) in this trainer; None if there is none."""
     names = ("WeightAveraging",)  # by name: Lightning has it since 2.6
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         if any(cls.__name__ in names and cls.__module__.startswith("lightning") for cls in type(callback).__mro__):
             return callback
     return None
 
 
 def best_checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint that a ``ModelCheckpoint`` with a monitored metric chose; None where nothing was monitored."""
+    """Find the checkpoint that a ``ModelCheckpoint`` chose by a monitored metric; None where none was monitored."""
     return next((c.best_model_path for c in _model_checkpoints(trainer) if c.monitor and c.best_model_path), None)
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint that a ``ModelCheckpoint`` has written last, without regard to a metric; None if there is none."""
+    """Find the checkpoint that a ``ModelCheckpoint`` has written last, whatever the metric; None if there is none."""
     paths = [c.last_model_path or ("" if c.monitor else c.best_model_path) for c in _model_checkpoints(trainer)]
     return next((path for path in paths if path), None)
 
@@ -57,7 +67,7 @@ def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 def misses_last(trainer: Trainer) -> bool:
     """Tell whether it is certain before a fit that no ``ModelCheckpoint`` will hold its last weights."""
     epochs, checkpoints = trainer.max_epochs or -1, _model_checkpoints(trainer)
-    if epochs < 0 or trainer.max_steps != -1 or trainer.early_stopping_callbacks or trainer.fast_dev_run:
+    if epochs < 0 or trainer.max_steps != -1 or trainer.early_stopping_callbacks or trial_batches(trainer):
         return False
 
     def skips(checkpoint: ModelCheckpoint) -> bool:
@@ -82,7 +92,7 @@ def check_which(trainer: Trainer, which: Which | None, who: str) -> None:
 
 
 def fitted_weights(trainer: Trainer, module: LightningModule, which: Which | None, name: str = "this run") -> Weights:
-    """What a fit has left, at its end (``on_fit_end``), from a checkpoint where one holds it.
+    """Open the weights that a fit leaves at its end (``on_fit_end``), from a checkpoint where one holds them.
 
     In a run with ``WeightAveraging`` the module holds the average by then, and so does every checkpoint.
 

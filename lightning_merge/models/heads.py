@@ -35,6 +35,9 @@ class ZeroShotHead(nn.Module):
         logit_scale: What cosine similarities are multiplied by.
     """
 
+    weight: Tensor
+    logit_scale: Tensor
+
     def __init__(self, weight: Tensor, logit_scale: float) -> None:
         super().__init__()
         self.register_buffer("weight", weight)

@@ -14,9 +14,10 @@ METRICS = ("accuracy", "balanced_accuracy", "f1", "calibration_error")
 
 
 def classification_metrics(num_classes: int) -> MetricCollection:
-    """Accuracy, balanced accuracy (mean recall), macro F1 and expected calibration error (15 bins), all in [0, 1].
+    """Build accuracy, balanced accuracy (mean recall), macro F1 and expected calibration error (15 bins), in [0, 1].
 
-    Update them with probabilities: torchmetrics takes logits for such where all of a batch happen to lie in [0, 1].
+    Update them with probabilities ``(N, classes)`` and labels ``(N,)``: torchmetrics takes logits for probabilities
+    where all of a batch happen to lie in [0, 1].
     """
     return MetricCollection(
         {

@@ -16,21 +16,21 @@ class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels at every place of a feature map ``(N, C, H, W)``."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Normalise ``(N, C, H, W)``."""
+        """Normalise features ``(N, C, H, W)``; the result has the same shape."""
         return super().forward(features.movedim(1, -1)).movedim(-1, 1)
 
 
 class VGG(nn.Module):
     """Convolutions with norm and ReLU, a max pool behind every stage, global average pooling, hidden layers.
 
-    The convolutions have no bias. So is the VGG of "The Non-Local Model Merging Problem" (arXiv 2410.12766), which has
+    The convolutions have no bias. This is the VGG of "The Non-Local Model Merging Problem" (arXiv 2410.12766), with
     ``stages=[[128, 128], [256, 256], [512] * 3, [1024] * 3, [1024] * 3], hidden=[4096, 4096]`` and a projection.
 
     Args:
         stages: For every stage the widths of its convolutions.
         hidden: Widths of the linear layers behind the pooling; the last one is the number of features.
         in_chans: Channels of the images.
-        img_size: Height and width that images are resized to; the model itself takes any.
+        img_size: Height and width that images are resized to, in pixels; the model itself takes any.
         norm: Over the channels of every place (``layer``), or over the batch (``batch``).
     """
 
