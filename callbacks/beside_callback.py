@@ -20,7 +20,7 @@ from lightning_merge.utilities.processes import processes_of_run
 
 
 class BesideCallback(MergingCallback, ABC):
-    """Evaluates other weights of the module on the batches of its own evaluation, and logs ``ROW/NAME`` for each.
+    """Callback that evaluates other weights of the module on its own batches and logs ``ROW/NAME`` for each.
 
     ``NAME`` is whatever the module logs by epoch, in its ``validation_step`` or ``test_step`` and the hooks around it.
     The weights are asked for when the first batch is there: by then every callback has put into the module what it is
@@ -35,10 +35,10 @@ class BesideCallback(MergingCallback, ABC):
 
     @abstractmethod
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
-        """By row, all weights of the module, under their plain names; all processes call it."""
+        """Return, by row, all weights ``(…)`` of the module under their plain names; all processes call it."""
 
     def after(self, rows: dict[str, dict[str, float]]) -> None:
-        """Take what was measured, by row and name."""
+        """Take the measured values, by row and name."""
 
     def check_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise a :class:`MergeError` in ``setup`` if the module draws its batches by itself."""
@@ -50,7 +50,7 @@ class BesideCallback(MergingCallback, ABC):
                 )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before the first batch whether there is a sample for every process."""
+        """Check before the first batch that there is a sample for every process."""
         self._beside = None
         if self.evaluates(trainer):
             check_enough(loaders_of(trainer), type(self).__name__)
@@ -76,7 +76,7 @@ class BesideCallback(MergingCallback, ABC):
         self._beside.run_batch(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured."""
+        """Log the measured values."""
         beside, self._beside = self._beside, None
         if beside is None:
             return
@@ -87,7 +87,7 @@ class BesideCallback(MergingCallback, ABC):
         self.after(rows)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in a validation."""
+        """Check before the first batch of a test that there is a sample for every process."""
         self.on_validation_start(trainer, pl_module)
 
     def on_test_batch_start(
@@ -98,13 +98,13 @@ class BesideCallback(MergingCallback, ABC):
         batch_idx: int,
         dataloader_idx: int | None = None,
     ) -> None:
-        """As in a validation."""
+        """Evaluate the other weights on a batch of a test."""
         self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in a validation."""
+        """Log the values measured in a test."""
         self.on_validation_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the copies."""
+        """Release the copies of the module."""
         self._beside = None

@@ -25,7 +25,7 @@ CURRENT = "current"
 
 
 class CompareMerged(BesideCallback):
-    """In ``validate`` and ``test``, evaluate candidates beside the current weights and print a table.
+    """Comparison of candidates with the current weights in ``validate`` and ``test``, printed as a table.
 
     The data are read once. Every candidate runs the module's own step in a copy of the module, and what the module logs
     as ``NAME`` is logged for it as ``ROW/NAME``, to every logger. On several processes no sample is counted twice, and
@@ -64,7 +64,7 @@ class CompareMerged(BesideCallback):
         self._rows: dict[str, dict[str, float]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before the first batch whether all candidates fit the module."""
+        """Check before the first batch that all candidates fit the module."""
         if stage not in self.stages:
             return
         check_whole(trainer, type(self).__name__)
@@ -75,8 +75,10 @@ class CompareMerged(BesideCallback):
         processes = processes_of_run()
         with processes.together():
             if processes.is_first:
-                own = open_weights(pl_module.state_dict(), "the model")
-                raise_all([problem for row in self.paths for problem in problems_of(self._check, row, pl_module, own)])
+                current = open_weights(pl_module.state_dict(), "the model")
+                raise_all(
+                    [problem for row in self.paths for problem in problems_of(self._check, row, pl_module, current)]
+                )
 
     def _check_arguments(self) -> None:
         rows = [*self.paths, *self.methods]
@@ -94,29 +96,29 @@ class CompareMerged(BesideCallback):
                 f"CompareMerged writes its table as .csv, .md or .tex, and not as {self.output}; rename it."
             )
 
-    def _check(self, row: str, pl_module: LightningModule, own: Weights) -> None:
-        check_fit(pl_module, {row: self._candidate(row, own).meta})
+    def _check(self, row: str, pl_module: LightningModule, current: Weights) -> None:
+        check_fit(pl_module, {row: self._candidate(row, current).meta})
 
-    def _candidate(self, row: str, own: Weights) -> Weights:
-        return match_names(own, open_weights(self.paths[row], row))
+    def _candidate(self, row: str, current: Weights) -> Weights:
+        return match_names(current, open_weights(self.paths[row], row))
 
     def evaluates(self, trainer: Trainer) -> bool:
-        """In the stages that were asked for."""
+        """Tell whether the trainer is in one of the chosen stages."""
         return trainer.state.fn is not None and trainer.state.fn.value in self.stages and not trainer.sanity_checking
 
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return the candidates as the first process reads them, and the merge by every method."""
+        """Return, by row, the weights ``(…)`` of the candidates, as the first process reads them, and of the merges."""
         processes = processes_of_run()
-        own = open_weights(pl_module.state_dict(), "the model")
-        found: dict[str, Mapping[str, Tensor]] = {CURRENT: own} if processes.count > 1 else {}
-        found |= {row: self._from_first(row, own, processes) for row in self.paths}
-        return found | {row: self.merge(trainer, pl_module, method)[0] for row, method in self.methods.items()}
+        current = open_weights(pl_module.state_dict(), "the model")
+        candidates: dict[str, Mapping[str, Tensor]] = {CURRENT: current} if processes.count > 1 else {}
+        candidates |= {row: self._from_first(row, current, processes) for row in self.paths}
+        return candidates | {row: self.merge(trainer, pl_module, method)[0] for row, method in self.methods.items()}
 
-    def _from_first(self, row: str, own: Weights, processes: Processes) -> dict[str, Tensor]:
+    def _from_first(self, row: str, current: Weights, processes: Processes) -> dict[str, Tensor]:
         weights = None
         with processes.together():
             if processes.is_first:
-                weights = dict(self._candidate(row, own))
+                weights = dict(self._candidate(row, current))
         return processes.from_first(weights)
 
     def after(self, rows: dict[str, dict[str, float]]) -> None:
@@ -124,7 +126,7 @@ class CompareMerged(BesideCallback):
         self._rows = rows
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the table, print it and write it."""
+        """Make the table, print it, and write it where a file was asked for."""
         if not self.evaluates(trainer):
             return
         rows, self._rows = self._rows, {}
@@ -145,7 +147,7 @@ class CompareMerged(BesideCallback):
                     write_text(Path(self.output), texts[Path(self.output).suffix])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """As in a validation."""
+        """Make the table of a test, print it, and write it where a file was asked for."""
         self.on_validation_end(trainer, pl_module)
 
     @property

@@ -24,7 +24,7 @@ from lightning_merge.utilities.tensors import wide
 
 
 class LogAlignment(MergingCallback):
-    """Log the subspace alignment ratio and the norm of this run's task vector, per group of layers, to every logger.
+    """Monitor of this run's subspace alignment ratio and task-vector norm, logged per group of layers to every logger.
 
     ``alignment/GROUP`` is the share of this run's task matrices that lies in the leading subspace of the experts'
     merged ones (Marczak et al., ICML 2025, arXiv 2502.04959: the higher, the more a merge gives to the task), the mean
@@ -32,8 +32,9 @@ class LogAlignment(MergingCallback):
     the group's parameters. ``…/total`` is that of the whole model.
 
     The subspaces are computed once, in ``setup``, by the first process, which alone must be able to read the files.
-    They are kept in main memory, as large as the base at most, beside a copy of the base. Weights, gradients and random
-    numbers stay as they are. In a run with ``WeightAveraging`` these are the weights that are trained, not the average.
+    They are kept in main memory, as large as the base at most, besides a copy of the base. Weights, gradients and
+    random numbers stay as they are. In a run with ``WeightAveraging`` these are the weights that are trained, not the
+    average.
 
     Args:
         base: The checkpoint that all experts started from.
@@ -77,17 +78,17 @@ class LogAlignment(MergingCallback):
         self._subspaces: dict[str, dict[str, list[Tensor]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge the experts and find the leading subspaces of what comes out."""
+        """Merge the experts and compute the leading subspaces of the result."""
         if stage != "fit":
             return
         self._check_arguments()
         self.check(trainer, pl_module, {"alignment": self.method}, with_run=False)
-        processes, found = processes_of_run(), None
+        processes, references = processes_of_run(), None
         with processes.together():
             if processes.is_first:
-                found = self._find(trainer, pl_module)
+                references = self._references(trainer, pl_module)
         self._base, self._subspaces = {}, defaultdict(lambda: defaultdict(list))
-        for key, tensor in processes.from_first(found).items():
+        for key, tensor in processes.from_first(references).items():
             reference, name, block = key.rsplit("/", 2)
             if block:
                 self._subspaces[reference][name].append(tensor)
@@ -99,7 +100,7 @@ class LogAlignment(MergingCallback):
         self._logged_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Log after every so many optimizer steps."""
+        """Log after every ``every_n_steps`` optimizer steps."""
         step = trainer.global_step
         if self.every_n_steps is None or step % self.every_n_steps or step == self._logged_at:
             return
@@ -110,23 +111,23 @@ class LogAlignment(MergingCallback):
             logger.log_metrics(values, step=step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log after every so many epochs."""
+        """Log after every ``every_n_epochs`` epochs."""
         if self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             pl_module.log_dict(self.measure(pl_module), sync_dist=trainer.world_size > 1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the memory back."""
+        """Free the memory of the base and the subspaces."""
         self._base, self._subspaces = {}, {}
 
     @torch.no_grad()
     def measure(self, pl_module: LightningModule) -> dict[str, float]:
-        """Return the values to log, of the module's weights as they are."""
+        """Compute the values to log for the module's current weights, by their names in the log."""
         rule: Matrices = self.options["matrices"]
         squares: dict[str, float] = defaultdict(float)
         ratios: dict[str, list[float]] = defaultdict(list)
-        own = open_weights(pl_module.state_dict(), self.name)
+        weights = open_weights(pl_module.state_dict(), self.name)
         for name, base in self._base.items():
-            weight = wide(own[name])
+            weight = wide(weights[name])
             delta = weight - wide(base.to(weight.device))
             for group in (group_of(name, self.groups), "total"):
                 squares[group] += float(delta.double().square().sum())
@@ -138,11 +139,11 @@ class LogAlignment(MergingCallback):
                         ratio = float(projected_ratio(block[0], U.to(block)))
                         for group in (group_of(name, self.groups), "total"):
                             ratios[f"{reference}{group}"].append(ratio)
-        values = {f"alignment/{group}": sum(found) / len(found) for group, found in ratios.items()}
+        values = {f"alignment/{group}": sum(shares) / len(shares) for group, shares in ratios.items()}
         return values | {f"task_vector_norm/{group}": square**0.5 for group, square in squares.items()}
 
     def _check_arguments(self) -> None:
-        """Raise a MergeError that lists what cannot be meant."""
+        """Raise a MergeError that lists the arguments that are out of range."""
         problems = []
         for name, value in (("every_n_epochs", self.every_n_epochs), ("every_n_steps", self.every_n_steps)):
             if value is not None and value < 1:
@@ -152,21 +153,22 @@ class LogAlignment(MergingCallback):
         problems += [f"LogAlignment: {problem}" for problem in problems_of(check_pattern, self.groups)]
         raise_all(problems)
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """The base's parameters ``(…)`` as ``/NAME/`` and the subspaces ``(m, k)`` as ``REFERENCE/NAME/BLOCK``."""
-        own = open_weights(pl_module.state_dict(), self.name)
-        base, experts = self.models_of(own, with_run=False)
-        found: dict[str, Tensor] = {}
+    def _references(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Return the base's parameters ``(…)`` as ``/NAME/``, the subspaces ``(m, k)`` as ``REFERENCE/NAME/BLOCK``."""
+        running = open_weights(pl_module.state_dict(), self.name)
+        base, experts = self.models_of(running, with_run=False)
+        tensors: dict[str, Tensor] = {}
         references: dict[str, tuple[MergeMethod, Mapping[str, Weights]]] = {"": (self.method, experts)}
         if self.each:
             references |= {f"{name}/": (TaskArithmetic(scale=1.0), {name: expert}) for name, expert in experts.items()}
         for reference, (method, sources) in references.items():
-            given = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, sources)
+            module_data = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, sources)
             options = self.options_for(base, *sources.values())
-            merged = merge(base, sources, method, keep_update=True, **options, **given)
-            updates = merged.computation.updates
-            found |= {f"/{name}/": base[name].cpu() for name in updates}
+            computation = merge(base, sources, method, keep_update=True, **options, **module_data).computation
+            assert computation is not None  # it is kept with the update
+            updates = computation.updates or {}
+            tensors |= {f"/{name}/": base[name].cpu() for name in updates}
             for name, update in updates.items():
                 for i, block in enumerate(self.options["matrices"].blocks(name, update[None]) or ()):
-                    found[f"{reference}/{name}/{i}"] = leading_subspace(block[0], self.error).cpu()
-        return found
+                    tensors[f"{reference}/{name}/{i}"] = leading_subspace(block[0], self.error).cpu()
+        return tensors

@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_merge.checkpoints import check_output, checkpoint_of, open_weights, save_checkpoint
 from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, misses_last
+from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, misses_last, trial_batches
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 from lightning_merge.utilities.processes import processes_of_run
 
 
 class MergeAfterFit(MergingCallback):
-    """At the end of ``fit``, merge this run's model with experts of earlier runs into one checkpoint.
+    """Merge of this run's model with experts of earlier runs into one checkpoint, at the end of ``fit``.
 
     ``trainer.test(model, ckpt_path=callback.output)`` and the module's ``load_from_checkpoint`` take the result. What
     this run keeps to itself (an excluded head) is this run's in it. Nothing is merged after a fit that was interrupted
@@ -73,7 +73,7 @@ class MergeAfterFit(MergingCallback):
         return next(iter(self.outputs.values()))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before the fit, and not after it, whether the merge can work."""
+        """Check before the fit, and not after it, that the merge can work."""
         if stage != "fit":
             return
         check_whole(trainer, type(self).__name__)
@@ -84,22 +84,22 @@ class MergeAfterFit(MergingCallback):
             self.check(trainer, pl_module, self.methods, with_run=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do so for a module that has made its layers only now."""
+        """Check the merge with a module that has made its layers only now."""
         if makes_layers_late(pl_module):
             self.check(trainer, pl_module, self.methods, with_run=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge on all ranks, write on rank zero; every rank waits for the files, and none if one fails."""
+        """Merge on all ranks, write on rank zero; all ranks wait for the files, and fail if one of them fails."""
         if trainer.interrupted:
             return
-        which = "last" if trainer.fast_dev_run else self.checkpoint
+        which = "last" if trial_batches(trainer) else self.checkpoint
         run = partial(fitted_weights, trainer, pl_module, which, self.name)
         for name, method in self.methods.items():
-            if trainer.fast_dev_run and method.needs:
+            if trial_batches(trainer) and method.needs:
                 continue
             weights, merged = self.merge(trainer, pl_module, method, run)
             with processes_of_run().together():
-                if trainer.is_global_zero and not trainer.fast_dev_run:
+                if merged is not None and trainer.is_global_zero and not trial_batches(trainer):
                     _save(pl_module, weights, merged, self.outputs[name])
 
     def _check_recorded(self, trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ Stage = Literal["fit", "validate", "test", "predict"]
 
 
 class MergeAtSetup(MergingCallback):
-    """Merge experts in ``setup`` and start from the merged model, on every rank, with nothing on disk.
+    """Merge of experts in ``setup``, so that a run starts from the merged model, on every rank, with nothing on disk.
 
     The module must have made its layers in ``__init__``. In ``fit``, if that is among the stages, training starts from
     the merged model; a fit that is resumed from a checkpoint goes on from that checkpoint.
@@ -42,7 +42,7 @@ class MergeAtSetup(MergingCallback):
         self.stages = tuple(stages)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Merge, and put the result into the module."""
+        """Merge the experts and load the result into the module."""
         if stage not in self.stages:
             return
         self.check(trainer, pl_module, {type(self.method).__name__: self.method}, with_run=False)
@@ -51,16 +51,16 @@ class MergeAtSetup(MergingCallback):
             pl_module.load_state_dict(weights)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the module still is the merged one."""
+        """Check that a validation runs the merged model."""
         if trainer.state.fn == "validate":
             self._check_no_checkpoint(trainer, "validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the module still is the merged one."""
+        """Check that a test runs the merged model."""
         self._check_no_checkpoint(trainer, "test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that the module still is the merged one."""
+        """Check that a prediction runs the merged model."""
         self._check_no_checkpoint(trainer, "predict")
 
     def _check_no_checkpoint(self, trainer: Trainer, stage: Stage) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.methods import SCORE, MergeMethod
+from lightning_merge.models.fitted import callbacks_of
 from lightning_merge.utilities.errors import MergeError
 
 
 class MergeEveryEpoch(BesideCallback):
-    """At each validation of a ``fit``, merge the running weights with earlier experts, evaluate the result and log it.
+    """Merge of the running weights with earlier experts at each validation of a ``fit``, evaluated and logged.
 
     What the module logs as ``NAME`` is logged for the merged model as ``merged/NAME``, which a ``ModelCheckpoint`` or
     an ``EarlyStopping`` can monitor. In a run with ``WeightAveraging`` it is the average that is merged. The fit itself
@@ -54,7 +55,7 @@ class MergeEveryEpoch(BesideCallback):
         self._validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before the fit whether the merges can work."""
+        """Check before the fit that the merges can work."""
         if stage == "fit":
             self._check_monitors(trainer)
             self.check_step(trainer, pl_module)
@@ -62,7 +63,7 @@ class MergeEveryEpoch(BesideCallback):
 
     def _check_monitors(self, trainer: Trainer) -> None:
         """Raise a :class:`MergeError` if a callback looks for a result before there is one."""
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             monitor = getattr(callback, "monitor", None) or ""
             if self.every_n > 1 and any(monitor.startswith(f"{row}/") for row in self.methods):
                 raise MergeError(
@@ -71,26 +72,26 @@ class MergeEveryEpoch(BesideCallback):
                 )
 
     def evaluates(self, trainer: Trainer) -> bool:
-        """In every n-th validation of a fit."""
+        """Tell whether this validation is one of a fit, and one to merge at."""
         in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         return in_fit and (self._validations + 1) % self.every_n == 0
 
     def candidates(self, trainer: Trainer, pl_module: LightningModule) -> Mapping[str, Mapping[str, Tensor]]:
-        """Return the merge by every method."""
+        """Merge by every method; return the weights ``(…)`` by row and name."""
         running = {name: tensor.to("cpu", copy=True) for name, tensor in open_weights(pl_module.state_dict()).items()}
         run = open_weights(running, self.name)
         return {row: self.merge(trainer, pl_module, method, run)[0] for row, method in self.methods.items()}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured, and count the validation."""
+        """Log the measured values, and count the validation."""
         super().on_validation_epoch_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._validations += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """How many validations there were, so that a fit that is resumed goes on counting."""
+        """Return the number of validations so far, from which a resumed fit goes on counting."""
         return {"validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of validations."""
         self._validations = state_dict["validations"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -25,7 +25,7 @@ from lightning_merge.merging.merge import merge
 from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
-from lightning_merge.models.fitted import check_whole
+from lightning_merge.models.fitted import callbacks_of, check_whole
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 from lightning_merge.utilities.processes import Processes, processes_of_run
 from lightning_merge.utilities.progress import show_progress
@@ -35,7 +35,7 @@ _MODULE = "the running module"
 
 
 class MergingCallback(Callback):
-    """Merges experts within a run.
+    """Callback that merges experts within a run.
 
     The base and the experts may be of the module or of a part of it (the file of a backbone that the module keeps as
     ``self.model``): their names are matched by what stands before them. What comes out has the module's names.
@@ -78,7 +78,7 @@ class MergingCallback(Callback):
     def check(
         self, trainer: Trainer, pl_module: LightningModule, methods: Mapping[str, MergeMethod], with_run: bool
     ) -> None:
-        """Find out in ``setup`` whether the merges can work; what is wrong in one process stops all of them.
+        """Check in ``setup`` that the merges can work; what is wrong in one process stops all of them.
 
         Files are looked at by the first process only.
 
@@ -117,14 +117,14 @@ class MergingCallback(Callback):
             run: The weights of this run, if they are one of the experts, or what opens them.
 
         Returns:
-            Weights under the keys of the module's state dict, with what this run keeps to itself (its head, where that
-            is excluded), on every process; and the merged model, on the first one at least.
+            Weights ``(…)`` under the keys of the module's state dict, with what this run keeps to itself (its head,
+            where that is excluded), on every process; and the merged model, on the first one at least.
         """
         processes, state = processes_of_run(), pl_module.state_dict()
-        own = open_weights(state, _MODULE)
+        running = open_weights(state, _MODULE)
         opened, failure = None, None
         try:
-            opened = self._open(own, method, run() if callable(run) else run)
+            opened = self._open(running, method, run() if callable(run) else run)
         except Exception as error:  # raised below, together with the other processes
             failure = error
         with processes.together():
@@ -134,28 +134,31 @@ class MergingCallback(Callback):
         work = partial(self._merge, trainer, pl_module, method)
         merged, weights = None, None
         with isolate_rng(), show_progress(False):  # Lightning's own bar may be up
-            if all(files == seen[0] for files in seen):
-                merged = work(own, *opened, processes)
+            if opened is not None and all(files == seen[0] for files in seen):
+                merged = work(running, *opened, processes)
                 weights = dict(merged.weights)
             else:
                 with processes.together():
-                    if processes.is_first:
-                        merged = work(own, *opened, Processes())
+                    if processes.is_first and opened is not None:
+                        merged = work(running, *opened, Processes())
                         weights = dict(merged.weights)
                 weights = processes.from_first(weights)
         return {key: weights[name] for name, key in plain_names(_MODULE, state).items() if name in weights}, merged
 
     def _problems(
-        self, trainer: Trainer, pl_module: LightningModule, methods: Sequence[MergeMethod], with_run: bool
+        self, trainer: Trainer, pl_module: LightningModule, methods: Iterable[MergeMethod], with_run: bool
     ) -> list[str]:
+        """List everything that is in the way of the merges, from the headers of the files."""
         state, who = pl_module.state_dict(), type(pl_module).__name__
         late = f"If {who} makes layers in setup() or configure_model(), make them in __init__: they are not there yet."
         if not state:
             return [f"{type(self).__name__} cannot compare {who} with the base, because it has no parameters. {late}"]
-        own = open_weights(state, self.name if with_run else _MODULE)
-        base, earlier = self.models_of(own, with_run)
-        experts = earlier | ({self.name: own} if with_run else {})
-        inventory, problems = compare(base, [*earlier.values(), own], self.options["include"], self.options["exclude"])
+        running = open_weights(state, self.name if with_run else _MODULE)
+        base, earlier = self.models_of(running, with_run)
+        experts = earlier | ({self.name: running} if with_run else {})
+        inventory, problems = compare(
+            base, [*earlier.values(), running], self.options["include"], self.options["exclude"]
+        )
         if problems and makes_layers_late(pl_module):
             problems.append(late)
         for method in methods:
@@ -166,7 +169,7 @@ class MergingCallback(Callback):
         return problems
 
     def models_of(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
-        """Return the base and the earlier experts, under the module's names."""
+        """Open the base and the earlier experts, under the module's names."""
         base = under_names_of(own, open_weights(self.base, "base"))
         experts = open_experts(self.experts, base)
         if with_run and self.name in experts:
@@ -174,18 +177,19 @@ class MergingCallback(Callback):
         return base, experts
 
     def _open(
-        self, own: Weights, method: MergeMethod, run: Weights | None
+        self, running: Weights, method: MergeMethod, run: Weights | None
     ) -> tuple[Weights, dict[str, Weights], list[Weights]]:
-        """Return the base, all experts, and their statistics."""
-        base, experts = self.models_of(own, run is not None)
+        """Open the base, all experts, and their statistics."""
+        base, experts = self.models_of(running, run is not None)
         if run is not None:
-            lacks = any(name not in run for name in own)
-            experts[self.name] = Completed(run, own) if lacks else run  # a checkpoint may leave out what is frozen
+            lacks = any(name not in run for name in running)
+            experts[self.name] = Completed(run, running) if lacks else run  # a checkpoint may leave out what is frozen
         inventory, _ = compare(base, list(experts.values()), self.options["include"], self.options["exclude"])
-        given = self.options["statistics"]
-        return base, experts, open_statistics(given, method.needs, base, experts, inventory.merged, read=False)
+        sources = self.options["statistics"]
+        return base, experts, open_statistics(sources, method.needs, base, experts, inventory.merged, read=False)
 
     def _data_problems(self, trainer: Trainer, method: MergeMethod, experts: Mapping[str, Weights]) -> list[str]:
+        """Check that a method which runs the model finds images of every expert's domain."""
         if not method.needs_data:
             return []
         who, datamodule = type(method).__name__, getattr(trainer, "datamodule", None)
@@ -202,10 +206,11 @@ class MergingCallback(Callback):
         merged: Sequence[str],
         with_run: bool,
     ) -> list[str]:
-        given = self.options["statistics"] or {}
-        known = {name: source for name, source in given.items() if name != self.name}
-        problems = problems_of(open_statistics, known, method.needs, base, earlier, merged, read=False)
-        if with_run and self.name not in given and not self._will_be_recorded(trainer, method.needs):
+        """Check that the statistics that a method needs are there, or will be recorded in time."""
+        sources = self.options["statistics"] or {}
+        others = {name: source for name, source in sources.items() if name != self.name}
+        problems = problems_of(open_statistics, others, method.needs, base, earlier, merged, read=False)
+        if with_run and self.name not in sources and not self._will_be_recorded(trainer, method.needs):
             kinds = ", ".join(repr(kind) for kind in method.needs)
             problems.append(
                 f"{type(method).__name__} needs statistics of this run's data, and nothing records them beside its "
@@ -214,7 +219,8 @@ class MergingCallback(Callback):
         return problems
 
     def _will_be_recorded(self, trainer: Trainer, kinds: Sequence[str]) -> bool:
-        before = takewhile(lambda callback: callback is not self, trainer.callbacks)
+        """Tell whether a callback before this one records these kinds of statistics beside the checkpoint."""
+        before = takewhile(lambda callback: callback is not self, callbacks_of(trainer))
         recorders = [callback for callback in before if isinstance(callback, RecordStatistics)]
         return any(set(kinds) <= set(r.recipe.kinds) and r.output is None and r.when == "fit" for r in recorders)
 
@@ -223,25 +229,25 @@ class MergingCallback(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         method: MergeMethod,
-        own: Weights,
+        running: Weights,
         base: Weights,
         experts: Mapping[str, Weights],
         statistics: Sequence[Weights],
         processes: Processes,
     ) -> Merged:
-        """Merge onto the base, completed with what this run keeps: what comes out fits the module."""
+        """Merge onto the base, completed with what this run keeps, so that the result fits the module."""
         left_out = partial(is_left_out, include=self.options["include"], exclude=self.options["exclude"])
         experts = {name: _of_first(processes, weights) for name, weights in experts.items()}
-        keeps = experts.get(self.name, own)
-        if keeps is own and any(left_out(name) for name in own):
-            keeps = _of_first(processes, own)
+        keeps = experts.get(self.name, running)
+        if keeps is running and any(left_out(name) for name in running):
+            keeps = _of_first(processes, running)
         whole = Completed(base, keeps, left_out)
-        given = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, experts)
+        module_data = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, experts)
         options = self.options_for(whole, *experts.values())
-        return merge(whole, experts, method, distributed=processes.count > 1, **options, **given)
+        return merge(whole, experts, method, distributed=processes.count > 1, **options, **module_data)
 
     def options_for(self, *models: Weights) -> dict[str, Any]:
-        """The options of a merge of these models, without patterns that are of other parameters of the module."""
+        """Return the options of a merge of these models, without patterns for other parameters of the module."""
         names = {name for model in models for name in model}
         used = [pattern for pattern in self.options["exclude"] if any(matches(name, [pattern]) for name in names)]
         return self.options | {"exclude": used}
@@ -253,7 +259,7 @@ def makes_layers_late(module: LightningModule) -> bool:
 
 
 def _sizes(opened: tuple[Weights, Mapping[str, Weights], Sequence[Weights]]) -> list[tuple[str, int]]:
-    """What tells one process whether another one sees the same files."""
+    """List names and sizes of the files, by which a process tells whether another one sees the same."""
     base, experts, statistics = opened
     return [(file.path.name, file.size) for w in (base, *experts.values(), *statistics) for file in w.inputs]
 

@@ -15,13 +15,13 @@ from lightning_merge.checkpoints.views import Completed
 from lightning_merge.data.each_once import each_once
 from lightning_merge.evaluation.statistics.collect import Kind, Recipe
 from lightning_merge.evaluation.statistics.record import record, statistics_batches
-from lightning_merge.models.fitted import best_checkpoint, check_whole, last_checkpoint
+from lightning_merge.models.fitted import best_checkpoint, check_whole, last_checkpoint, trial_batches
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import processes_of_run
 
 
 class RecordStatistics(Callback):
-    """Collect the statistics that Fisher, RegMean, MaTS and TACT need, and write them beside the checkpoint.
+    """Recorder of the statistics that Fisher, RegMean, MaTS and TACT need, in a file beside the checkpoint.
 
     At the end of ``fit`` they are those of the checkpoint that a ``ModelCheckpoint`` with a monitored metric chose,
     else of the last one, else of the last weights; in ``trainer.validate`` those of the weights that are validated.
@@ -66,12 +66,12 @@ class RecordStatistics(Callback):
         self.when = when
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the run what cannot work at its end."""
+        """Refuse a run at whose end the statistics could not be written."""
         if stage != self.when:
             return
         check_whole(trainer, "RecordStatistics")
         with processes_of_run().together():
-            if trainer.fast_dev_run:
+            if trial_batches(trainer):
                 return
             if self.output is not None:
                 check_output(self.output)
@@ -79,7 +79,7 @@ class RecordStatistics(Callback):
                 raise MergeError("RecordStatistics: no checkpoint is written, beside which to write; give output=….")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before the fit whether its data can be read."""
+        """Check before the fit that its data can be read."""
         if self.when == "fit":
             self._training_batches(trainer)
 
@@ -90,8 +90,8 @@ class RecordStatistics(Callback):
             self._record(trainer, pl_module, self._training_batches(trainer), checkpoint)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to validate weights of which it cannot be told where to write."""
-        nowhere = self.output is None and trainer.ckpt_path is None and not trainer.fast_dev_run
+        """Refuse to validate weights of no checkpoint where no output says where to write."""
+        nowhere = self.output is None and trainer.ckpt_path is None and not trial_batches(trainer)
         if self._is_validated(trainer) and nowhere:
             raise MergeError(
                 "RecordStatistics: the weights are of no checkpoint, beside which to write; give "
@@ -99,7 +99,7 @@ class RecordStatistics(Callback):
             )
 
     def _is_validated(self, trainer: Trainer) -> bool:
-        """Tell whether this is the validation to record in, and none within a fit."""
+        """Tell whether this is a validation to record in, not one within a fit."""
         return self.when == "validate" and trainer.state.fn == "validate"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,22 +115,21 @@ class RecordStatistics(Callback):
             return statistics_batches(getattr(trainer, "datamodule", None), trainer.train_dataloader)
 
     def _record(
-        self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], checkpoint: str | None
+        self, trainer: Trainer, pl_module: LightningModule, batches: Iterable[Any], checkpoint: str | Path | None
     ) -> None:
         processes, expert, path = processes_of_run(), None, None
         with processes.together():
             if processes.is_first:  # a checkpoint may be on its disk alone
-                own = open_weights(pl_module.state_dict())
-                expert = own if checkpoint is None else open_weights(checkpoint)
-                if any(name not in expert for name in own):
-                    expert = Completed(expert, own)  # a checkpoint may leave out what is frozen
+                running = open_weights(pl_module.state_dict())
+                expert = running if checkpoint is None else open_weights(checkpoint)
+                if any(name not in expert for name in running):
+                    expert = Completed(expert, running)  # a checkpoint may leave out what is frozen
                 path = Path(self.output) if self.output is not None else statistics_file(expert)
-                if path is None and not trainer.fast_dev_run:
+                if path is None and not trial_batches(trainer):
                     raise MergeError(
                         "RecordStatistics: the fit has written no checkpoint, beside which to write; give output=…."
                     )
         recipe = self.recipe
-        if trainer.fast_dev_run:
-            path, most = None, int(trainer.fast_dev_run)
-            recipe = replace(recipe, batches=min(most, recipe.batches or most))
+        if most := trial_batches(trainer):
+            path, recipe = None, replace(recipe, batches=min(most, recipe.batches or most))
         record(trainer, pl_module, batches, expert, recipe, path)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_merge.callbacks.merging_callback import makes_layers_late
 
 from lightning_merge.checkpoints import TASK_VECTOR, Weights, match_names, open_weights, save_tensors
 from lightning_merge.checkpoints.task_vector_files import task_vector_file
 from lightning_merge.checkpoints.task_vector_writing import check_task_vector, take_task_vector
-from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights
+from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, trial_batches
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import processes_of_run
 
 
 class SaveTaskVector(Callback):
-    """At the end of ``fit``, save the difference of this run's model to its base, and nothing else.
+    """Writer of this run's task vector at the end of ``fit``: the difference of its model to the base, nothing else.
 
     The file is an expert wherever experts are given, over this very base: ``lightning-merge merge --base BASE --experts
     '[NAME.task_vector.safetensors]'`` (with ``--method TaskArithmetic --method.scale 1`` it gives the model back). Its
@@ -61,19 +62,19 @@ class SaveTaskVector(Callback):
         self.path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the fit what cannot work after it."""
+        """Refuse a fit after which the file could not be written."""
         if stage != "fit":
             return
         check_whole(trainer, "SaveTaskVector")
         check_which(trainer, self.checkpoint, "SaveTaskVector")
         with processes_of_run().together():
-            if self.output is None and trainer.checkpoint_callback is None and not trainer.fast_dev_run:
+            if self.output is None and trainer.checkpoint_callback is None and not trial_batches(trainer):
                 raise MergeError("SaveTaskVector: no checkpoint is written, beside which to write; give output=….")
         if not makes_layers_late(pl_module):
             self._check(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check a module that may have made its layers only now."""
+        """Check a module that has made its layers only now."""
         if makes_layers_late(pl_module):
             self._check(pl_module)
 
@@ -82,17 +83,18 @@ class SaveTaskVector(Callback):
         with processes.together():
             if processes.is_first:
                 output = None if self.output is None else Path(self.output).expanduser()
-                check_task_vector(output, *self._models(open_weights(pl_module.state_dict(), "this run")), *self._how)
+                base, run = self._models(open_weights(pl_module.state_dict(), "this run"))
+                check_task_vector(output, base, run, *self._how)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, on the first process."""
         processes, written = processes_of_run(), None
         with processes.together():
             if processes.is_first:
-                which = None if trainer.fast_dev_run else self.checkpoint
+                which = None if trial_batches(trainer) else self.checkpoint
                 base, fitted = self._models(fitted_weights(trainer, pl_module, which))
                 tensors, about = take_task_vector(base, fitted, *self._how)
-                if not trainer.fast_dev_run:
+                if not trial_batches(trainer):
                     written = self._output(trainer, fitted)
                     save_tensors(written, tensors, {TASK_VECTOR: json.dumps(about)})
         self.path = processes.gather(written)[0]
@@ -102,13 +104,15 @@ class SaveTaskVector(Callback):
         return self.rank, self.dtype, self.exclude
 
     def _models(self, run: Weights) -> tuple[Weights, Weights]:
-        """Return the base, and this run's model under the base's names."""
+        """Open the base; return it, and this run's model under its names."""
         base = open_weights(self.base, "base")
         return base, match_names(base, run)
 
     def _output(self, trainer: Trainer, fitted: Weights) -> Path:
+        """Name the file to write: what was asked for, else beside the checkpoint of the weights or the last one."""
         if self.output is not None:
             return Path(self.output).expanduser()
         if fitted.path is not None:
             return task_vector_file(fitted.path)
-        return task_vector_file(Path(trainer.checkpoint_callback.dirpath or trainer.default_root_dir) / "last.ckpt")
+        checkpoint = cast(ModelCheckpoint, trainer.checkpoint_callback)  # `setup` has made sure that there is one
+        return task_vector_file(Path(checkpoint.dirpath or trainer.default_root_dir) / "last.ckpt")
