@@ -20,7 +20,7 @@ _REPORTING = ("merge", "search", "benchmark", "analyze")
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Save ``config.yaml`` beside the checkpoints of a ``fit``, and leave it alone in every other verb."""
+    """Callback that saves ``config.yaml`` beside the checkpoints of a ``fit``, and does nothing in every other verb."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save the config at the start of a fit."""
@@ -55,11 +55,11 @@ class MergeCLI(LightningCLI):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        given = (model_class, datamodule_class, save_config_callback, save_config_kwargs, trainer_class)
+        classes = (model_class, datamodule_class, save_config_callback, save_config_kwargs, trainer_class)
         try:
             _check_trainer_class(trainer_class)
             _make_known(model_class is None, datamodule_class is None)
-            super().__init__(*given, *args, **kwargs)
+            super().__init__(*classes, *args, **kwargs)
         except (ValueError, ProcessRaisedException) as error:
             sentence = _merge_error(error)
             if sentence is None:
@@ -71,7 +71,7 @@ class MergeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
+        """List Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
         verbs = ("merge", "search", "statistics", "evaluate", "benchmark", "analyze")
         more = {verb: {"model", "datamodule"} for verb in verbs}
         return {**LightningCLI.subcommands(), **more}
@@ -91,23 +91,23 @@ class MergeCLI(LightningCLI):
         if args is not None and not isinstance(args, list):
             super().parse_arguments(parser, args)
             return
-        given = sys.argv[1:] if args is None else args
-        following = [*given, "-"][1:]
+        words = sys.argv[1:] if args is None else args
+        following = [*words, "-"][1:]
         self.config = parser.parse_args(
             [
                 "--plan=true" if argument == "--plan" and after.startswith("-") else argument
-                for argument, after in zip(given, following, strict=True)
+                for argument, after in zip(words, following, strict=True)
             ]
         )
 
     def before_instantiate_classes(self) -> None:
-        """Make sure that there is a model where the verb needs one."""
-        given = self.model_class is not None or self._get(self.config, "model") is not None
-        if not given and self.subcommand not in (None, "merge", "analyze"):
+        """Check that there is a model where the verb needs one."""
+        has_model = self.model_class is not None or self._get(self.config, "model") is not None
+        if not has_model and self.subcommand not in (None, "merge", "analyze"):
             raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
 
     def instantiate_classes(self) -> None:
-        """Build trainer, model and data, and tell the trainer what it was configured by."""
+        """Build trainer, model and data, and give the trainer the YAML that it was configured by."""
         super().instantiate_classes()
         if self.subcommand in _REPORTING:
             parser, config = self._parser(self.subcommand), self.config[self.subcommand]
@@ -119,8 +119,8 @@ class MergeCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 sys.stdout.write(f"{self.trainer.plan.text()}\n")
             sys.exit(1 if self.trainer.plan.problems else 0)
-        if self.trainer.is_global_zero:
-            merged, output = self.trainer.merged, self._get(self.config, "output")
+        merged, output = self.trainer.merged, self._get(self.config, "output")
+        if self.trainer.is_global_zero and merged is not None:
             beside = [name for name in ("corrections", "heads") if getattr(merged, name)]
             more = f", and the tasks' {beside[0]} beside it" if beside else ""
             card = self._get(self.config, "card")
@@ -131,17 +131,18 @@ class MergeCLI(LightningCLI):
 
     def after_statistics(self) -> None:
         """Say what was collected."""
-        if self.trainer.is_global_zero:
-            noted = open_weights(self.trainer.recorded).header["statistics"]
-            kinds = ", ".join(noted["kinds"])
-            sys.stdout.write(f"{kinds} of {noted['examples']} examples; wrote {self.trainer.recorded}\n")
+        recorded = self.trainer.recorded
+        if self.trainer.is_global_zero and recorded is not None:
+            about = open_weights(recorded).header["statistics"]
+            kinds = ", ".join(about["kinds"])
+            sys.stdout.write(f"{kinds} of {about['examples']} examples; wrote {recorded}\n")
 
     def after_search(self) -> None:
         """Show the settings that were tried, and say which was chosen and merged."""
         self._show_table()
-        if self.trainer.is_global_zero:
-            found, output = self.trainer.found, self._get(self.config, "output")
-            sys.stdout.write(f"\n{found.summary()}\n{found.merged.summary()}; wrote {output}\n")
+        result, output = self.trainer.found, self._get(self.config, "output")
+        if self.trainer.is_global_zero and result is not None:
+            sys.stdout.write(f"\n{result.summary()}\n{result.merged.summary()}; wrote {output}\n")
 
     def after_evaluate(self) -> None:
         """Show the table."""
@@ -167,22 +168,20 @@ class MergeCLI(LightningCLI):
 
 
 def _merge_error(error: BaseException | None) -> MergeError | None:
-    """The MergeError that an error is, that the parser wrapped, or that a forked process wrote down as it ended."""
+    """Find the MergeError that an error is, that the parser wrapped, or that a forked process wrote as it ended."""
     while error is not None and not isinstance(error, MergeError):
         if isinstance(error, ProcessRaisedException):
-            _, known, sentence = str(error).rpartition(f"{MergeError.__module__}.{MergeError.__name__}: ")
-            return MergeError(sentence.strip()) if known else None
+            _, name, sentence = str(error).rpartition(f"{MergeError.__module__}.{MergeError.__name__}: ")
+            return MergeError(sentence.strip()) if name else None
         error = error.__cause__ or error.__context__
     return error
 
 
 def _check_trainer_class(trainer_class: type[Trainer] | Callable[..., Trainer]) -> None:
     """Raise a :class:`MergeError` if what makes the trainer does not make one that can merge."""
+    made: Any = trainer_class
     if isinstance(trainer_class, type):
-        made, wanted = (
-            trainer_class,
-            f"class Ours(MergeTrainer, {trainer_class.__name__}): pass` and give trainer_class=Ours",
-        )
+        wanted = f"class Ours(MergeTrainer, {trainer_class.__name__}): pass` and give trainer_class=Ours"
     else:
         made = get_type_hints(trainer_class).get("return")
         wanted = f"def {trainer_class.__name__}(…) -> MergeTrainer:` and return one"

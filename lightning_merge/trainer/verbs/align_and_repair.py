@@ -10,7 +10,15 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_merge.checkpoints import Source, Weights, open_experts, open_weights, put_in_place, save_weights
+from lightning_merge.checkpoints import (
+    Experts,
+    Source,
+    Weights,
+    open_experts,
+    open_weights,
+    put_in_place,
+    save_weights,
+)
 from lightning_merge.checkpoints.adapters import is_adapter
 from lightning_merge.checkpoints.folders import is_folder
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
@@ -31,7 +39,7 @@ _IMAGES = 64
 
 @dataclass(frozen=True)
 class AlignAndRepair:
-    """The sections ``align`` and ``repair`` of the verb ``merge``.
+    """Sections ``align`` and ``repair`` of the verb ``merge``.
 
     Args:
         trainer: The model is run on its device.
@@ -52,7 +60,7 @@ class AlignAndRepair:
     seed: int
 
     def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool) -> None:
-        """Check before any work that the merge can be done like this.
+        """Check before any work that the merge can be done with these options.
 
         Raises:
             MergeError: If not; every problem is listed.
@@ -84,9 +92,7 @@ class AlignAndRepair:
         by_activations = self.alignment is not None and self.alignment.by == "activations"
         return self.datamodule is not None and (by_activations or self.correction is not None)
 
-    def open(
-        self, base: Source, experts: Sequence[Source] | Mapping[str, Source], processes: Processes
-    ) -> tuple[Weights, dict[str, Weights]]:
+    def open(self, base: Source, experts: Experts, processes: Processes) -> tuple[Weights, dict[str, Weights]]:
         """Open the base and the experts, each once, with their channels in one order.
 
         Args:
@@ -97,20 +103,20 @@ class AlignAndRepair:
         Raises:
             MergeError: If a file cannot be opened, or if moments that were to be recorded are missing.
         """
-        with processes.together():
-            if self.alignment is None:
-                base = open_weights(base, name="base")
-                opened = open_experts(experts, base)
-            else:
-                opened = _open_dense(experts)
-            self._check_moments(opened)
         if self.alignment is None:
-            return base, opened
-        return self._align(self.alignment, opened, processes)
+            with processes.together():
+                weights = open_weights(base, name="base")
+                opened = open_experts(experts, weights)
+                self._check_moments(opened)
+            return weights, opened
+        with processes.together():
+            dense = _open_dense(experts)
+            self._check_moments(dense)
+        return self._align(self.alignment, dense, processes)
 
     def unaligned(
-        self, base: Source, experts: Sequence[Source] | Mapping[str, Source]
-    ) -> tuple[Source, Sequence[Source] | Mapping[str, Source]]:
+        self, base: Source, experts: Sequence[str] | Mapping[str, Source]
+    ) -> tuple[Source, Sequence[str] | Mapping[str, Source]]:
         """Return base and experts for a plan, to which the order of channels makes no difference.
 
         Raises:
@@ -120,7 +126,7 @@ class AlignAndRepair:
             self._check_moments(_open_dense(experts))
         if self.alignment is None:
             return base, experts
-        return self._align(replace(self.alignment, by="nothing"), experts, Processes())
+        return self._align(replace(self.alignment, by="nothing"), _named(experts), Processes())
 
     @property
     def _reads_moments(self) -> bool:
@@ -149,19 +155,23 @@ class AlignAndRepair:
         """Repair the merged model, and note in its manifest how."""
         assert self.correction is not None
         images = self._images("A repair", list(merged.experts), self.correction.batches)
+        module = self._module
+        assert module is not None
         distributed = processes.count > 1
-        repaired = repair(self.correction, merged, self._module, images, seed=self.seed, distributed=distributed)
-        noted = asdict(self.correction)
+        repaired = repair(self.correction, merged, module, images, seed=self.seed, distributed=distributed)
+        settings = asdict(self.correction)
         if self.correction.recorded:
-            noted["moments"] = {
-                name: open_weights(moments_file(own)).provenance() for name, own in merged.experts.items()
+            settings["moments"] = {
+                name: open_weights(file).provenance()
+                for name, expert in merged.experts.items()
+                if (file := moments_file(expert)) is not None
             }
-        return replace(repaired, manifest=merged.manifest | {"repair": noted})
+        return replace(repaired, manifest=merged.manifest | {"repair": settings})
 
     def save(self, merged: Merged, output: str, shard_size: int) -> None:
         """Write the merged model if it was repaired, and beside it what belongs to its tasks.
 
-        Only when all of it is on the disk the files take their places. What an earlier merge left beside a model of
+        The files take their places only when all of them are on the disk. What an earlier merge left beside a model of
         this name belongs to that one, and is removed.
         """
         heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
@@ -192,15 +202,21 @@ class AlignAndRepair:
         return calibration_images(who, self.datamodule, experts, self.model, batches, _IMAGES)
 
 
-def _open_dense(experts: Mapping[str, Source]) -> dict[str, Source]:
+def _named(experts: Experts) -> Mapping[str, Source]:
+    """Return experts that have names, as :meth:`AlignAndRepair.check` demands of those to align or repair."""
+    assert isinstance(experts, Mapping)
+    return experts
+
+
+def _open_dense(experts: Experts) -> dict[str, Source]:
     """Open the experts that are no adapters and no task vectors, which need a base."""
     return {
         name: source if is_adapter(source) or is_task_vector(source) else open_weights(source, f"expert {name}")
-        for name, source in experts.items()
+        for name, source in _named(experts).items()
     }
 
 
 def _beside(output: str, what: str) -> Path:
-    """Where else something of a merged model is: beside its file, or in its folder."""
+    """Name the file of a merged model's corrections or heads: beside the model's file, or in its folder."""
     path = Path(output).expanduser()
     return path / f"{what}.safetensors" if is_folder(output) else path.with_suffix(f".{what}.safetensors")

@@ -38,7 +38,7 @@ class AnalyzeVerb(ReportingTrainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Comparison:
-        """Show where experts agree and where they are in each other's way, and what merging did to them; needs no data.
+        """Show where experts agree and where they conflict, and what merging did to them; needs no data.
 
         Args:
             model: The experts' module, as it is before any fit: the base, unless a file is given as base.
@@ -53,7 +53,7 @@ class AnalyzeVerb(ReportingTrainer):
             matrices: Which parameters count as matrices.
             every_matrix: Compare the subspaces of all matrices, however long it takes; by default of as many, evenly
                 spread over the model, as take about half a minute.
-            workers: Parameters that are looked at at the same time; by default one for each core, at most eight.
+            workers: Parameters that are compared at the same time; by default one for each core, at most eight.
             ckpt_path: Not used; here so that the config.yaml of a fit can be read.
             weights_only: Not used; checkpoints are never unpickled beyond weights.
 
@@ -62,12 +62,13 @@ class AnalyzeVerb(ReportingTrainer):
         """
         if not experts:
             raise MergeError("There is nothing to look at: give the experts' checkpoints with --experts.")
-        if base is None and model is None:
+        start = base if base is not None or model is None else model.state_dict()
+        if start is None:
             raise MergeError("Experts are compared as differences to a base; give it with --base, or give the --model.")
         check_report(Path(output) / REPORT)
         with self.progress_shown():
             comparison = compare_experts(
-                base if base is not None else model.state_dict(),
+                start,
                 experts,
                 merged,
                 include=include,

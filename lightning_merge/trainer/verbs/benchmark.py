@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 
@@ -100,11 +101,22 @@ class BenchmarkVerb(ReportingTrainer):
         self._publish(partial(report_benchmark, updates=job_list.updates()) if report else None, Path(output))
         return self.table
 
-    def _benchmark_foundations(self, model, datamodule, methods, output, domains, options, others, engine):
+    def _benchmark_foundations(
+        self,
+        model: LightningModule,
+        datamodule: DomainDataModule,
+        methods: Mapping[str, MergeMethod] | None,
+        output: str,
+        domains: Sequence[str] | None,
+        options: Foundations,
+        others: Mapping[str, Any],
+        engine: Literal["ray", "slurm"] | Engine | None,
+    ) -> FoundationsTable:
+        """Run the benchmark over several foundations, in which the ``others`` of the verb's options have no place."""
         unused = [name for name, value in others.items() if value]
         if unused:
             raise MergeError(f"`{unused[0]}` belongs to a benchmark of one base; leave it or `foundations` out.")
-        rest = [domain for domain in datamodule.domains if domain not in options.domains]
+        tasks = [domain for domain in datamodule.domains if domain not in options.domains]
         return FoundationsBenchmark(
-            self, model, datamodule, methods or {}, Path(output), domains or rest, options, make_engine(engine)
+            self, model, datamodule, methods or {}, Path(output), domains or tasks, options, make_engine(engine)
         ).run()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from lightning_merge.checkpoints import open_expert, open_weights
 from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation import Table, evaluate_domain
+from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.report.loggers import log_to_loggers
 from lightning_merge.trainer.verbs.reporting import ReportingTrainer
@@ -50,19 +54,27 @@ class EvaluateVerb(ReportingTrainer):
                 "(DomainFolders, or your subclass), or test one checkpoint at a time with `test --ckpt_path`."
             )
         check_names(candidates or {})
-        rows = {BASE: open_weights(base) if base is not None else model.state_dict()}
+        rows: dict[str, Mapping[str, Tensor]] = {}
+        rows[BASE] = open_weights(base) if base is not None else model.state_dict()
         origin = open_weights(rows[BASE], BASE)
         rows |= {name: open_expert(path, origin, name) for name, path in (candidates or {}).items()}
-        named = {domain: open_expert(path, origin, f"expert {domain}") for domain, path in (experts or {}).items()}
-        self.table = self._evaluate(model, datamodule, rows, named)
+        by_domain = {domain: open_expert(path, origin, f"expert {domain}") for domain, path in (experts or {}).items()}
+        self.table = self._evaluate(model, datamodule, rows, by_domain)
         if output is not None and self.is_global_zero:
             self.table.save(output)
         if self.is_global_zero:
             log_to_loggers(self.given_loggers, self.table, {})
         return self.table
 
-    def _evaluate(self, model, datamodule, rows, experts) -> Table:
-        records = []
+    def _evaluate(
+        self,
+        model: LightningModule,
+        datamodule: DomainDataModule,
+        rows: Mapping[str, Mapping[str, Tensor]],
+        experts: Mapping[str, Mapping[str, Tensor]],
+    ) -> Table:
+        """Evaluate the rows, and the domains' experts, on every test domain."""
+        records: list[Record] = []
         for domain in datamodule.test_domains:
             records += evaluate_domain(self, model, datamodule, domain, rows, experts)
         return Table(records)

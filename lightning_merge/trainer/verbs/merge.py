@@ -162,8 +162,8 @@ class MergeVerb(ReportingTrainer):
         return merged
 
     def _describe(self, merged: Merged, output: str, report: str | None, card: str | None, workers: int | None) -> None:
-        """Write what people read of a merged model: its model card, and its report."""
-        cards = [card] if card is not None else []
+        """Write model card and report of a merged model, and log table and figures."""
+        cards: list[str | Path] = [card] if card is not None else []
         if self.table is not None and is_folder(output):
             cards.append(Path(output, CARD))  # the one there knows no scores
         for path in cards:
@@ -176,7 +176,7 @@ class MergeVerb(ReportingTrainer):
         log_to_loggers(self.given_loggers, self.table, figures)
 
     def _join_processes(self) -> bool:
-        """Start the other processes of this run, or meet them, and say whether there are any to share work with.
+        """Start the other processes of this run, or join them; tell whether there are any to share work with.
 
         Processes that are forked for one call and end with it (``ddp_spawn``, ``ddp_fork``) are not started for it.
         """

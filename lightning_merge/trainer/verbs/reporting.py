@@ -18,7 +18,7 @@ from lightning_merge.utilities.progress import show_progress
 
 
 class ReportingTrainer(RepeatableTrainer):
-    """A trainer whose verbs write reports and log to its loggers."""
+    """Trainer whose verbs write reports and log to its loggers."""
 
     configuration: str = ""
     """The YAML that the command line was given, for reports."""
@@ -36,7 +36,7 @@ class ReportingTrainer(RepeatableTrainer):
     """The file of statistics that was written last."""
 
     def progress_shown(self) -> AbstractContextManager[None]:
-        """Show how far a verb has come, unless this trainer is to have no progress bar."""
+        """Show the progress of a verb, unless this trainer has no progress bar."""
         return show_progress(self.progress_bar_callback is not None)
 
     def _publish(self, report: Callable[..., Page] | None, folder: Path) -> None:

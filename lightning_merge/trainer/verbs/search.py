@@ -46,7 +46,7 @@ class SearchVerb(ReportingTrainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> Found:
-        """Merge by every setting of a grid and write what is best on the validation splits of the experts' domains.
+        """Merge by every setting of a grid; write what is best on the validation splits of the experts' domains.
 
         The best has the highest accuracy in relation to that of each domain's own expert, averaged over the domains.
         No test split and no held-out domain is looked at.
@@ -101,6 +101,6 @@ class SearchVerb(ReportingTrainer):
         self.merged, self.table = self.found.merged, self.found.table
         if self.is_global_zero:
             self.merged.save(output)
-        chosen = {"chosen": row_name(self.found.setting), "method": type(self.found.method).__name__}
-        self._publish(partial(report_search, **chosen), Path(results))
+        setting, name = row_name(self.found.setting), type(self.found.method).__name__
+        self._publish(partial(report_search, chosen=setting, method=name), Path(results))
         return self.found

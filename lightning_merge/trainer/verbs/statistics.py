@@ -67,6 +67,8 @@ class StatisticsVerb(ReportingTrainer):
         weights = open_weights(expert)
         check_fit(model, {expert: weights})
         recipe = Recipe(tuple(kinds), fisher, labels, batches)
-        self.recorded = Path(output) if output is not None else statistics_file(weights)
-        record_statistics(self, model, datamodule, weights, recipe, self.recorded)
-        return self.recorded
+        path = Path(output) if output is not None else statistics_file(weights)
+        assert path is not None  # the expert is a file
+        self.recorded = path
+        record_statistics(self, model, datamodule, weights, recipe, path)
+        return path
