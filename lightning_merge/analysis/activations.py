@@ -18,12 +18,12 @@ from lightning_merge.utilities.sites import Site, at_sites
 
 @dataclass(frozen=True)
 class SiteDifference:
-    """What is measured at a site (Figure 3 of arXiv 2410.12766).
+    """The difference between a merged model's and an expert's activations at a site (Figure 3 of arXiv 2410.12766).
 
     Args:
         site: The site.
-        distance: The mean over the samples of ``||h_merged - h_expert||``, over all channels and places.
-        relative_distance: That, divided by the mean of ``||h_expert||``.
+        distance: The mean over the samples of ``||h_merged - h_expert||``, a norm over all channels and places.
+        relative_distance: The distance, divided by the mean of ``||h_expert||``.
         variance_ratio: The mean over the channels of the merged model's variance, divided by that of the expert's.
             Below 1 the activations have collapsed.
         median_variance_ratio: The median over the channels of the ratio of their variances; channels that do not vary
@@ -49,10 +49,10 @@ def compare_activations(
 
     Args:
         module: The models' module.
-        merged: The merged model; what it lacks (a head) is the module's own.
+        merged: The merged model; parameters that it lacks (a head) are the module's own.
         expert: The expert, permuted if the merged model was made of permuted experts: channels are compared one by one.
         batches: Images ``(N, …)`` or ``(images, labels)``.
-        sites: Where to look.
+        sites: The sites to compare at.
         merged_module: Runs the merged model in the module's place, such as a copy with corrections.
 
     Returns:
@@ -62,34 +62,35 @@ def compare_activations(
         MergeError: If a site does not exist, if the data are empty, or if a model does not fit its module.
     """
     runs = ((merged_module or module, merged, "the merged model"), (module, expert, "the expert"))
-    for own, weights, name in runs:
-        check_weights(own, weights, name)
-    found = {site: _Differences() for site in sites}
+    for runner, weights, name in runs:
+        check_weights(runner, weights, name)
+    differences = {site: _Differences() for site in sites}
     for images, _ in read_batches(batches, device_of(module)):
-        ours, theirs = (activations_at(own, weights, images, sites) for own, weights, _ in runs)
-        for site, differences in found.items():
-            differences.add(site, ours[site], theirs[site])
-    return [differences.record(site) for site, differences in found.items()]
+        of_merged, of_expert = (activations_at(runner, weights, images, sites) for runner, weights, _ in runs)
+        for site, sums in differences.items():
+            sums.add(site, of_merged[site], of_expert[site])
+    return [sums.record(site) for site, sums in differences.items()]
 
 
 def activations_at(
     module: nn.Module, weights: Mapping[str, Tensor], images: Tensor, sites: Iterable[Site]
 ) -> dict[Site, Tensor]:
-    """Return the activations of a model on images, at each site.
+    """Compute the activations of a model on images ``(N, …)``, at each site.
 
     Raises:
         MergeError: If a site does not exist, or if the module does not call it.
     """
     sites = list(sites)
-    found: dict[Site, Tensor] = {}
+    activations: dict[Site, Tensor] = {}
 
     def keep(site: Site, activation: Tensor) -> None:
-        found[site] = activation.clone()
+        activations[site] = activation.clone()
 
     with evaluating(module), torch.no_grad(), at_sites(module, sites, keep):
         run(module, weights, images)
-    raise_all([f"{site.name} was not reached when the model ran; leave it out." for site in sites if site not in found])
-    return found
+    missed = [site for site in sites if site not in activations]
+    raise_all([f"{site.name} was not reached when the model ran; leave it out." for site in missed])
+    return activations
 
 
 class _Differences:
@@ -98,7 +99,7 @@ class _Differences:
     def __init__(self) -> None:
         self.samples = self.rows = 0
         self.distance = self.norm = 0.0
-        self.sums: Tensor | None = None  # (2, 2, channels): merged and expert; values and squares
+        self.sums = torch.zeros((), dtype=torch.float64)  # (2, 2, channels) with data: values, squares; merged, expert
 
     def add(self, site: Site, merged: Tensor, expert: Tensor) -> None:
         merged, expert = merged.double(), expert.double()
@@ -107,19 +108,18 @@ class _Differences:
         self.norm += expert.flatten(1).norm(dim=1).sum().item()
         rows = torch.stack([site.channels_last(merged), site.channels_last(expert)])  # (2, rows, channels)
         self.rows += rows.shape[1]
-        sums = torch.stack([rows.sum(dim=1), rows.square().sum(dim=1)])
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums = self.sums + torch.stack([rows.sum(dim=1), rows.square().sum(dim=1)])
 
     def record(self, site: Site) -> SiteDifference:
         means, squares = self.sums / self.rows
-        ours, theirs = (squares - means.square()).clamp_min(0)  # (channels,)
-        varying = theirs > _DEAD * squares[1]
-        ratios = (ours / theirs)[varying]
+        merged, expert = (squares - means.square()).clamp_min(0)  # variances (channels,)
+        varying = expert > _DEAD * squares[1]
+        ratios = (merged / expert)[varying]
         return SiteDifference(
             site,
             self.distance / self.samples,
             _ratio(self.distance, self.norm),
-            _ratio(ours.mean().item(), theirs.mean().item() if bool(varying.any()) else 0.0),
+            _ratio(merged.mean().item(), expert.mean().item() if bool(varying.any()) else 0.0),
             ratios.median().item() if len(ratios) else 1.0,
         )
 
@@ -128,7 +128,7 @@ _DEAD = 1e-12  # a channel whose variance is below this share of its mean square
 
 
 def _ratio(value: float, reference: float) -> float:
-    """Their ratio: 1 for two zeros, infinite for one in the denominator alone."""
+    """Compute a ratio: 1 for two zeros, infinite for a zero in the denominator alone."""
     if reference > 0:
         return value / reference
     return 1.0 if value == 0 else math.inf

@@ -13,11 +13,11 @@ _CHUNK = 1 << 16
 
 
 def inner_products(vectors: Tensor, others: Tensor | None = None) -> Tensor:
-    """Return the inner products of stacked tensors, summed up in float64.
+    """Compute the inner products of stacked tensors, summed up in float64.
 
     Args:
         vectors: ``(T, …)``.
-        others: ``(S, …)``; by default the same.
+        others: ``(S, …)``; by default ``vectors``.
 
     Returns:
         ``(T, S)`` in float64.
@@ -41,7 +41,7 @@ def sign_conflicts(deltas: Tensor) -> tuple[int, int]:
         deltas: The task tensors of T experts ``(T, …)``, not trimmed.
 
     Returns:
-        The entries that at least two experts have changed, and those of them where two have changed it in different
+        The number of entries that at least two experts have changed, and of those that two have changed in different
         directions.
     """
     moved = conflicts = 0
@@ -60,18 +60,18 @@ def sign_conflicts(deltas: Tensor) -> tuple[int, int]:
 
 
 def norms(products: Tensor) -> Tensor:
-    """Return the norms of vectors, from their inner products: ``(T, T) -> (T,)``."""
+    """Compute the norms of vectors from their inner products: ``(T, T) -> (T,)``."""
     return products.diagonal().clamp(min=0).sqrt()
 
 
 def cosines(products: Tensor) -> Tensor:
-    """The cosines between vectors, from their inner products: ``(T, T) -> (T, T)``; NaN for a vector of zeros."""
+    """Compute the cosines between vectors by their inner products: ``(T, T) -> (T, T)``; NaN for a vector of zeros."""
     lengths = norms(products)
     return (products / lengths / lengths[:, None]).clamp(-1, 1)
 
 
 def distances(products: Tensor, merged_square: float, merged_products: Tensor) -> Tensor:
-    """Return the distances of a merged model to the experts, ``‖θ_merged - θ_i‖``.
+    """Compute the distances of a merged model to the experts, ``‖θ_merged - θ_i‖``.
 
     Args:
         products: The inner products of the experts' task vectors ``(T, T)``.
@@ -85,5 +85,5 @@ def distances(products: Tensor, merged_square: float, merged_products: Tensor) -
 
 
 def _pieces(vectors: Tensor) -> tuple[Tensor, ...]:
-    """Stacked tensors ``(T, …)`` as pieces ``(T, entries)``."""
+    """Split stacked tensors ``(T, …)`` into pieces ``(T, entries)``."""
     return vectors.reshape(len(vectors), vectors[0].numel()).split(_CHUNK, dim=1)

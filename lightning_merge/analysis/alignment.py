@@ -23,17 +23,17 @@ from lightning_merge.utilities.tensors import wide
 
 @dataclass(frozen=True)
 class RankRule:
-    """How many singular vectors span the leading subspace of a matrix M; give one of the two.
+    """The rule for how many singular vectors span a matrix M's leading subspace; give ``error`` or ``threshold``.
 
     Args:
-        error: As few as leave out no more than this share, ``‖M - U Uᵀ M‖ <= error · ‖M‖`` (equation 6).
+        error: As few as leave out at most this share, ``‖M - U Uᵀ M‖ <= error · ‖M‖`` (equation 6).
         threshold: As few as keep more than this share, ``‖U Uᵀ M‖ > threshold · ‖M‖``, as in the official codes; all
             whose singular value is not zero if none do.
         off_by_one: One less than the threshold needs, and none if none do: the official codes take the index of the
             vector that reaches it for the number of vectors.
 
     Raises:
-        MergeError: If both or none are given, or if it is no share.
+        MergeError: If both or none are given, or if the one given is no share.
     """
 
     error: float | None = None
@@ -43,18 +43,19 @@ class RankRule:
     def __post_init__(self) -> None:
         if (self.error is None) == (self.threshold is None):
             raise MergeError("A leading subspace is cut by its error or by its threshold; give one of the two.")
-        name, share = ("error", self.error) if self.threshold is None else ("threshold", self.threshold)
-        if not 0 <= share <= 1:
-            raise MergeError(f"The {name} of a subspace is a share of the matrix, in [0, 1], and {share} is none.")
+        for name, share in (("error", self.error), ("threshold", self.threshold)):
+            if share is not None and not 0 <= share <= 1:
+                raise MergeError(f"The {name} of a subspace is a share of the matrix, in [0, 1], and {share} is none.")
         if self.off_by_one and self.threshold is None:
             raise MergeError("off_by_one is what the official codes do with a threshold; give one, or leave it out.")
 
     def rank(self, s: Tensor) -> int:
-        """How many lead, from all singular values in descending order ``(r,)``."""
+        """Count the leading singular vectors, from all singular values in descending order ``(r,)``."""
         squares = s.double().square()
-        if self.threshold is None:
+        if self.error is not None:
             left_out = squares.flip(0).cumsum(0).flip(0).sqrt()  # by the first 0, 1, … vectors
             return int((left_out > self.error * left_out[:1]).sum())
+        assert self.threshold is not None  # one of the two is given
         kept = squares.cumsum(0).sqrt()  # by the first 1, 2, … vectors
         reached = kept > self.threshold * kept[-1:]
         if not bool(reached.any()):
@@ -71,7 +72,7 @@ class RankRule:
 OF_PAPER = RankRule(error=0.05)
 """Equation 6 of Iso-C's paper."""
 OF_PAIRS = RankRule(threshold=0.97)
-"""What SCORE's code compares experts by, but for the vector that it takes less."""
+"""The rule by which SCORE's code compares experts, without the one vector that it takes less."""
 
 
 def subspace_alignment_ratio(
@@ -83,15 +84,16 @@ def subspace_alignment_ratio(
     threshold: float | None = None,
     off_by_one: bool = False,
 ) -> Tensor:
-    """Return the share of a task matrix that lies in the leading subspace of a merged one: ``‖U Uᵀ Δ‖ / ‖Δ‖``.
+    """Compute the share of a task matrix that lies in the leading subspace of a merged one: ``‖U Uᵀ Δ‖ / ‖Δ‖``.
 
     Args:
         delta: The task matrix, or several, ``(…, m, n)``.
         merged: The merged task matrix ``(m, n)``, whose leading left singular vectors are ``U``.
-        error: They are as few as leave out at most this share of the merged matrix, see :class:`RankRule`; 0.05.
-        rank: So many instead.
-        threshold: As few as keep more than this share, instead.
-        off_by_one: One less than that, as the official code.
+        error: As few vectors as leave out at most this share of the merged matrix, see :class:`RankRule`; by default
+            0.05.
+        rank: Exactly this number of vectors, instead.
+        threshold: As few vectors as keep more than this share, instead.
+        off_by_one: One vector less than the threshold needs, as in the official code.
 
     Returns:
         Between 0 and 1, for every task matrix ``(…)``; NaN where one is zero.
@@ -100,18 +102,18 @@ def subspace_alignment_ratio(
 
 
 def pairwise_alignment(deltas: Tensor, rule: RankRule = OF_PAIRS) -> Tensor:
-    """How much of every expert's task matrix lies in the leading subspace of every other one.
+    """Compute how much of every expert's task matrix lies in the leading subspace of every other one.
 
     Args:
         deltas: The task matrices of T experts, ``(T, m, n)``.
-        rule: How many vectors span a subspace; by default as few as keep more than 0.97 of the norm, SCORE's threshold.
+        rule: The rule for the dimension of a subspace; by default it keeps more than 0.97 of the norm, as SCORE does.
 
     Returns:
         ``(T, T)``; at ``[i, j]`` the share of expert i in the subspace of expert j; NaN in the row of a zero matrix.
     """
     U, s, _ = svd(wide(deltas))
     return torch.stack(
-        [projected_ratio(deltas, basis[:, : rule.rank(own)]) for basis, own in zip(U, s, strict=True)], dim=1
+        [projected_ratio(deltas, basis[:, : rule.rank(values)]) for basis, values in zip(U, s, strict=True)], dim=1
     )
 
 
@@ -123,13 +125,13 @@ def leading_subspace(
     threshold: float | None = None,
     off_by_one: bool = False,
 ) -> Tensor:
-    """Return the leading left singular vectors of a matrix, as few as reach it.
+    """Compute the leading left singular vectors of a matrix: as few as meet the error or the threshold.
 
     Args:
         matrix: ``(m, n)``; half precision is computed in float32.
-        error: How much may be left out, see :class:`RankRule`; by default 0.05.
-        rank: So many instead.
-        threshold: How much must be kept, instead of ``error``.
+        error: The share of the norm that may be left out, see :class:`RankRule`; by default 0.05.
+        rank: Exactly this number of vectors, instead.
+        threshold: The share of the norm that must be kept, instead of ``error``.
         off_by_one: One vector less than the threshold needs.
 
     Returns:
@@ -148,7 +150,7 @@ def leading_subspace(
 
 
 def projected_ratio(delta: Tensor, U: Tensor) -> Tensor:
-    """Return the share of matrices that lies in a subspace, ``‖U Uᵀ Δ‖ / ‖Δ‖``.
+    """Compute the share of matrices that lies in a subspace, ``‖U Uᵀ Δ‖ / ‖Δ‖``.
 
     Args:
         delta: ``(…, m, n)``; half precision is computed in float32.
@@ -171,11 +173,14 @@ def projected_ratio(delta: Tensor, U: Tensor) -> Tensor:
 
 
 def ratio_of_overlap(overlap: Tensor, s: Tensor) -> Tensor:
-    """Return the same share from what was found before, for ``Δ = V diag(s) Wᵀ``: ``‖Uᵀ V diag(s)‖ / ‖s‖``, in float64.
+    """Compute the same share from the overlap of two bases, for ``Δ = V diag(s) Wᵀ``: ``‖Uᵀ V diag(s)‖ / ‖s‖``.
 
     Args:
         overlap: ``Uᵀ V (k, r)``.
         s: ``(r,)``.
+
+    Returns:
+        ``()`` in float64.
     """
     s = s.double()
     return (torch.linalg.vector_norm(overlap.double() * s) / torch.linalg.vector_norm(s)).clamp(max=1)

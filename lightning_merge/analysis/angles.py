@@ -19,7 +19,7 @@ from lightning_merge.utilities.tensors import wide
 
 
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:
-    """Return the principal angles between two subspaces, in radians.
+    """Compute the principal angles between two subspaces, in radians.
 
     Large ones come from cosines and small ones from sines, so that all are exact to rounding (Björck and Golub, 1973;
     Knyazev and Argentati, 2002).
@@ -48,18 +48,18 @@ def principal_angles(U: Tensor, V: Tensor) -> Tensor:
 
 
 def pairwise_angles(deltas: Tensor, rule: RankRule = OF_PAIRS) -> Tensor:
-    """``θ_avg``: the mean principal angle between the leading left singular subspaces of every two experts.
+    """Compute ``θ_avg``, the mean principal angle between the leading left singular subspaces of every two experts.
 
     Args:
         deltas: The task matrices of T experts, ``(T, m, n)``.
-        rule: How many vectors span a subspace; by default as few as keep more than 0.97 of the norm.
+        rule: The rule for the dimension of a subspace; by default it keeps more than 0.97 of the norm.
 
     Returns:
         Radians in float64 ``(T, T)``, between 0 (one subspace lies in the other) and π/2 (they are orthogonal); NaN for
         a matrix of zeros.
     """
     U, s, _ = svd(wide(deltas))
-    ranks = [rule.rank(own) for own in s]
+    ranks = [rule.rank(values) for values in s]
     angles = torch.diag(torch.tensor([0.0 if k else torch.nan for k in ranks], dtype=torch.float64))
     for i, j in combinations(range(len(deltas)), 2):
         angles[i, j] = angles[j, i] = mean_angle(U[i, :, : ranks[i]].mT @ U[j, :, : ranks[j]])
@@ -67,9 +67,9 @@ def pairwise_angles(deltas: Tensor, rule: RankRule = OF_PAIRS) -> Tensor:
 
 
 def mean_angle(overlap: Tensor) -> float:
-    """Return the mean principal angle between two subspaces, from ``Uᵀ V (k, l)``; NaN if one of them has no dimension.
+    """Compute the mean principal angle in radians from ``Uᵀ V (k, l)``; NaN if a subspace has no dimension.
 
-    The cosines are the roots of the eigenvalues of a Gram matrix in float64, which is quick. Of bases in float32 an
+    The cosines are the roots of the eigenvalues of a Gram matrix in float64, which is quick. From bases in float32, an
     angle below 1e-3 is only known to be that small.
     """
     short = overlap if overlap.shape[0] >= overlap.shape[1] else overlap.mT  # (long, short)

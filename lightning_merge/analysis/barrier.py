@@ -45,14 +45,14 @@ class Barrier:
 def loss_barrier(
     a: Weights, b: Weights, evaluate: Callable[[Weights], tuple[float, float]], points: int = 25
 ) -> Barrier:
-    """Measure the models on the line between two models.
+    """Measure models on the straight line between two.
 
     Args:
         a: The model at λ = 0.
-        b: The model at λ = 1, permuted if it should be.
+        b: The model at λ = 1, already permuted if it has to be.
         evaluate: The loss and the accuracy of a model, such as
             ``functools.partial(loss_and_accuracy, module, batches)``.
-        points: How many models are measured, both ends included.
+        points: The number of models to measure, both ends included.
 
     Raises:
         MergeError: If the models have other parameters or shapes, or if there are fewer than three points.
@@ -61,12 +61,12 @@ def loss_barrier(
         raise MergeError(f"A barrier lies between the ends of the line; points must be at least 3, got {points}.")
     check_same(a, b)
     lambdas = torch.linspace(0, 1, points, dtype=torch.float64)
-    found = torch.tensor([evaluate(interpolate(a, b, at)) for at in lambdas.tolist()], dtype=torch.float64)
-    return Barrier(lambdas, found[:, 0], found[:, 1])
+    measured = torch.tensor([evaluate(interpolate(a, b, at)) for at in lambdas.tolist()], dtype=torch.float64)
+    return Barrier(lambdas, measured[:, 0], measured[:, 1])
 
 
 def interpolate(a: Weights, b: Weights, at: float) -> dict[str, Tensor]:
-    """Return the model ``(1 - at) a + at b``. Running means and variances too; what is no float is that of ``a``."""
+    """Compute the model ``(1 - at) a + at b``, with its running statistics; what is no float is that of ``a``."""
     return {
         name: ((1 - at) * tensor + at * b[name].to(tensor.device)).to(tensor.dtype)
         if tensor.is_floating_point()

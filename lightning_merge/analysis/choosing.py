@@ -1,4 +1,4 @@
-"""Which matrices are compared by their subspaces, where all of them would take too long."""
+"""The choice of matrices whose subspaces are compared, where all of them would take too long."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ BUDGET = 2.8e12
 
 
 def operations(blocks: int, m: int, n: int, experts: int, merged: int) -> float:
-    """Return the floating-point operations that a parameter takes which is seen as ``blocks`` matrices ``(m, n)``.
+    """Estimate the floating-point operations of comparing a parameter that is seen as ``blocks`` matrices ``(m, n)``.
 
     Args:
-        blocks: Matrices.
-        m: Rows.
-        n: Columns.
-        experts: T.
-        merged: Merged models.
+        blocks: The number of matrices.
+        m: Their rows.
+        n: Their columns.
+        experts: The number of experts.
+        merged: The number of merged models.
     """
     r, large = min(m, n), max(m, n)
     pairs = experts * (experts - 1) / 2
@@ -35,8 +35,8 @@ def choose(costs: Mapping[str, float], budget: float | None = None) -> list[str]
     of a kind is taken, then the last, then what lies farthest from those taken. What does not fit is passed over.
 
     Args:
-        costs: What each parameter costs, by name, in the order of the model.
-        budget: What they may cost together; by default :data:`BUDGET`.
+        costs: The floating-point operations that each parameter takes, by name, in the order of the model.
+        budget: The operations that those chosen may take together; by default :data:`BUDGET`.
 
     Returns:
         The names of those chosen, in the order of the model.
@@ -56,7 +56,7 @@ def choose(costs: Mapping[str, float], budget: float | None = None) -> list[str]
 
 
 def _spread(count: int) -> Sequence[int]:
-    """Return the numbers below ``count``: first, last, and then always what lies farthest from those before."""
+    """Order the numbers below ``count``: the first, the last, and then always the one farthest from those before."""
     order = [0, count - 1][:count]
     left = list(range(1, count - 1))
     while left:

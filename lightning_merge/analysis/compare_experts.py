@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 from torch import Tensor
 
@@ -41,13 +42,13 @@ def compare_experts(
     error: float | None = None,
     off_by_one: bool = False,
 ) -> Comparison:
-    """Find where experts agree and fight, and what merging did to them.
+    """Find where experts agree and where they conflict, and what merging did to them.
 
-    Norms, cosines, distances and sign conflicts are found for every parameter. Singular values, subspace alignment,
-    principal angles and SCORE's map take much longer: they are found for as many matrices as a fixed amount of
-    arithmetic allows (:data:`~lightning_merge.analysis.choosing.BUDGET`), evenly over depth and kinds of layers. Which
-    they are depends on the models' shapes and numbers alone; all matrices of a small model are among them. A matrix
-    that no expert has changed is not looked at.
+    Norms, cosines, distances and sign conflicts are computed for every parameter. Singular values, subspace alignment,
+    principal angles and SCORE's map take much longer: they are computed for as many matrices as a fixed amount of
+    arithmetic allows (:data:`~lightning_merge.analysis.choosing.BUDGET`), evenly over depth and kinds of layers. The
+    choice depends on the models' shapes and numbers alone; of a small model all matrices are chosen. Matrices that no
+    expert has changed are skipped.
 
     Files are read parameter by parameter. Each worker holds one parameter of every expert in memory, and of one merged
     model at a time. Heads that experts keep to themselves are excluded as in a merge.
@@ -58,19 +59,19 @@ def compare_experts(
             experts, too.
         merged: Merged models: a mapping from a name to a source (or to what :func:`lightning_merge.merge` returned), a
             sequence of files, or one.
-        include: Look only at the parameters whose name matches one of these shell patterns.
-        exclude: Do not look at those that match one of these.
+        include: Compare only the parameters whose name matches one of these shell patterns.
+        exclude: Do not compare those whose name matches one of these.
         matrices: Which parameters count as matrices.
-        workers: Parameters that are looked at at the same time; by default one for each core, at most eight.
-        subspaces: Whether to look at subspaces at all.
-        every_matrix: Look at the subspaces of all matrices, however long it takes.
+        workers: The number of parameters compared at the same time; by default one for each core, at most eight.
+        subspaces: Whether to compare subspaces at all.
+        every_matrix: Compare the subspaces of all matrices, however long it takes.
         threshold: The leading subspace of a task matrix keeps more than this share of its norm; by default 0.97, as in
             SCORE's code.
         error: The leading subspace leaves out at most this share of the norm, instead.
-        off_by_one: One vector less than the threshold needs, as the official codes take.
+        off_by_one: Take one vector less than the threshold needs, as the official codes do.
 
     Returns:
-        What was found.
+        The comparison.
 
     Raises:
         MergeError: If the models do not fit together, cannot be read, or hold values that are not finite.
@@ -89,11 +90,11 @@ def compare_experts(
     parameters = models.parameters(workers)
     costs = models.costs([parameter.name for parameter in parameters if bool(parameter.products.any())])
     chosen = list(costs) if every_matrix else choose(costs)
-    found = models.matrices(chosen if subspaces else [], costs, rule, workers)
+    matrix_records = models.matrices(chosen if subspaces else [], costs, rule, workers)
     for weights in (origin, *sources.values(), *results.values()):
         weights.check_unchanged()
     left_out = [name for name in costs if name not in chosen or not subspaces]
-    return Comparison(list(sources), list(results), parameters, found, left_out, str(rule))
+    return Comparison(list(sources), list(results), parameters, matrix_records, left_out, str(rule))
 
 
 class _Models:
@@ -124,30 +125,30 @@ class _Models:
         Raises:
             MergeError: If one holds values that are not finite; every one is listed.
         """
-        found: dict[str, ParameterComparison] = {}
+        records: dict[str, ParameterComparison] = {}
         problems: dict[str, list[str]] = {}
 
-        def one(name: str) -> None:
-            found[name], problems[name] = self._parameter(name)
+        def compare(name: str) -> None:
+            records[name], problems[name] = self._parameter(name)
 
-        self._each(one, self._names, workers)
+        self._each(compare, self._names, workers)
         raise_all([problem for name in self._names for problem in problems[name]])
-        return [found[name] for name in self._names]
+        return [records[name] for name in self._names]
 
     def matrices(
         self, names: Sequence[str], costs: Mapping[str, float], rule: RankRule, workers: int
     ) -> list[MatrixComparison]:
         """Compare the subspaces of matrices, those that take longest first."""
-        found: dict[str, list[MatrixComparison]] = {}
+        records: dict[str, list[MatrixComparison]] = {}
 
-        def one(name: str) -> None:
-            found[name] = self._matrices(name, rule)
+        def compare(name: str) -> None:
+            records[name] = self._matrices(name, rule)
 
-        self._each(one, sorted(names, key=lambda name: -costs[name]), workers)
-        return [matrix for name in names for matrix in found[name]]
+        self._each(compare, sorted(names, key=lambda name: -costs[name]), workers)
+        return [matrix for name in names for matrix in records[name]]
 
     def costs(self, names: Sequence[str]) -> dict[str, float]:
-        """What it takes to compare the subspaces of those parameters that are matrices."""
+        """Estimate the floating-point operations of comparing subspaces, for each parameter that is a matrix."""
         views = {name: self._rule.view(name, self._base.meta[name].shape) for name in names}
         return {
             name: operations(*view, self._experts.num_experts, len(self._merged))
@@ -160,62 +161,66 @@ class _Models:
         self._scratch.forget()
         self._scratch_of_merged.forget()
 
-    def _updates(self, name: str, own: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _updates(self, name: str, base: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the updates of the merged models ``(1, …)``, one after another in the same memory."""
         for merged, task_vectors in self._merged.items():
-            yield merged, task_vectors.stack(name, own, self._scratch_of_merged)
+            yield merged, task_vectors.stack(name, base, self._scratch_of_merged)
+
+    def _blocks(self, name: str, stack: Tensor) -> tuple[Tensor, ...]:
+        """Split the stacked differences ``(T, …)`` of a parameter that is a matrix into task matrices ``(T, m, n)``."""
+        blocks = self._rule.blocks(name, stack)
+        assert blocks is not None  # only parameters that `costs` lists come here
+        return blocks
 
     def _parameter(self, name: str) -> tuple[ParameterComparison, list[str]]:
-        own = self._base[name]
-        deltas = self._experts.stack(name, own, self._scratch)
-        found = ParameterComparison(
-            name, tuple(own.shape), inner_products(deltas).cpu(), *sign_conflicts(deltas), {}, {}
+        base = self._base[name]
+        deltas = self._experts.stack(name, base, self._scratch)
+        products, (moved, conflicts) = inner_products(deltas).cpu(), sign_conflicts(deltas)
+        squares = dict(zip(self._labels, products.diagonal().tolist(), strict=True))
+        merged_squares: dict[str, float] = {}
+        merged_products: dict[str, Tensor] = {}
+        for merged, update in self._updates(name, base):
+            merged_squares[merged] = squares[f"the merged model {merged}"] = float(inner_products(update))
+            merged_products[merged] = inner_products(deltas, update).squeeze(1).cpu()
+        record = ParameterComparison(
+            name, tuple(base.shape), products, moved, conflicts, merged_squares, merged_products
         )
-        squares = dict(zip(self._labels, found.products.diagonal().tolist(), strict=True))
-        for merged, update in self._updates(name, own):
-            square = float(inner_products(update))
-            found.merged_squares[merged], squares[f"the merged model {merged}"] = square, square
-            found.merged_products[merged] = inner_products(deltas, update).squeeze(1).cpu()
         bad = [label for label, square in squares.items() if not math.isfinite(square)]
-        if bad and not is_finite(own):
+        if bad and not is_finite(base):
             bad = ["the base"]
-        return found, [
+        return record, [
             f"{name!r} of {label} holds values that are not finite; was its training diverging? Give another "
             f"checkpoint, or leave the parameter out with exclude: [{name}]."
             for label in bad
         ]
 
     def _matrices(self, name: str, rule: RankRule) -> list[MatrixComparison]:
-        own = self._base[name]
-        blocks = self._rule.blocks(name, self._experts.stack(name, own, self._scratch))
+        base = self._base[name]
+        blocks = self._blocks(name, self._experts.stack(name, base, self._scratch))
         names = [name] if len(blocks) == 1 else [f"{name}[{i}]" for i in range(len(blocks))]
-        found = [ExpertMatrices(block, rule) for block in blocks]
+        experts = [ExpertMatrices(block, rule) for block in blocks]
         merged: list[dict[str, MergedMatrix]] = [{} for _ in blocks]
-        for result, update in self._updates(name, own):
-            for matrices, own_merged, block in zip(found, merged, self._rule.blocks(name, update), strict=True):
-                own_merged[result] = matrices.compare_merged(block[0])
-        return [matrices.record(*parts) for matrices, *parts in zip(found, names, merged, strict=True)]
+        for model, update in self._updates(name, base):
+            for matrices, by_model, block in zip(experts, merged, self._blocks(name, update), strict=True):
+                by_model[model] = matrices.compare_merged(block[0])
+        return [
+            matrices.record(block_name, by_model)
+            for matrices, block_name, by_model in zip(experts, names, merged, strict=True)
+        ]
 
 
 def _open_merged(
     merged: Source | Experts | Merged | Mapping[str, Merged] | None, base: Weights, names: Sequence[str]
 ) -> dict[str, Weights]:
-    """Open merged models, and see that they have the parameters that are compared."""
+    """Open merged models, and check that they have the parameters that are compared."""
     if merged is None or (isinstance(merged, (Mapping, Sequence)) and not merged):
         return {}
-    is_one = isinstance(merged, (str, os.PathLike, Weights)) or (
-        isinstance(merged, Mapping) and any(isinstance(value, Tensor) for value in merged.values())
-    )
-    if isinstance(merged, Merged):
-        merged, is_one = merged.weights, True
-    if isinstance(merged, Mapping):
-        merged = {name: own.weights if isinstance(own, Merged) else own for name, own in merged.items()}
-    found = open_experts({"merged": merged} if is_one else merged, base)
+    models = open_experts(_merged_sources(merged), base)
     raise_all(
         [
             f"The merged model {name} has none of the {len(names)} parameters that the experts share; give one "
             "that was merged of them."
-            for name, weights in found.items()
+            for name, weights in models.items()
             if not any(key in weights for key in names)
         ]
     )
@@ -226,23 +231,39 @@ def _open_merged(
             if key not in weights
             else f"{key!r} has shape {tuple(weights.meta[key].shape)} in the merged model {name} and "
             f"{tuple(base.meta[key].shape)} in the base; give a model that was merged of these experts."
-            for name, weights in found.items()
+            for name, weights in models.items()
             for key in names
             if key not in weights or weights.meta[key].shape != base.meta[key].shape
         ]
     )
-    return found
+    return models
+
+
+def _merged_sources(merged: Source | Experts | Merged | Mapping[str, Merged]) -> Experts:
+    """Collect the sources of merged models, as those of experts are given; a single model is called ``merged``."""
+    if isinstance(merged, Merged):
+        return {"merged": dict(merged.weights)}
+    if isinstance(merged, (str, os.PathLike)):
+        return {"merged": merged}
+    if not isinstance(merged, Mapping):
+        return merged
+    entries = {name: entry.weights if isinstance(entry, Merged) else entry for name, entry in merged.items()}
+    if isinstance(merged, Weights) or any(isinstance(entry, Tensor) for entry in entries.values()):
+        return {"merged": cast(dict[str, Tensor], entries)}
+    return cast(dict[str, Source], entries)
 
 
 def update_ratios(
     base: Source, experts: Mapping[str, Source], merged: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
-    """How far merged models move each group of layers: their update's norm, divided by the mean of the experts'.
+    """Compute how far merged models move each group of layers: the update's norm, divided by the experts' mean norm.
 
     Merged models that hold values that are not finite, and groups that no expert has moved, are left out.
     """
-    whole = {name: weights for name, weights in merged.items() if all(map(is_finite, weights.values()))}
-    comparison = compare_experts(base, experts, whole, subspaces=False)
+    finite = {name: weights for name, weights in merged.items() if all(map(is_finite, weights.values()))}
+    comparison = compare_experts(base, experts, finite, subspaces=False)
     groups = grouped(comparison.by_name)
-    ratios = {name: {group: comparison.update_ratio(name, own) for group, own in groups.items()} for name in whole}
-    return {name: {g: ratio for g, ratio in own.items() if math.isfinite(ratio)} for name, own in ratios.items()}
+    ratios = {name: {group: comparison.update_ratio(name, keys) for group, keys in groups.items()} for name in finite}
+    return {
+        name: {g: ratio for g, ratio in by_group.items() if math.isfinite(ratio)} for name, by_group in ratios.items()
+    }

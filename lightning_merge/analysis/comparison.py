@@ -20,15 +20,15 @@ from lightning_merge.utilities.errors import MergeError
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """What :func:`lightning_merge.analysis.compare_experts` found.
+    """The result of :func:`lightning_merge.analysis.compare_experts`.
 
-    The functions take the names of the parameters to sum over; by default all.
+    The methods take the names of the parameters to sum over; by default all.
 
     Args:
-        experts: Their names, T of them.
+        experts: The names of the experts, T of them.
         merged: The names of the merged models.
-        parameters: Every parameter that the experts share.
-        matrices: The matrices whose subspaces were compared.
+        parameters: The records of all parameters that the experts share.
+        matrices: The records of the matrices whose subspaces were compared.
         left_out: The names of matrices whose subspaces were not compared, to save time.
         rank_rule: How many singular vectors span a leading subspace, in words.
     """
@@ -42,7 +42,7 @@ class Comparison:
 
     @cached_property
     def by_name(self) -> Mapping[str, ParameterComparison]:
-        """What was found for each parameter."""
+        """The record of each parameter, by its name."""
         return {parameter.name: parameter for parameter in self.parameters}
 
     def __repr__(self) -> str:
@@ -52,74 +52,74 @@ class Comparison:
         )
 
     def products(self, names: Collection[str] | None = None) -> Tensor:
-        """Return the inner products of the experts' task vectors ``(T, T)``."""
+        """Sum up the inner products of the experts' task vectors ``(T, T)``."""
         zero = torch.zeros(len(self.experts), len(self.experts), dtype=torch.float64)
         return sum((parameter.products for parameter in self._of(names)), zero)
 
     def norms(self, names: Collection[str] | None = None) -> Tensor:
-        """Return the norms of the experts' task vectors ``(T,)``."""
+        """Compute the norms of the experts' task vectors ``(T,)``."""
         return agreement.norms(self.products(names))
 
     def cosines(self, names: Collection[str] | None = None) -> Tensor:
-        """Return the cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
+        """Compute the cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
         return agreement.cosines(self.products(names))
 
     def mean_cosine(self, names: Collection[str] | None = None) -> float:
-        """The mean cosine over the pairs of experts; NaN for a single one. Task vectors of zeros are left out."""
+        """Average the cosines of all pairs of experts; NaN for a single one. Task vectors of zeros are left out."""
         return mean_of_pairs(self.cosines(names))
 
     def sign_conflict(self, names: Collection[str] | None = None) -> float:
-        """The share of the entries changed by two experts or more that two change in different directions; or NaN."""
-        found = list(self._of(names))
-        moved = sum(parameter.moved for parameter in found)
-        return sum(parameter.conflicts for parameter in found) / moved if moved else math.nan
+        """Compute the share of conflicting signs among entries that several experts change; NaN if there are none."""
+        parameters = list(self._of(names))
+        moved = sum(parameter.moved for parameter in parameters)
+        return sum(parameter.conflicts for parameter in parameters) / moved if moved else math.nan
 
     def chance_conflict(self) -> float:
-        """What :meth:`sign_conflict` is where all T experts change entries in random directions, ``1 - 2^(1 - T)``."""
+        """Compute :meth:`sign_conflict` for T experts that change entries in random directions, ``1 - 2^(1 - T)``."""
         return 1 - 2.0 ** (1 - len(self.experts))
 
     def distances(self, merged: str, names: Collection[str] | None = None) -> Tensor:
-        """Return the distances of a merged model to the experts ``(T,)``."""
+        """Compute the distances of a merged model to the experts ``(T,)``."""
         return agreement.distances(
             self.products(names), self._square(merged, names), self._merged_products(merged, names)
         )
 
     def update_norm(self, merged: str, names: Collection[str] | None = None) -> float:
-        """Return the norm of a merged model's update."""
+        """Compute the norm of a merged model's update."""
         return math.sqrt(self._square(merged, names))
 
     def update_ratio(self, merged: str, names: Collection[str] | None = None) -> float:
-        """The norm of a merged model's update, divided by the mean of the experts' norms; NaN if they are zero."""
+        """Divide the norm of a merged model's update by the mean of the experts' norms; NaN if they are zero."""
         mean = float(self.norms(names).mean())
         return self.update_norm(merged, names) / mean if mean else math.nan
 
     def merged_cosines(self, merged: str, names: Collection[str] | None = None) -> Tensor:
-        """Return the cosines between a merged model's update and every task vector ``(T,)``."""
+        """Compute the cosines between a merged model's update and every task vector ``(T,)``."""
         return self._merged_products(merged, names) / self.norms(names) / self.update_norm(merged, names)
 
     def mean_alignment(self) -> Tensor:
-        """The mean over the matrices of ``alignment`` ``(T, T)``; where an expert's matrix is zero it is left out."""
+        """Average ``alignment`` over the matrices ``(T, T)``; where an expert's matrix is zero it is left out."""
         return self._mean([matrix.alignment for matrix in self.matrices])
 
     def chance_alignment(self) -> float:
-        """The mean over the matrices of what ``alignment`` is for experts that have nothing to do with each other."""
-        found = [chance for matrix in self.matrices if math.isfinite(chance := matrix.chance)]
-        return sum(found) / len(found) if found else math.nan
+        """Average over the matrices the ``alignment`` of experts that have nothing to do with each other."""
+        chances = [chance for matrix in self.matrices if math.isfinite(chance := matrix.chance)]
+        return sum(chances) / len(chances) if chances else math.nan
 
     def mean_angles(self) -> Tensor:
-        """Return the mean over the matrices of ``angles``, in radians ``(T, T)``; zero matrices are left out."""
+        """Average ``angles`` over the matrices, in radians ``(T, T)``; zero matrices are left out."""
         return self._mean([matrix.angles for matrix in self.matrices])
 
     def mean_merged_alignment(self, merged: str) -> Tensor:
-        """Return the mean over the matrices of every expert's alignment with a merged model ``(T,)``."""
+        """Average every expert's alignment with a merged model over the matrices ``(T,)``."""
         return self._mean([matrix.merged_alignment[merged] for matrix in self.matrices], 1)
 
     def profile(self, pattern: str = GROUPS) -> dict[str, GroupProfile]:
-        """What was found for every group of parameters, in the order of the model.
+        """Summarize every group of parameters, in the order of the model.
 
         Args:
-            pattern: What this regular expression matches at the beginning of a parameter's name is its group; by
-                default everything up to the first number, else the first part of the name.
+            pattern: A regular expression, whose match at the beginning of a parameter's name is its group; by default
+                everything up to the first number, else the first part of the name.
         """
         return {
             group: GroupProfile(
@@ -132,12 +132,12 @@ class Comparison:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold, see :mod:`lightning_merge.analysis.stored`."""
+        """Convert the comparison to plain values that JSON can hold, see :mod:`lightning_merge.analysis.stored`."""
         return to_plain(self.experts, self.merged, self.parameters, self.matrices, self.left_out, self.rank_rule)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Comparison:
-        """Read what :meth:`to_dict` gave."""
+        """Read a comparison from what :meth:`to_dict` returned."""
         return cls(**from_plain(plain))
 
     def _of(self, names: Collection[str] | None) -> Iterable[ParameterComparison]:
@@ -152,12 +152,12 @@ class Comparison:
         zero = torch.zeros(len(self.experts), dtype=torch.float64)
         return sum((parameter.merged_products[merged] for parameter in self._of(names)), zero)
 
-    def _mean(self, found: Sequence[Tensor], dimensions: int = 2) -> Tensor:
+    def _mean(self, tensors: Sequence[Tensor], dimensions: int = 2) -> Tensor:
         nothing = torch.full((len(self.experts),) * dimensions, math.nan, dtype=torch.float64)
-        return torch.stack([nothing, *found]).nanmean(dim=0)
+        return torch.stack([nothing, *tensors]).nanmean(dim=0)
 
 
 def mean_of_pairs(values: Tensor) -> float:
-    """Return the mean of what stands off the diagonal of ``(T, T)``, without NaN; NaN if nothing is left."""
+    """Average the entries off the diagonal of ``(T, T)``, without NaN; NaN if none are left."""
     off_diagonal = ~torch.eye(len(values), dtype=torch.bool)
     return float(values[off_diagonal].nanmean())

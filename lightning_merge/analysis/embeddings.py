@@ -18,13 +18,13 @@ from lightning_merge.utilities.sites import Site
 def embed(
     module: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], site: Site
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the activations of a model at a site, averaged over the places of a feature map or the tokens.
+    """Compute the activations of a model at a site, averaged over the places of a feature map or the tokens.
 
     Args:
         module: The model's module.
-        weights: The model; what it lacks is the module's own.
+        weights: The model; parameters that it lacks are the module's own.
         batches: Images ``(N, …)`` or ``(images, labels)``, in the same order for all models that are compared.
-        site: Where to look.
+        site: The site.
 
     Returns:
         The features ``(N, channels)`` and the labels ``(N,)``, or None if the data have none.
@@ -34,25 +34,25 @@ def embed(
     """
     check_weights(module, weights)
     features, labels = [], []
-    for images, own in read_batches(batches, device_of(module)):
+    for images, batch_labels in read_batches(batches, device_of(module)):
         activation = activations_at(module, weights, images, [site])[site].movedim(site.axis, -1)
         features.append(activation.reshape(len(activation), -1, activation.shape[-1]).mean(dim=1).float().cpu())
-        labels += [] if own is None else [own.cpu()]
+        labels += [] if batch_labels is None else [batch_labels.cpu()]
     return torch.cat(features), torch.cat(labels) if labels else None
 
 
 def project(
     features: Mapping[str, Tensor], method: Literal["tsne", "pca"] = "tsne", seed: int = 0
 ) -> dict[str, Tensor]:
-    """Lay the features of several models into one plane, by one fit to all of them.
+    """Project the features of several models onto one plane, by one fit to all of them.
 
     Args:
-        features: For each model ``(N, channels)``.
+        features: The features of each model ``(N, channels)``.
         method: t-SNE (van der Maaten and Hinton, 2008), or the two principal components.
-        seed: Seed of t-SNE.
+        seed: The seed of t-SNE.
 
     Returns:
-        For each model ``(N, 2)``.
+        The points of each model ``(N, 2)``.
 
     Raises:
         MergeError: If the models have other numbers of channels, or if there are too few samples.
@@ -60,8 +60,9 @@ def project(
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    widths = {name: own.shape[1] for name, own in features.items()}
-    count = sum(len(own) for own in features.values())
+    widths = {name: samples.shape[1] for name, samples in features.items()}
+    counts = [len(samples) for samples in features.values()]
+    count = sum(counts)
     problems = [f"The method must be tsne or pca, got {method!r}."] if method not in ("tsne", "pca") else []
     if len(set(widths.values())) > 1:
         problems.append(f"The models have features of different widths ({widths}); they cannot share a plane.")
@@ -74,4 +75,4 @@ def project(
     perplexity = min(30.0, (count - 1) / 4)
     fit = PCA(2) if method == "pca" else TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
     places = torch.from_numpy(fit.fit_transform(together)).float()
-    return dict(zip(features, places.split([len(own) for own in features.values()]), strict=True))
+    return dict(zip(features, places.split(counts), strict=True))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_merge.analysis.alignment import RankRule, ratio_of_overlap
 from lightning_merge.analysis.angles import mean_angle
 from lightning_merge.analysis.records import MatrixComparison
-from lightning_merge.analysis.score_map import ScoreMap, pool, score_map
+from lightning_merge.analysis.score_map import pool, score_map
 from lightning_merge.analysis.spectra import effective_rank
 from lightning_merge.utilities.factorization_cache import Factorizations
 from lightning_merge.utilities.linalg import svd
@@ -23,12 +23,12 @@ _LARGEST_MAP = 256
 
 @dataclass(frozen=True)
 class MergedMatrix:
-    """What was found for the update of a merged model.
+    """The update of a merged model, compared with the experts.
 
     Args:
-        spectrum: Its singular values ``(r,)``.
-        alignment: The subspace alignment ratio of every expert in it ``(T,)``.
-        effective_rank: Its effective rank.
+        spectrum: The singular values of the update ``(r,)``.
+        alignment: The subspace alignment ratio of every expert in the update ``(T,)``.
+        effective_rank: The effective rank of the update.
     """
 
     spectrum: Tensor
@@ -41,48 +41,49 @@ class ExpertMatrices:
 
     Args:
         deltas: ``(T, m, n)``.
-        rule: How many singular vectors span a leading subspace.
+        rule: The rule for the dimension of a leading subspace.
     """
 
     def __init__(self, deltas: Tensor, rule: RankRule) -> None:
-        self._shape = tuple(deltas.shape[1:])
+        m, n = deltas.shape[1:]
+        self._shape = m, n
         self._rule = rule
         with Factorizations().reused():  # SCORE's basis is made of the same singular vectors
             self._U, self._s, _ = svd(deltas)  # (T, m, r), (T, r)
-            self._map = score_map(deltas) if 2 <= len(deltas) <= min(self._shape) else None
+            self._map = score_map(deltas) if 2 <= len(deltas) <= min(m, n) else None
         self._ranks = [rule.rank(s) for s in self._s]
 
     def compare_merged(self, update: Tensor) -> MergedMatrix:
         """Compare the experts with the update of a merged model ``(m, n)``."""
         U, s, _ = svd(update)
         U = U[:, : self._rule.rank(s)]
-        ratios = [ratio_of_overlap(U.mT @ own, values) for own, values in zip(self._U, self._s, strict=True)]
+        ratios = [ratio_of_overlap(U.mT @ basis, values) for basis, values in zip(self._U, self._s, strict=True)]
         return MergedMatrix(s.cpu(), torch.stack(ratios).cpu(), float(effective_rank(s)))
 
     def record(self, name: str, merged: Mapping[str, MergedMatrix]) -> MatrixComparison:
-        """Compare the experts with each other, and write down everything."""
+        """Compare the experts with each other, and record everything."""
         alignment, angles = self._pairs()
-        found: ScoreMap | None = self._map
+        score = self._map
         return MatrixComparison(
             name=name,
             shape=self._shape,
             spectra=self._s.cpu(),
             alignment=alignment,
             angles=angles,
-            merged_spectra={key: own.spectrum for key, own in merged.items()},
-            merged_alignment={key: own.alignment for key, own in merged.items()},
-            resolved=None if found is None else pool(found.resolved, _LARGEST_MAP).cpu(),
-            kept=found and found.kept,
-            off_diagonal=found and found.off_diagonal,
+            merged_spectra={model: update.spectrum for model, update in merged.items()},
+            merged_alignment={model: update.alignment for model, update in merged.items()},
+            resolved=pool(score.resolved, _LARGEST_MAP).cpu() if score else None,
+            kept=score.kept if score else None,
+            off_diagonal=score.off_diagonal if score else None,
             ranks=self._ranks,
             effective_ranks=effective_rank(self._s).cpu(),
-            merged_effective_ranks={key: own.effective_rank for key, own in merged.items()},
-            agreement=found and found.agreement,
-            conflict=found and found.conflict,
+            merged_effective_ranks={model: update.effective_rank for model, update in merged.items()},
+            agreement=score.agreement if score else None,
+            conflict=score.conflict if score else None,
         )
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
-        """The alignment ``(T, T)`` of experts, and the mean angles ``(T, T)`` between them, from the same products."""
+        """Compute the experts' alignment ``(T, T)`` and mean angles in radians ``(T, T)``, from the same products."""
         U, s, ranks = self._U, self._s, self._ranks
         alignment, angles = torch.zeros(2, len(s), len(s), dtype=torch.float64)
         for i, k in enumerate(ranks):

@@ -12,13 +12,13 @@ GROUPS = r".*?\.\d+(?=\.)|[^.]+"
 
 
 def group_of(name: str, pattern: str = GROUPS) -> str:
-    """The group of a parameter: what a regular expression matches at the beginning of its name, else ``other``."""
+    """Find a parameter's group: what a regular expression matches at the beginning of its name, else ``other``."""
     match = re.match(pattern, name)
     return match[0] if match and match[0] else "other"
 
 
 def grouped(names: Iterable[str], pattern: str = GROUPS) -> dict[str, list[str]]:
-    """Return the names of each group, in their order.
+    """Collect the names of each group, in their order.
 
     Raises:
         MergeError: If the pattern is no regular expression.
@@ -31,19 +31,19 @@ def grouped(names: Iterable[str], pattern: str = GROUPS) -> dict[str, list[str]]
 
 
 def by_depth(names: Iterable[str]) -> list[str]:
-    """Names in the order of the blocks: files may have ``blocks.10`` before ``blocks.2``.
+    """Sort names in the order of the blocks: files may have ``blocks.10`` before ``blocks.2``.
 
     The numbers in names count as numbers; what stands between them stays in the order of its first appearance.
     """
     first: dict[str, int] = {}
 
     def key(name: str) -> list[tuple[bool, int]]:
-        place, found = "", []
+        place, parts = "", []
         for part in name.split("."):
             number = part.isdecimal()
             place += ".*" if number else f".{part}"
-            found.append((number, int(part) if number else first.setdefault(place, len(first))))
-        return found
+            parts.append((number, int(part) if number else first.setdefault(place, len(first))))
+        return parts
 
     return sorted(names, key=key)
 

@@ -19,7 +19,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Plane:
-    """The models ``base + x u + y v`` (Figures 1 and 2 of arXiv 2410.12766).
+    """The plane of the models ``base + x u + y v`` (Figures 1 and 2 of arXiv 2410.12766).
 
     ``u = τ_2`` and ``v = τ_1 - proj_u(τ_1)``, so that the second expert lies at (1, 0) and the first one at (x, 1).
 
@@ -27,7 +27,7 @@ class Plane:
         base: The model at (0, 0); running statistics and what is no float are its own everywhere.
         u: The first direction.
         v: The second one, orthogonal to it.
-        expert_1: Where the first expert lies.
+        expert_1: The point of the first expert.
     """
 
     base: Weights
@@ -37,15 +37,15 @@ class Plane:
 
     @property
     def expert_2(self) -> Point:
-        """Where the second expert lies."""
+        """The point of the second expert."""
         return (1.0, 0.0)
 
     def task_arithmetic(self, scale: float) -> Point:
-        """Where ``base + scale (τ_1 + τ_2)`` lies."""
+        """Locate ``base + scale (τ_1 + τ_2)`` in the plane."""
         return (scale * (1 + self.expert_1[0]), scale)
 
     def at(self, x: float, y: float) -> dict[str, Tensor]:
-        """Return the model at a point."""
+        """Compute the model at a point."""
         return {
             name: (tensor + x * self.u[name] + y * self.v[name]).to(tensor.dtype) if name in self.u else tensor
             for name, tensor in self.base.items()
@@ -88,11 +88,11 @@ class Landscape:
     """Accuracies on a grid in a plane.
 
     Args:
-        xs: Where the columns lie ``(n,)``.
-        ys: Where the rows lie ``(n,)``.
-        accuracies: For each task ``(n, n)``, a row for each y.
+        xs: The x of each column ``(n,)``.
+        ys: The y of each row ``(n,)``.
+        accuracies: The accuracy on each task ``(n, n)``, a row for each y.
         average: The mean over the tasks of the normalized accuracy ``(n, n)``.
-        worst: The worst task's ``(n, n)``.
+        worst: The normalized accuracy on the worst task ``(n, n)``.
     """
 
     xs: Tensor
@@ -102,7 +102,7 @@ class Landscape:
     worst: Tensor
 
     def best(self, values: Tensor) -> Point:
-        """Return the point of the grid where ``average`` or ``worst`` is highest."""
+        """Find the point of the grid where ``average`` or ``worst`` ``(n, n)`` is highest."""
         row, column = divmod(int(values.argmax()), len(self.xs))
         return self.xs[column].item(), self.ys[row].item()
 
@@ -121,8 +121,8 @@ def landscape(
         evaluate: The accuracy of a model on a task. It is called anew for every point and task, and may recalibrate the
             model on the task's data first, as TACT does.
         experts: For every task the accuracy of its expert, which the models' are divided by.
-        points: Models a side.
-        span: From where to where the grid reaches, each way.
+        points: The number of models along a side.
+        span: The least and the greatest coordinate of the grid, on both axes.
     """
     if points < 2:
         raise MergeError(f"A grid needs at least two points a side, got points={points}.")
@@ -132,9 +132,9 @@ def landscape(
     for row, y in enumerate(axis.tolist()):
         for column, x in enumerate(axis.tolist()):
             weights = plane.at(x, y)
-            found = {task: evaluate(weights, task) for task in experts}
-            normalized = normalized_accuracy(found, experts)
+            measured = {task: evaluate(weights, task) for task in experts}
+            normalized = normalized_accuracy(measured, experts)
             average[row, column], worst[row, column] = normalized.average, normalized.worst
-            for task, value in found.items():
+            for task, value in measured.items():
                 accuracies[task][row, column] = value
     return Landscape(axis, axis.clone(), accuracies, average, worst)

@@ -24,19 +24,19 @@ from lightning_merge.utilities.modules import (
 
 
 def run(module: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """What a module computes with these weights, in float32 or float64; those that they lack are the module's own."""
+    """Run a module on images ``(N, …)`` in float32 or float64, with these weights; those that they lack are its own."""
     module = plain(module)
-    own = module.state_dict()
-    tied = open_weights(own, "the module").tied
-    given = {tied.get(name, name): tensor for name, tensor in weights.items()}
-    complete = {name: tensor for name, tensor in own.items() if tied.get(name, name) not in given}
-    state = complete_state(module, {**complete, **given, **weights}, "the model")
+    module_state = module.state_dict()
+    tied = open_weights(module_state, "the module").tied
+    untied = {tied.get(name, name): tensor for name, tensor in weights.items()}
+    lacking = {name: tensor for name, tensor in module_state.items() if tied.get(name, name) not in untied}
+    state = complete_state(module, {**lacking, **untied, **weights}, "the model")
     images = images.to(common_dtype(state)) if images.is_floating_point() else images
     return functional_call(module, state, (images,), tie_weights=False)
 
 
 def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Read images ``(N, …)`` and labels ``(N,)``, if there are any.
+    """Yield the images ``(N, …)`` of each batch and its labels ``(N,)``, or None where it has none.
 
     Raises:
         MergeError: If there is no batch, or if one holds something else.
@@ -59,7 +59,7 @@ def read_batches(batches: Iterable[Any], device: torch.device | str = "cpu") -> 
 
 
 def loss_and_accuracy(module: nn.Module, batches: Iterable[Any], weights: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return the mean cross-entropy and the accuracy of a model on ``(images, labels)``.
+    """Measure the mean cross-entropy, in nats, and the accuracy, in [0, 1], of a model on ``(images, labels)``.
 
     Args:
         module: Maps images to logits ``(N, classes)``.

@@ -11,7 +11,7 @@ from lightning_merge.utilities.errors import raise_all
 
 @dataclass(frozen=True)
 class NormalizedAccuracy:
-    """What a model's accuracies are divided by those of the experts.
+    """The accuracies of a model, divided by those of the experts.
 
     Args:
         by_task: The ratio for every task.

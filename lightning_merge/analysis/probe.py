@@ -17,13 +17,13 @@ def linear_probe(train: Features, test: Features, decay: float = 1e-4, steps: in
     of the model: :func:`lightning_merge.repair.probe_head` is what makes a new head for one.
 
     Args:
-        train: What it is fitted to.
-        test: What it is measured on, of other samples: it is refused if most of them are in ``train``, too.
+        train: The samples that it is fitted to.
+        test: The samples that it is measured on; they are refused if most of them are in ``train``, too.
         decay: How much large weights cost: the mean cross-entropy plus ``decay/2 · ‖W‖²``.
-        steps: The most iterations of L-BFGS.
+        steps: The maximum number of iterations of L-BFGS.
 
     Returns:
-        The accuracy on ``test``; a class that is not in ``train`` counts as wrong.
+        The accuracy on ``test``, in [0, 1]; a class that is not in ``train`` counts as wrong.
 
     Raises:
         MergeError: If features and labels do not fit together, are not finite, or are mostly the same in both.
@@ -68,7 +68,7 @@ def _problems(train: Features, test: Features, decay: float, steps: int) -> list
 
 
 def _shared(train: Tensor, test: Tensor) -> list[str]:
-    """Return a sentence if most of the test samples are training samples, too: a few may be duplicates in the data."""
+    """Report if most of the test samples are training samples, too; a few may be duplicates in the data."""
     seen = {row.numpy().tobytes() for row in train.detach().cpu()}
     count = sum(row.numpy().tobytes() in seen for row in test.detach().cpu())
     if 2 * count <= len(test):

@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ParameterComparison:
-    """What was found for one parameter; T experts, and merged models by name.
+    """The comparison of one parameter of T experts, and of the merged models by name.
 
     Args:
         name: The parameter.
         shape: Its shape.
         products: The inner products of the experts' task vectors, float64 ``(T, T)``.
-        moved: Entries that at least two experts have changed.
-        conflicts: Those of them where two experts have changed it in different directions.
+        moved: The number of entries that at least two experts have changed.
+        conflicts: The number of those that two experts have changed in different directions.
         merged_squares: For each merged model the squared norm of its update.
         merged_products: For each merged model the inner products of its update with every task vector, ``(T,)``.
     """
@@ -34,12 +34,12 @@ class ParameterComparison:
 
 @dataclass(frozen=True)
 class MatrixComparison:
-    """What was found for one task matrix, or one of the blocks that a parameter consists of.
+    """The comparison of one task matrix, or of one of the blocks that a parameter consists of.
 
     Args:
         name: The parameter, and ``[i]`` behind it where it is seen as several matrices.
         shape: ``(m, n)``; ``r`` is the smaller one.
-        spectra: The singular values of every expert's task matrix ``(T, r)``; what was stored are the leading ones.
+        spectra: The singular values of every expert's task matrix ``(T, r)``; a stored comparison has the leading ones.
         alignment: ``[i, j]``: the subspace alignment ratio of expert i in the leading subspace of expert j, ``(T, T)``.
         angles: ``[i, j]``: the mean principal angle between the experts' leading subspaces, in radians ``(T, T)``.
         merged_spectra: For each merged model the singular values of its update ``(r,)``.
@@ -51,7 +51,7 @@ class MatrixComparison:
         off_diagonal: The share of the experts' projected energy that lies off the diagonal.
         ranks: The dimensions of every expert's leading subspace, T of them.
         effective_ranks: The effective rank of every expert's task matrix ``(T,)``.
-        merged_effective_ranks: For each merged model that of its update.
+        merged_effective_ranks: For each merged model the effective rank of its update.
         agreement: The energy on the diagonal of ``Σ_score``, as a share of that of the task matrices.
         conflict: The energy off the diagonal of ``Σ_score``, as a share of that of the task matrices.
     """
@@ -86,7 +86,7 @@ class MatrixComparison:
 
 @dataclass(frozen=True)
 class GroupProfile:
-    """What was found for a group of parameters.
+    """The summary of a group of parameters.
 
     Args:
         norms: The norm of every expert's task vector there ``(T,)``.

@@ -22,7 +22,7 @@ from lightning_merge.utilities.tensors import wide
 
 @dataclass(frozen=True)
 class ScoreMap:
-    """What was found; P_i is the projection of expert i into SCORE's basis.
+    """The map of SCORE for one layer; P_i is the projection of expert i into SCORE's basis.
 
     Args:
         resolved: ``Σ_score (qT, qT)``, the sum of what is kept of every P_i; ``q = min(m, n) // T``.
@@ -85,7 +85,7 @@ def score_map(deltas: Tensor, method: SCORE | None = None) -> ScoreMap:
 
 
 def pool(matrix: Tensor, size: int) -> Tensor:
-    """Reduce a matrix to at most ``size × size``: of each cell the entry of largest magnitude, with its sign."""
+    """Reduce a matrix to at most ``(size, size)``; each cell keeps its entry of largest magnitude, with its sign."""
     rows, columns = (min(count, size) for count in matrix.shape)
     if (rows, columns) == tuple(matrix.shape):
         return matrix
@@ -94,13 +94,13 @@ def pool(matrix: Tensor, size: int) -> Tensor:
 
 
 def _energies(matrices: Tensor) -> tuple[float, float]:
-    """Return the energy on the diagonals of ``(…, r, r)``, and off them."""
+    """Compute the energy on the diagonals of ``(…, r, r)``, and off them."""
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)
     return _energy(diagonal), _energy(matrices - torch.diag_embed(diagonal))
 
 
 def _energy(tensor: Tensor) -> float:
-    """Return the sum of squares, in float64."""
+    """Sum up the squares of all entries, in float64."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 

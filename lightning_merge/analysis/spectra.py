@@ -11,7 +11,7 @@ from lightning_merge.utilities.tensors import wide
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """Return the singular values of matrices, in descending order: ``(…, m, n) -> (…, min(m, n))``.
+    """Compute the singular values of matrices, in descending order: ``(…, m, n) -> (…, min(m, n))``.
 
     Half precision is computed in float32. NaN where an entry is not finite.
     """
@@ -19,7 +19,7 @@ def singular_values(matrices: Tensor) -> Tensor:
 
 
 def effective_rank(s: Tensor) -> Tensor:
-    """Return the effective rank ``exp(H(p))``, where ``p = s / Σs`` and ``H(p) = -Σ p log p``.
+    """Compute the effective rank ``exp(H(p))``, where ``p = s / Σs`` and ``H(p) = -Σ p log p``.
 
     It is the number of singular values, all of one size, that would be as spread out as these (Roy and Vetterli, "The
     effective rank: a measure of effective dimensionality", EUSIPCO 2007, definition 1).
@@ -37,18 +37,18 @@ def effective_rank(s: Tensor) -> Tensor:
 
 
 def stable_rank(s: Tensor) -> Tensor:
-    """The stable rank ``‖M‖²_F / ‖M‖²_2 = Σ s² / s_1²``: ``(…, r) -> (…)`` in float64; 0 for a matrix of zeros."""
+    """Compute the stable rank ``‖M‖²_F / ‖M‖²_2 = Σ s² / s_1²``: ``(…, r) -> (…)`` in float64; 0 for zeros."""
     squares = s.double().square()
     largest = squares.amax(dim=-1)
     return squares.sum(dim=-1) / torch.where(largest == 0, 1, largest)
 
 
 def energy_share(s: Tensor, k: int) -> Tensor:
-    """Return the share of the energy in the k largest singular values, ``Σ_{i <= k} s_i² / Σ s²``.
+    """Compute the share of the energy in the k largest singular values, ``Σ_{i <= k} s_i² / Σ s²``.
 
     Args:
         s: Singular values in descending order ``(…, r)``.
-        k: How many; all if there are fewer.
+        k: The number of singular values; all if there are fewer.
 
     Returns:
         Between 0 and 1 in float64 ``(…)``; NaN for a matrix of zeros.

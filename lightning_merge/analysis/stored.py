@@ -32,15 +32,15 @@ def to_plain(
     left_out: Sequence[str],
     rank_rule: str,
 ) -> dict[str, Any]:
-    """Make plain values of the fields of a comparison, which JSON can hold: NaN is None.
+    """Convert the fields of a comparison to plain values that JSON can hold; NaN becomes None.
 
     Args:
         experts: The names of the experts.
         merged: The names of the merged models.
-        parameters: What was measured of every parameter.
-        matrices: What was measured of every matrix.
-        left_out: The matrices whose subspaces were not compared.
-        rank_rule: How the rank of an expert's leading subspace was chosen.
+        parameters: The records of all parameters.
+        matrices: The records of all matrices that were compared.
+        left_out: The names of matrices whose subspaces were not compared.
+        rank_rule: The rule by which the rank of a leading subspace was chosen, in words.
     """
     with_map = [i for i, matrix in enumerate(matrices) if matrix.resolved is not None]
     count = min(len(with_map), _MAPS)
@@ -56,10 +56,10 @@ def to_plain(
 
 
 def from_plain(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the fields of a comparison from what :func:`to_plain` gave.
+    """Read the fields of a comparison from what :func:`to_plain` returned.
 
     Raises:
-        MergeError: If they are none.
+        MergeError: If the values are not those of a comparison.
     """
     try:
         return {
@@ -82,14 +82,14 @@ def _reduced(matrix: MatrixComparison, with_map: bool) -> MatrixComparison:
         matrix,
         spectra=matrix.spectra[:, :_VALUES],
         merged_spectra={name: spectrum[:_VALUES] for name, spectrum in matrix.merged_spectra.items()},
-        resolved=pool(matrix.resolved, _MAP) if with_map else None,
+        resolved=pool(matrix.resolved, _MAP) if with_map and matrix.resolved is not None else None,
     )
 
 
-def _record(found: ParameterComparison | MatrixComparison) -> dict[str, Any]:
+def _record(comparison: ParameterComparison | MatrixComparison) -> dict[str, Any]:
     return {
-        field.name: _plain(getattr(found, field.name), _DIGITS.get(field.name, 4))
-        for field in dataclasses.fields(found)
+        field.name: _plain(getattr(comparison, field.name), _DIGITS.get(field.name, 4))
+        for field in dataclasses.fields(comparison)
     }
 
 
@@ -97,9 +97,9 @@ def _plain(value: Any, digits: int) -> Any:
     if isinstance(value, Tensor):
         return _plain(value.tolist(), digits)
     if isinstance(value, Mapping):
-        return {name: _plain(own, digits) for name, own in value.items()}
+        return {name: _plain(item, digits) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(own, digits) for own in value]
+        return [_plain(item, digits) for item in value]
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
@@ -110,13 +110,13 @@ def _read(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensors(value: Any) -> Any:
-    """Lists as tensors in float64, in which None is NaN."""
+    """Convert lists to tensors in float64, in which None is NaN."""
     if isinstance(value, Mapping):
-        return {name: _tensors(own) for name, own in value.items()}
+        return {name: _tensors(item) for name, item in value.items()}
     return torch.tensor(_with_nan(value), dtype=torch.float64) if isinstance(value, list) else value
 
 
 def _with_nan(value: Any) -> Any:
     if isinstance(value, list):
-        return [_with_nan(own) for own in value]
+        return [_with_nan(item) for item in value]
     return math.nan if value is None else value
