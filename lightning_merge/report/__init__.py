@@ -1,4 +1,4 @@
-"""What people look at: tables, plots, a report in one HTML file, a model card."""
+"""The output that people look at: tables, plots, a report in one HTML file, a model card."""
 
 from lightning_merge.report.html import render, write_page
 from lightning_merge.report.page import Listing, Page, Picture, Section

@@ -11,12 +11,12 @@ from lightning_merge.report.words import count, extremes
 
 
 def analysis_page(comparison: Comparison, configuration: str = "", facts: Sequence[tuple[str, str]] = ()) -> Page:
-    """What was found about experts, and about models that were merged of them, as a page.
+    """Build the page about experts and about the models merged of them.
 
     Args:
-        comparison: What was found.
-        configuration: The YAML that makes it again.
-        facts: What stands below the title.
+        comparison: The experts and the merged models, compared.
+        configuration: The YAML that makes it again; none if empty.
+        facts: Names and values that stand below the title.
     """
     beside = f" and {count(len(comparison.merged), 'merged model')}" if comparison.merged else ""
     return Page(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_merge.analysis.comparison import Comparison
@@ -16,6 +17,9 @@ from lightning_merge.report.plots import plot_domains, plot_heat_map, plot_tasks
 from lightning_merge.report.words import count, listed, percent, points
 from lightning_merge.utilities.grid import Cell, Grid
 
+_Value = Callable[[str], float | None]
+"""The value of a row: its score on one domain, or its mean."""
+
 
 def benchmark_page(
     table: Table,
@@ -24,14 +28,14 @@ def benchmark_page(
     configuration: str = "",
     facts: Sequence[tuple[str, str]] = (),
 ) -> Page:
-    """What a leave-one-domain-out benchmark found, as a page.
+    """Build the page of a leave-one-domain-out benchmark.
 
     Args:
-        table: Every row on every domain.
+        table: The scores of every row on every domain.
         comparison: What the experts have in common, see :func:`lightning_merge.analysis.compare_experts`.
-        updates: For each held-out domain, method and group of layers how long the method's update is.
-        configuration: The YAML that makes it again.
-        facts: What stands below the title.
+        updates: The relative length of each method's update, by held-out domain, method and group of layers.
+        configuration: The YAML that makes it again; none if empty.
+        facts: Names and values that stand below the title.
     """
     first, *others = table.grids()
     sections = [
@@ -51,7 +55,7 @@ def benchmark_page(
 
 
 def foundations_page(table: FoundationsTable, configuration: str = "", facts: Sequence[tuple[str, str]] = ()) -> Page:
-    """What a benchmark over several foundations found, as a page."""
+    """Build the page of a benchmark over several foundations."""
     methods = table.names("method")
     pictures = [
         Picture(plot_tasks(table, method), f"{method}, by the number of tasks", table.caption) for method in methods
@@ -69,30 +73,30 @@ def foundations_page(table: FoundationsTable, configuration: str = "", facts: Se
 
 
 def winners(table: Table) -> Grid:
-    """Which method is best on each domain, and by how much."""
-    own = table.mean(OWN_EXPERT) is not None
+    """Tabulate which method is best on each domain, and by how much."""
+    has_experts = table.mean(OWN_EXPERT) is not None
     header = ["domain", "best method", _name(table), "ahead of the next", "over the base"]
-    header += ["below the own expert"] if own else []
-    columns = [(domain, lambda row, domain=domain: table.value(row, domain)) for domain in table.domains]
-    rows = [_winner(table, name, value, own) for name, value in [*columns, ("mean", table.mean)]]
+    header += ["below the own expert"] if has_experts else []
+    columns: dict[str, _Value] = {domain: partial(table.value, domain=domain) for domain in table.domains}
+    rows = [_winner(table, name, value, has_experts) for name, value in [*columns.items(), ("mean", table.mean)]]
     caption = (
         f"{_name(table).capitalize()} in %, differences in points; of many equally good methods the first are named."
     )
     return Grid(header, [row for row in rows if row], caption)
 
 
-def _winner(table: Table, name: str, value: Callable[[str], float | None], own: bool) -> list[Cell]:
+def _winner(table: Table, name: str, value: _Value, has_experts: bool) -> list[Cell]:
     ranked = _ranked(table, value)
     if not ranked:
         return []
     best = ranked[0][1]
-    first = [row for row, found in ranked if found == best]
-    rest = [found for _, found in ranked if found != best]
-    differences = [rest[0] if rest else None, value(BASE), *([value(OWN_EXPERT)] if own else [])]
+    first = [row for row, score in ranked if score == best]
+    behind = [score for _, score in ranked if score != best]
+    references = [behind[0] if behind else None, value(BASE), *([value(OWN_EXPERT)] if has_experts else [])]
     signs = [1, 1, -1]
     cells = [Cell(name), Cell(listed(first)), Cell(percent(best), best)]
-    for other, sign in zip(differences, signs, strict=False):
-        difference = None if other is None else sign * (best - other)
+    for reference, sign in zip(references, signs, strict=False):
+        difference = None if reference is None else sign * (best - reference)
         cells.append(Cell("" if difference is None else points(difference), difference))
     return cells
 
@@ -114,14 +118,15 @@ def _answers(table: Table) -> Iterator[str]:
     ]
     if said:
         yield f"That is {listed(said)}."
-    rest = [(row, value) for row, value in ranked if value != best]
-    if rest:
-        row, value = rest[0]
+    behind = [(row, value) for row, value in ranked if value != best]
+    if behind:
+        row, value = behind[0]
         yield f"Next is {row} with {percent(value)} %, {points(abs(best - value))} points behind."
-    winners_of = {d: _ranked(table, lambda row, d=d: table.value(row, d)) for d in table.domains}
-    others = [f"{found[0][0]} on {d} ({percent(found[0][1])} %)" for d, found in winners_of.items() if found]
-    if len({found[0][0] for found in winners_of.values() if found}) > 1:
-        yield f"No method is the best everywhere: {listed(others)}."
+    ranked_by_domain = {domain: _ranked(table, partial(table.value, domain=domain)) for domain in table.domains}
+    firsts = [(domain, *ranked[0]) for domain, ranked in ranked_by_domain.items() if ranked]
+    if len({row for _, row, _ in firsts}) > 1:
+        where = listed([f"{row} on {domain} ({percent(value)} %)" for domain, row, value in firsts])
+        yield f"No method is the best everywhere: {where}."
 
 
 def _foundation_answers(table: FoundationsTable) -> Iterator[str]:
@@ -171,10 +176,10 @@ def _is_worse(table: Table, value: float, other: float) -> bool:
     return value > other if table.lower_is_better else value < other
 
 
-def _ranked(table: Table, value: Callable[[str], float | None]) -> list[tuple[str, float]]:
-    """Return the methods that have a value, the best first."""
-    found = [(row, v) for row in _methods(table) if (v := value(row)) is not None and math.isfinite(v)]
-    return sorted(found, key=lambda item: item[1] if table.lower_is_better else -item[1])
+def _ranked(table: Table, value: _Value) -> list[tuple[str, float]]:
+    """Rank the methods that have a finite value, the best first."""
+    scores = [(row, score) for row in _methods(table) if (score := value(row)) is not None and math.isfinite(score)]
+    return sorted(scores, key=lambda item: item[1] if table.lower_is_better else -item[1])
 
 
 def _pictures(table: Table) -> list[Picture]:

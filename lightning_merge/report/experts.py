@@ -24,7 +24,7 @@ from lightning_merge.utilities.grid import Cell, Grid
 
 
 def experts_grid(comparison: Comparison) -> Grid:
-    """How far every expert went, and how near it is to the others: a row for each."""
+    """Tabulate how far every expert went, and how near it is to the others: a row for each."""
     others = ~torch.eye(len(comparison.experts), dtype=torch.bool)
     columns = {
         "norm": comparison.norms(),
@@ -47,7 +47,7 @@ def experts_grid(comparison: Comparison) -> Grid:
 
 
 def merged_grid(comparison: Comparison) -> Grid:
-    """What merging made of the experts: a row for every merged model and expert."""
+    """Tabulate what merging made of the experts: a row for every merged model and expert."""
     rows = []
     for merged in comparison.merged:
         cosines, distances = comparison.merged_cosines(merged), comparison.distances(merged)
@@ -73,7 +73,7 @@ def merged_grid(comparison: Comparison) -> Grid:
 
 
 def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
-    """What was found for every matrix whose subspaces were compared."""
+    """Tabulate the matrices whose subspaces were compared: a row for each."""
     rows = []
     for matrix in matrices:
         numbers = [
@@ -97,7 +97,7 @@ def matrices_grid(matrices: Sequence[MatrixComparison]) -> Grid:
 
 
 def agreement(comparison: Comparison) -> Section:
-    """Where the experts agree and fight."""
+    """Build the section on where the experts agree and where they conflict."""
     names = comparison.experts
     parts: list[str | Grid | Picture] = [experts_grid(comparison)]
     if len(names) > 1:
@@ -153,11 +153,11 @@ def _pairs(comparison: Comparison) -> Iterator[Picture]:
 
 
 def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None) -> Section:
-    """What the experts, and what merging, did to each group of layers.
+    """Build the section on what the experts, and what merging, did to each group of layers.
 
     Args:
-        comparison: What was found.
-        updates: For each held-out domain, method and group of layers the length of the update.
+        comparison: The experts and the merged models, compared.
+        updates: The relative length of each method's update, by held-out domain, method and group of layers.
     """
     parts: list[str | Grid | Picture] = []
     lengths = _mean_over_domains(updates or {})
@@ -199,7 +199,7 @@ def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[st
 
 
 def experts_in_words(comparison: Comparison) -> Iterator[str]:
-    """What a reader should know of the experts, in sentences."""
+    """Yield what a reader should know of the experts, in sentences."""
     names = comparison.experts
     if len(names) < 2:
         return
@@ -215,22 +215,22 @@ def experts_in_words(comparison: Comparison) -> Iterator[str]:
     pairs = {pair: value for pair, value in pairs.items() if math.isfinite(value)}
     if not pairs:
         return
-    most, least = max(pairs, key=pairs.get), min(pairs, key=pairs.get)
-    known = f"{comparison.chance_alignment():.2f} by chance"
+    most, least = max(pairs, key=pairs.__getitem__), min(pairs, key=pairs.__getitem__)
+    by_chance = f"{comparison.chance_alignment():.2f} by chance"
     if pairs[most] - pairs[least] > _TELLING:
         yield (
-            f"The subspaces of {listed(most)} have most in common (alignment {pairs[most]:.2f}, {known}), those of "
+            f"The subspaces of {listed(most)} have most in common (alignment {pairs[most]:.2f}, {by_chance}), those of "
             f"{listed(least)} least ({pairs[least]:.2f})."
         )
     else:
-        yield f"The subspaces of two experts have an alignment of about {pairs[most]:.2f} ({known})."
+        yield f"The subspaces of two experts have an alignment of about {pairs[most]:.2f} ({by_chance})."
 
 
 _TELLING = 0.02  # a smaller difference of alignments is none to speak of
 
 
 def suspicions(comparison: Comparison) -> Iterator[str]:
-    """What is wrong with the experts, as far as weights tell, in sentences."""
+    """Yield what looks wrong with the experts, as far as weights tell, in sentences."""
     norms, cosines, names = comparison.norms(), comparison.cosines(), comparison.experts
     still = [name for name, norm in zip(names, norms.tolist(), strict=True) if norm == 0]
     if still:
@@ -242,45 +242,45 @@ def suspicions(comparison: Comparison) -> Iterator[str]:
 
 
 def _mean_over_domains(updates: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """For every method and group the mean over the domains where it was measured."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Average every method and group of layers over the domains where they were measured."""
+    measured: dict[str, dict[str, list[float]]] = {}
     for methods in updates.values():
-        for method, groups in methods.items():
-            for group, value in groups.items():
-                found.setdefault(method, {}).setdefault(group, []).append(value)
-    return {m: {g: sum(values) / len(values) for g, values in groups.items()} for m, groups in found.items()}
+        for method, ratios in methods.items():
+            for group, value in ratios.items():
+                measured.setdefault(method, {}).setdefault(group, []).append(value)
+    return {m: {g: sum(values) / len(values) for g, values in groups.items()} for m, groups in measured.items()}
 
 
 def _alignment(comparison: Comparison) -> Tensor:
-    """Return the mean alignment of two experts ``(T, T)``; NaN for one that is the base itself and has no subspace."""
+    """Average the alignment of two experts ``(T, T)``; NaN for one that is the base itself and has no subspace."""
     return comparison.mean_alignment().masked_fill(comparison.norms() == 0, math.nan)
 
 
 def _by_chance(comparison: Comparison) -> str:
-    """What alignment would be by chance, in words."""
+    """Say what the alignment would be by chance."""
     chance = comparison.chance_alignment()
     return f"; by chance the alignment would be {chance:.2f}" if math.isfinite(chance) else ""
 
 
 def _mean_of_others(values: Tensor, others: Tensor) -> Tensor:
-    """Return the mean of each row without the diagonal and without NaN ``(T, T) -> (T,)``."""
+    """Average each row without the diagonal and without NaN ``(T, T) -> (T,)``."""
     return torch.where(others, values.double(), math.nan).nanmean(dim=1)
 
 
 def _effective_ranks(comparison: Comparison) -> Tensor:
-    found = [m.effective_ranks.double() for m in comparison.matrices if m.effective_ranks is not None]
+    ranks = [m.effective_ranks.double() for m in comparison.matrices if m.effective_ranks is not None]
     nothing = torch.full((len(comparison.experts),), math.nan, dtype=torch.float64)
-    return torch.stack([nothing, *found]).nanmean(dim=0)
+    return torch.stack([nothing, *ranks]).nanmean(dim=0)
 
 
 def _left_out(comparison: Comparison) -> list[str]:
     if not comparison.left_out:
         return []
-    known = comparison.by_name  # a parameter that is seen as several matrices is one
-    looked = len({m.name if m.name in known else m.name.rpartition("[")[0] for m in comparison.matrices})
-    all_of_them = looked + len(comparison.left_out)
+    parameters = comparison.by_name  # a parameter that is seen as several matrices counts as one
+    compared = len({m.name if m.name in parameters else m.name.rpartition("[")[0] for m in comparison.matrices})
+    total = compared + len(comparison.left_out)
     return [
-        f"Subspaces were compared in {looked} of {all_of_them} matrices, evenly spread over the model, to save time; "
+        f"Subspaces were compared in {compared} of {total} matrices, evenly spread over the model, to save time; "
         "`lightning-merge analyze --every_matrix true` looks at all. Norms, cosines and signs are of all parameters."
     ]
 

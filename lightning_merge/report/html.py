@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from importlib.resources import files
@@ -25,8 +25,8 @@ def write_page(page: Page, path: str | Path, *, data: Mapping[str, Any] | None =
     """Write a page into one HTML file, completely or not at all.
 
     Args:
-        page: What stands on it.
-        path: The file, whose folder is made.
+        page: The content.
+        path: The file; its folder is made if it is missing.
         data: Numbers behind the page, which a reader can save as JSON; what is not finite becomes null.
 
     Returns:
@@ -39,13 +39,13 @@ def write_page(page: Page, path: str | Path, *, data: Mapping[str, Any] | None =
 
 
 def render(page: Page, *, data: Mapping[str, Any] | None = None) -> str:
-    """A page as HTML, with its styles, its script, its figures and its data inside; the same page is the same text.
+    """Render a page as HTML with its styles, script, figures and data inside; the same page gives the same text.
 
     Every name and every sentence is escaped. The page's own policy forbids the browser to load anything and to run any
     script but the page's own.
 
     Args:
-        page: What stands on it.
+        page: The content.
         data: Numbers behind the page, which a reader can save as JSON; what is not finite becomes null.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -73,33 +73,33 @@ def render(page: Page, *, data: Mapping[str, Any] | None = None) -> str:
 
 
 def _asset(name: str) -> str:
-    """Return a file that is part of every page."""
+    """Read a file that is part of every page."""
     return files("lightning_merge.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _is(kind: type) -> Any:
-    """Return a test for the template."""
+def _is(kind: type) -> Callable[[object], bool]:
+    """Make a test for the template."""
     return lambda part: isinstance(part, kind)
 
 
 def _columns(grid: Grid) -> list[str]:
-    """For every column ``number``, where there are numbers and no other values, or ``text``."""
+    """Name the type of every column: ``number`` where there are numbers and no other values, else ``text``."""
     columns = [[row[i].value for row in grid.rows if row[i].value is not None] for i in range(len(grid.header))]
     return ["text" if not values or any(isinstance(value, str) for value in values) else "number" for values in columns]
 
 
 def _sort_key(cell: Cell, column: str) -> str:
-    """What the browser sorts a cell by: "" stands last in both directions, what is a number is compared as one."""
+    """Make the key that the browser sorts a cell by: "" stands last in both directions, numbers compare as such."""
     if column == "text":
         text = cell.text if cell.value is None else str(cell.value)
         return text and f"x{text}"  # so that a name which is a number, too, is compared as text
-    if cell.value is None or math.isnan(cell.value):
+    if cell.value is None or math.isnan(number := float(cell.value)):
         return ""
-    return repr(float(cell.value)).replace("inf", "Infinity")
+    return repr(number).replace("inf", "Infinity")
 
 
 def _copies(grid: Grid) -> dict[str, dict[str, list[str]]]:
-    """Return the lines of the table in each format: those before the rows, one for each row, and those after them."""
+    """Write the table in each format as lines: those before the rows, one for each row, and those after them."""
     markdown, latex = grid.markdown().split("\n"), grid.latex().split("\n")
     header = replace(grid, rows=[]).csv()
     return {
@@ -118,7 +118,7 @@ def _lines(lines: list[str], *, before: int, rows: int) -> dict[str, list[str]]:
 
 
 def _svg(picture: Picture, prefix: str) -> Markup:
-    """Return a figure as an SVG element, whose text can be selected, and whose ids begin with a prefix."""
+    """Write a figure as an SVG element, whose text can be selected, and whose ids begin with a prefix."""
     from markupsafe import Markup
 
     from lightning_merge.report.svg import svg
@@ -127,7 +127,7 @@ def _svg(picture: Picture, prefix: str) -> Markup:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
+    """Replace NaN and infinity, which JSON does not know, by None."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -26,9 +26,9 @@ class _Row:
     """A row of a table, for a logger.
 
     Args:
-        name: Its name.
-        arguments: What made it what it is.
-        metrics: What was measured.
+        name: The name of the row.
+        arguments: The arguments of its method, as hyper-parameters.
+        metrics: The measured numbers by their tags.
     """
 
     name: str
@@ -39,7 +39,7 @@ class _Row:
 def log_to_loggers(
     loggers: Iterable[Logger], table: Table | FoundationsTable | None, figures: Mapping[str, Figure]
 ) -> None:
-    """Write what an evaluation has found to loggers, in the first process alone.
+    """Write the results of an evaluation to loggers, in the first process alone.
 
     TensorBoard gets a run below its own for each row of the table, ``rows/ROW``, with the arguments of the method as
     hyper-parameters and every number of the row as a metric, so that its HParams tab compares them, and the figures.
@@ -51,7 +51,7 @@ def log_to_loggers(
         table: The table, if there is one.
         figures: Figures by their titles; they stay open.
     """
-    if rank_zero_only.rank:
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning sets it on the function when it is imported
         return
     rows = []
     if table is not None:
@@ -66,9 +66,9 @@ def log_to_loggers(
                 logger.experiment.add_figure(tags[title], figure, global_step=0, close=False)
             logger.experiment.flush()
         else:
-            every = {f"{names[row.name]}/{tag}": value for row in rows for tag, value in row.metrics.items()}
-            if every:
-                logger.log_metrics(every, step=0)
+            metrics = {f"{names[row.name]}/{tag}": value for row in rows for tag, value in row.metrics.items()}
+            if metrics:
+                logger.log_metrics(metrics, step=0)
             if hasattr(logger, "log_image"):
                 for title, figure in figures.items():
                     logger.log_image(key=tags[title], images=[figure])
@@ -76,7 +76,7 @@ def log_to_loggers(
 
 
 def safe_names(names: Iterable[str]) -> dict[str, str]:
-    """A tag for each name, which can be the name of a folder, too; no two of them are the same, in any case of letters.
+    """Make a tag for each name that can name a folder, too; no two are the same, even if case is ignored.
 
     Args:
         names: The names, of any characters.
@@ -84,7 +84,7 @@ def safe_names(names: Iterable[str]) -> dict[str, str]:
     Returns:
         The tags by name.
     """
-    found: dict[str, str] = {}
+    tags: dict[str, str] = {}
     taken: set[str] = set()
     for name in dict.fromkeys(names):
         plain = re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip("._") or "unnamed"
@@ -93,8 +93,8 @@ def safe_names(names: Iterable[str]) -> dict[str, str]:
             i += 1
             tag = f"{plain}-{i}"
         taken.add(tag.lower())
-        found[name] = tag
-    return found
+        tags[name] = tag
+    return tags
 
 
 def _log_run(folder: str, name: str, row: _Row) -> None:
@@ -105,7 +105,7 @@ def _log_run(folder: str, name: str, row: _Row) -> None:
 
 
 def _rows(table: Table) -> list[_Row]:
-    """Return the rows of a table, with the numbers of that metric that it shows."""
+    """Collect the rows of a table, with the numbers of the metric that it shows."""
     domains = safe_names(table.domains)
     tags = [f"{table.metric}/{column}" for column in table.header[len(domains) + 1 :]]
     tags = [*(f"{table.metric}_by_domain/{tag}" for tag in domains.values()), *tags]
@@ -123,7 +123,7 @@ def _rows(table: Table) -> list[_Row]:
 
 
 def _rows_of_foundations(table: FoundationsTable) -> list[_Row]:
-    """Each way to merge by each method, for each number of tasks: means over the seeds."""
+    """Average each way to merge by each method, for each number of tasks, over the seeds."""
     tasks = safe_names(table.names("task"))
     keys = ("merged", "arm", "method")
     measured: dict[tuple, list[dict[str, Any]]] = {}
@@ -142,13 +142,13 @@ def _rows_of_foundations(table: FoundationsTable) -> list[_Row]:
 
 
 def _arguments(method: Mapping[str, Any] | None, prefix: str = "") -> dict[str, Any]:
-    """What a method is described by, flat: ``class``, its fields, and ``method.density`` of the one inside."""
+    """Flatten the description of a method: ``class``, its fields, and ``method.density`` of the one inside."""
     if method is None:
         return {}
-    found = {prefix.removesuffix(".") or "class": method["class_path"]}
+    arguments = {prefix.removesuffix(".") or "class": method["class_path"]}
     for name, value in method["init_args"].items():
         if isinstance(value, Mapping) and "class_path" in value:
-            found |= _arguments(value, f"{prefix}{name}.")
+            arguments |= _arguments(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            arguments[f"{prefix}{name}"] = value
+    return arguments

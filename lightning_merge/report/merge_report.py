@@ -24,15 +24,15 @@ def merge_page(
     configuration: str = "",
     facts: Sequence[tuple[str, str]] = (),
 ) -> Page:
-    """What a merge did, as a page.
+    """Build the page of a merge.
 
     Args:
-        merged: What came out.
-        comparison: The experts beside the merged model, which has the method's name there, see
+        merged: The result of the merge.
+        comparison: The experts and the merged model, which has the method's name there, see
             :func:`lightning_merge.analysis.compare_experts`.
         table: The scores of the merged model, if it was evaluated.
-        configuration: The YAML that makes it again.
-        facts: What stands below the title.
+        configuration: The YAML that makes it again; none if empty.
+        facts: Names and values that stand below the title.
     """
     method = merged.manifest["method"]["class_path"]
     sections = [Section("Scores", table.grids())] if table else []
@@ -54,16 +54,16 @@ def merge_page(
 
 
 def parameters_grid(merged: Merged) -> Grid:
-    """What happened to how many parameters."""
-    found = merged.inventory
+    """Count the parameters, and their entries, that were merged, averaged, copied, tied and kept."""
+    inventory = merged.inventory
     base = merged.base.meta
     kinds = {
-        "merged by the method": [base[name] for name in found.merged],
-        "averaged (running statistics)": [base[name] for name in found.averaged],
-        "copied from the base": [base[name] for name in found.copied],
-        "tied to another one": [base[found.tied[name]] for name in found.tied],
+        "merged by the method": [base[name] for name in inventory.merged],
+        "averaged (running statistics)": [base[name] for name in inventory.averaged],
+        "copied from the base": [base[name] for name in inventory.copied],
+        "tied to another one": [base[name] for name in inventory.tied.values()],
         "kept by the experts (heads)": [
-            expert.meta[name] for expert in merged.experts.values() for name in found.private[expert.name]
+            expert.meta[name] for expert in merged.experts.values() for name in inventory.private[expert.name]
         ],
     }
     rows = []
@@ -75,7 +75,7 @@ def parameters_grid(merged: Merged) -> Grid:
 
 
 def method_section(manifest: Mapping[str, Any]) -> Section:
-    """Return every method, the outer one first: its paper, what it does, its formula and its arguments."""
+    """Describe every method, the outer one first: its paper, what it does, its formula and its arguments."""
     parts: list[str | Listing] = []
     for method in layers_of(manifest["method"]):
         cls = method_class(method)

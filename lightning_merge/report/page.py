@@ -18,8 +18,8 @@ class Picture:
 
     Args:
         figure: Drawn by :mod:`lightning_merge.report.plots`.
-        title: What it is, in a few words.
-        caption: What is to be seen, in sentences; a screen reader reads this in its place.
+        title: A name in a few words.
+        caption: What can be seen in it, in sentences; a screen reader reads this in its place.
     """
 
     figure: Figure
@@ -29,12 +29,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text as a program reads it: YAML, a command.
+    """A text as a program reads it: YAML, a command.
 
     Args:
         text: The text.
-        title: What it is.
-        folded: Whether it is shown only when it is asked for.
+        title: A name in a few words.
+        folded: Whether it is hidden until a reader opens it.
     """
 
     text: str
@@ -47,8 +47,8 @@ class Section:
     """A part of the page.
 
     Args:
-        title: Its heading, which stands in the table of contents, too.
-        parts: What it consists of, in this order; a string is a paragraph.
+        title: The heading, which stands in the table of contents, too.
+        parts: The parts in their order; a string is a paragraph.
     """
 
     title: str
@@ -81,6 +81,6 @@ class Page:
 
 
 def again(configuration: str) -> list[Section]:
-    """Return the section with the YAML that makes it again; none if it is not known."""
+    """Build the section with the YAML that makes the results again; none if it is not known."""
     listing = Listing(configuration, "The YAML that makes it again", folded=True)
     return [Section("Configuration", [listing])] if configuration else []

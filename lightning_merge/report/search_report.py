@@ -15,14 +15,14 @@ from lightning_merge.report.words import count, listed, percent
 def search_page(
     table: Table, chosen: str, method: str, configuration: str = "", facts: Sequence[tuple[str, str]] = ()
 ) -> Page:
-    """What a search found, as a page.
+    """Build the page of a search.
 
     Args:
-        table: A row for every setting, and the domains' own experts.
-        chosen: The row that was merged.
+        table: The scores of every setting, and those of the domains' own experts.
+        chosen: The name of the row that was merged.
         method: The name of the method.
-        configuration: The YAML that makes it again.
-        facts: What stands below the title.
+        configuration: The YAML that makes it again; none if empty.
+        facts: Names and values that stand below the title.
     """
     settings = [row for row in table.row_names if is_method(row)]
     picture = Picture(
@@ -48,11 +48,11 @@ _CHOSEN = (
 
 def _answers(table: Table, settings: Sequence[str]) -> Iterator[str]:
     measured = {row: value for row in settings if (value := table.normalized(row)) is not None}
-    found = {row: value for row, value in measured.items() if math.isfinite(value)}
-    if found:
-        best = max(found.values())
-        names = listed([row for row, value in found.items() if value == best])
-        yield f"{names}: {percent(best)} % of the own experts' accuracy, the best of {count(len(found), 'setting')}."
-        row, worst = min(found.items(), key=lambda item: item[1])
+    finite = {row: value for row, value in measured.items() if math.isfinite(value)}
+    if finite:
+        best = max(finite.values())
+        names = listed([row for row, value in finite.items() if value == best])
+        yield f"{names}: {percent(best)} % of the own experts' accuracy, the best of {count(len(finite), 'setting')}."
+        row, worst = min(finite.items(), key=lambda item: item[1])
         if worst < best:
             yield f"The worst, {row}, reaches {percent(worst)} %."

@@ -24,8 +24,8 @@ def svg(figure: Figure, title: str = "", prefix: str | None = None) -> str:
     Args:
         figure: A figure; what is drawn in :data:`lightning_merge.report.style.INK` becomes ``currentColor``.
         title: What it shows, for screen readers.
-        prefix: What the ids in it begin with; by default it follows from what the element holds, so that the ids of two
-            figures differ unless the figures are the same.
+        prefix: The beginning of the ids in it; by default it is a hash of the element, so that the ids of two figures
+            differ unless the figures are the same.
 
     Returns:
         The element, which is well-formed XML, too.
@@ -46,9 +46,9 @@ def svg(figure: Figure, title: str = "", prefix: str | None = None) -> str:
     root.attrib = {"xmlns": "http://www.w3.org/2000/svg", **root.attrib, "role": "img", "style": look}
     if text:
         root.attrib["aria-label"] = text
-        own = Element("title")
-        own.text = text
-        root.insert(0, own)
+        title_element = Element("title")
+        title_element.text = text
+        root.insert(0, title_element)
     return ElementTree.tostring(root, encoding="unicode")
 
 
@@ -60,7 +60,7 @@ def _take_out(root: Element, *tags: str) -> None:
 
 
 def _local(name: str) -> str:
-    """Return a name without its namespace."""
+    """Strip the namespace from a name."""
     return name.rpartition("}")[2]
 
 
@@ -73,20 +73,20 @@ def _own_style(key: str, value: str) -> str:
 def _name_ids(root: Element, prefix: str) -> None:
     """Leave only the ids that something refers to, and put the prefix before them."""
     used = {
-        found for element in root.iter() for key, value in element.attrib.items() for found in _reference(key, value)
+        name for element in root.iter() for key, value in element.attrib.items() for name in _references(key, value)
     }
     names = {name: f"{prefix}-{i}" for i, name in enumerate(sorted(used))}
     for element in root.iter():
-        own = names.get(element.attrib.pop("id", ""))
+        new_id = names.get(element.attrib.pop("id", ""))
         for key, value in element.attrib.items():
-            for found in _reference(key, value):
-                element.attrib[key] = value.replace(f"#{found}", f"#{names[found]}")
-        if own:
-            element.attrib["id"] = own
+            for name in _references(key, value):
+                element.attrib[key] = value.replace(f"#{name}", f"#{names[name]}")
+        if new_id:
+            element.attrib["id"] = new_id
 
 
-def _reference(key: str, value: str) -> list[str]:
-    """Return the id that an attribute refers to, if it does."""
+def _references(key: str, value: str) -> list[str]:
+    """Find the ids that an attribute refers to."""
     if key == "href":
         return [value[1:]] if value.startswith("#") else []
     return re.findall(r"url\(#([^)]+)\)", value)

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 
 
 def percent(share: float) -> str:
-    """Return a share in percent, without the sign: 0.689 is 68.9."""
+    """Write a share in percent, without the sign: 0.689 is 68.9."""
     return f"{100 * share:.1f}"
 
 
 def points(difference: float) -> str:
-    """Return a difference of shares in percentage points."""
+    """Write a difference of shares in percentage points, without the unit."""
     return f"{100 * difference:.1f}"
 
 
 def count(number: int, noun: str, nouns: str | None = None) -> str:
-    """Return a number of things: ``1 method``, ``3 methods``, ``3 matrices``."""
+    """Write a number of things: ``1 method``, ``3 methods``, ``3 matrices``."""
     return f"{number} {noun if number == 1 else nouns or f'{noun}s'}"
 
 
 def listed(words: Sequence[str], most: int = 6) -> str:
-    """Words as a list in a sentence: ``a, b and c``; of very many the first ones and how many more there are."""
+    """Join words in a sentence: ``a, b and c``; of very many the first ones, and how many more there are."""
     words = list(words)
     if len(words) > most:
         words = [*words[: most - 1], f"{len(words) - most + 1} more"]
@@ -29,6 +29,6 @@ def listed(words: Sequence[str], most: int = 6) -> str:
 
 
 def extremes(values: Sequence[float], names: Sequence[str]) -> tuple[str, str] | None:
-    """Return the names of the smallest and the largest value; None where they hardly differ."""
+    """Find the names of the smallest and the largest value; None where they hardly differ."""
     (least, first), *_, (most, last) = [*sorted(zip(values, names, strict=True), key=lambda pair: pair[0])] * 2
     return (first, last) if most - least > 1e-3 * abs(most) else None

@@ -59,7 +59,7 @@ def report_merge(
     configuration: str = "",
     workers: int | None = None,
 ) -> Page:
-    """Compare the experts and what was merged of them, and write a page about it into a file."""
+    """Compare the experts with each other and with the merged model, and write the page about it into a file."""
     from lightning_merge.report.merge_report import merge_page
 
     shared, manifest = merged.inventory.merged, merged.manifest

@@ -25,11 +25,11 @@ from lightning_merge.report.style import (
 
 
 def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = None) -> Figure:
-    """Return the normalized accuracy in the plane of two task vectors: its average and its worst task.
+    """Draw the normalized accuracy in the plane of two task vectors: the average and the worst task.
 
     Args:
-        landscape: What was measured.
-        plane: Where; the base (θ) and both experts (1 and 2) are marked.
+        landscape: The accuracies on a grid in the plane.
+        plane: The plane; the base (θ) and both experts (1 and 2) are marked.
         scale: The coefficient of Task Arithmetic whose model is marked, too (TA).
     """
     return plot_landscapes({"": (landscape, plane)}, scale)
@@ -39,12 +39,12 @@ def plot_landscape(landscape: Landscape, plane: Plane, scale: float | None = Non
 def plot_landscapes(
     found: Mapping[str, tuple[Landscape, Plane]], scale: float | None = None, title: str = ""
 ) -> Figure:
-    """Several landscapes side by side, the average above and the worst task below (Figure 1 of arXiv 2410.12766).
+    """Draw several landscapes side by side, the average above and the worst task below (Figure 1 of arXiv 2410.12766).
 
     Args:
-        found: For each name what was measured, and where. A single one is laid out in one row.
+        found: The landscape and its plane, by name. A single one is laid out in one row.
         scale: The coefficient of Task Arithmetic whose model is marked, too (TA).
-        title: Stands above.
+        title: The title of the figure.
     """
     rows, columns = (1, 2) if len(found) == 1 else (2, len(found))
     figure = Figure(max(WIDTH, 2.4 * columns), 0.5 + 2.4 * rows)
@@ -76,11 +76,11 @@ def plot_landscapes(
 
 @drawn
 def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]], title: str = "") -> Figure:
-    """How far models are from an expert at every site, and how much variance is left (Figure 3 of arXiv 2410.12766).
+    """Draw models' distance to an expert at every site, and the variance that is left (Figure 3 of arXiv 2410.12766).
 
     Args:
-        found: For each model what :func:`lightning_merge.analysis.compare_activations` gave.
-        title: Stands above.
+        found: The records of :func:`lightning_merge.analysis.compare_activations`, by model.
+        title: The title of the figure.
     """
     sites = list(dict.fromkeys(record.site.name for records in found.values() for record in records))
     figure = Figure(WIDTH, 3.6)
@@ -102,12 +102,12 @@ def plot_variance_ratio(found: Mapping[str, Sequence[SiteDifference]], title: st
 
 @drawn
 def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None, title: str = "") -> Figure:
-    """Return the features of several models in one plane, a panel each, in the colours of the classes.
+    """Draw the features of several models in one plane, a panel each, in the colours of the classes.
 
     Args:
-        places: For each model ``(N, 2)``, see :func:`lightning_merge.analysis.project`.
+        places: The points of each model ``(N, 2)``, see :func:`lightning_merge.analysis.project`.
         labels: The classes ``(N,)``.
-        title: Stands above.
+        title: The title of the figure.
     """
     columns = min(len(places), 4)
     rows = -(-len(places) // columns)
@@ -116,8 +116,10 @@ def plot_embeddings(places: Mapping[str, Tensor], labels: Tensor | None = None, 
     classes = [None] if labels is None else labels.unique().tolist()
     for axes, (name, points) in zip(panels, places.items(), strict=False):
         for label, color in zip(classes, colors(len(classes)), strict=True):
-            own = points if label is None else points[labels == label]
-            axes.scatter(*own.T.numpy(), color=color, s=5, linewidths=0, rasterized=len(points) > 2000, label=label)
+            of_class = points if label is None else points[labels == label]
+            axes.scatter(
+                *of_class.T.numpy(), color=color, s=5, linewidths=0, rasterized=len(points) > 2000, label=label
+            )
         axes.set(title=shown(name, 28), xticks=[], yticks=[])
         axes.spines[:].set_visible(True)
         axes.spines[:].set_alpha(0.4)

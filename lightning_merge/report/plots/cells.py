@@ -21,7 +21,7 @@ def draw_cells(
     Args:
         axes: Where to draw.
         values: ``(rows, columns)``; NaN where there is none.
-        scale: From values to the colour map.
+        scale: The mapping of values to the range of the colour map.
         cmap: The colour map.
         digits: Digits behind the point of the numbers in the cells; None writes none.
         marked: Which cells are framed and bold, ``(rows, columns)``.
@@ -32,14 +32,18 @@ def draw_cells(
     mesh = axes.pcolormesh(values, norm=scale, cmap=cmap, edgecolor="face", linewidth=0.3)
     for (row, column), value in np.ndenumerate(values):
         if not math.isfinite(value):
-            look = {"facecolor": "none", "edgecolor": INK, "alpha": 0.9, "linewidth": 0, "hatch": "////"}
-            axes.add_patch(Rectangle((column, row), 1, 1, **look))
+            hatched = Rectangle(
+                (column, row), 1, 1, facecolor="none", edgecolor=INK, alpha=0.9, linewidth=0, hatch="////"
+            )
+            axes.add_patch(hatched)
         elif digits is not None:
             best = marked is not None and bool(marked[row, column])
             color = text_color(mesh.cmap(scale(value)))
             text = f"{round(float(value), digits) + 0.0:.{digits}f}"  # no -0.0
-            look = {"ha": "center", "va": "center", "color": color, "fontsize": 8}
-            axes.text(column + 0.5, row + 0.5, text, fontweight="bold" if best else "normal", **look)
+            weight = "bold" if best else "normal"
+            axes.text(
+                column + 0.5, row + 0.5, text, ha="center", va="center", color=color, fontsize=8, fontweight=weight
+            )
             if best:
                 frame = Rectangle((column + 0.04, row + 0.08), 0.92, 0.84, fill=False, edgecolor=color, linewidth=1.1)
                 axes.add_patch(frame)
@@ -60,7 +64,7 @@ def name_cells(axes: Axes, rows: list[str], columns: list[str], room: float) -> 
 
 
 def scale_of(values: np.ndarray, limits: tuple[float, float] | None = None) -> Normalize:
-    """From the smallest to the largest finite value, or between limits; all of 0 to 100 % where there is one value."""
+    """Scale from the smallest to the largest finite value, or between limits; from 0 to 100 where all are equal."""
     finite = values[np.isfinite(values)]
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 0.0))
     return Normalize(low, high) if high > low else Normalize(0, 100)

@@ -29,14 +29,14 @@ Names = Collection[str]
 
 @drawn
 def plot_layers(comparison: Comparison, pattern: str = GROUPS) -> Figure:
-    """How far the experts went in each layer, where they fight, and what the merged models made of it.
+    """Draw how far the experts went in each layer, where they conflict, and what the merged models made of it.
 
     Panels: the norms of the task vectors; the norm of the merged updates, divided by the mean of these; entries on
     whose sign experts disagree; cosines between two task vectors, and between a merged update and the task vectors.
 
     Args:
-        comparison: What was found.
-        pattern: What this regular expression matches at the beginning of a parameter's name is its layer; by default
+        comparison: The experts and the merged models, compared.
+        pattern: A regular expression, whose match at the beginning of a parameter's name is its layer; by default
             everything up to the first number (``backbone.blocks.3``), else the first part of the name.
     """
     layers = grouped(comparison.by_name, pattern)
@@ -65,13 +65,13 @@ def plot_layers(comparison: Comparison, pattern: str = GROUPS) -> Figure:
 
 @drawn
 def plot_updates(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
-    """How far every method moves every layer: the norm of its update, divided by the mean of the experts'.
+    """Draw how far every method moves every layer: the norm of its update, divided by the mean of the experts'.
 
     Args:
-        ratios: For each method the ratio of every layer.
+        ratios: The ratio of every layer, by method.
     """
-    layers = list(dict.fromkeys(layer for own in ratios.values() for layer in own))
-    values = np.array([[own.get(layer, np.nan) for layer in layers] for own in ratios.values()], dtype=float)
+    layers = list(dict.fromkeys(layer for by_layer in ratios.values() for layer in by_layer))
+    values = np.array([[by_layer.get(layer, np.nan) for layer in layers] for by_layer in ratios.values()], dtype=float)
     figure = Figure(max(WIDTH, 3.0 + 0.4 * len(layers)), 1.4 + 0.26 * len(ratios))
     axes = figure.subplots()
     start = len(common_path(layers))
@@ -86,8 +86,8 @@ def plot_updates(ratios: Mapping[str, Mapping[str, float]]) -> Figure:
 def _draw_norms(axes: Axes, comparison: Comparison, layers: Sequence[Names]) -> None:
     norms = np.stack([comparison.norms(names).numpy() for names in layers], axis=1)  # (T, layers)
     label = "the experts" if len(comparison.experts) > 1 else shown(comparison.experts[0])
-    for i, own in enumerate(norms):
-        axes.plot(own, color=MUTED, linewidth=0.9, marker=".", markersize=3, label=label if i == 0 else None)
+    for i, by_layer in enumerate(norms):
+        axes.plot(by_layer, color=MUTED, linewidth=0.9, marker=".", markersize=3, label=label if i == 0 else None)
     axes.set_title("norm of the task vectors")
     axes.set_ylim(bottom=0)
 

@@ -40,12 +40,12 @@ def plot_alignment(
     limits: tuple[float, float] = (0.0, 1.0),
     directed: bool = True,
 ) -> Figure:
-    """Return a number for every pair of experts: alignment ratios, cosines, angles.
+    """Draw a number for every pair of experts: alignment ratios, cosines, angles.
 
     Args:
         matrix: ``(T, T)``; NaN where there is none.
-        names: The experts.
-        label: What the numbers are.
+        names: The names of the experts.
+        label: The name of the numbers.
         limits: The ends of the colours; from below zero on, two colours part at zero: give ``(-1, 1)`` for cosines.
         directed: Whether ``[i, j]`` says how much of expert i lies in the subspace of expert j, and not what both have.
     """
@@ -67,11 +67,11 @@ def plot_alignment(
 
 @drawn
 def plot_spectra(matrices: Sequence[MatrixComparison], experts: Sequence[str]) -> Figure:
-    """Return the singular values of the experts' task matrices, and those of the merged updates, in order of size.
+    """Draw the singular values of the experts' task matrices, and those of the merged updates, in order of size.
 
     Args:
-        matrices: A panel each; :func:`choose_matrices` finds telling ones.
-        experts: Their names; thin lines.
+        matrices: The matrices, a panel each; :func:`choose_matrices` finds telling ones.
+        experts: The names of the experts, whose lines are thin.
     """
     columns = max(1, min(len(matrices), 3))
     rows = -(-max(len(matrices), 1) // columns)
@@ -111,53 +111,54 @@ def _ranked(spectrum: Tensor) -> tuple[range, list[float]]:
 
 
 def choose_matrices(matrices: Sequence[MatrixComparison], count: int = 3) -> list[MatrixComparison]:
-    """Return the matrices that lie farthest out, as in Figure 3 of SCORE (arXiv 2603.05768).
+    """Choose the matrices that lie farthest out, as in Figure 3 of SCORE (arXiv 2603.05768).
 
     By the mean subspace alignment of two experts, and the share of their energy off the diagonal in SCORE's basis, both
     taken as ranks: the first one has much alignment and little off the diagonal, the second one much of both, the third
     one little alignment and much off the diagonal; further ones fill up in the order of the model.
 
     Args:
-        matrices: What was found for each.
-        count: How many; fewer if there are no more with a map.
+        matrices: The records of the matrices.
+        count: The number of matrices to choose; fewer if no more have a map.
     """
-    known = [matrix for matrix in matrices if matrix.resolved is not None]
+    mapped = [matrix for matrix in matrices if matrix.resolved is not None]
     alignment, off_diagonal = (
-        _ranks([mean_of_pairs(m.alignment) for m in known]),
-        _ranks([m.off_diagonal or 0 for m in known]),
+        _ranks([mean_of_pairs(m.alignment) for m in mapped]),
+        _ranks([m.off_diagonal or 0 for m in mapped]),
     )
     chosen: list[int] = []
     for signs in ((1, -1), (1, 1), (-1, 1)):
-        left = [i for i in range(len(known)) if i not in chosen]
+        left = [i for i in range(len(mapped)) if i not in chosen]
         if left:
             chosen.append(max(left, key=lambda i: signs[0] * alignment[i] + signs[1] * off_diagonal[i]))
-    chosen += [i for i in range(len(known)) if i not in chosen]
-    return [known[i] for i in chosen[:count]]
+    chosen += [i for i in range(len(mapped)) if i not in chosen]
+    return [mapped[i] for i in chosen[:count]]
 
 
 def _ranks(values: Sequence[float]) -> list[int]:
-    """Their places in ascending order; what is no number comes first."""
+    """Rank values in ascending order, from 0; NaN comes first."""
     order = sorted(range(len(values)), key=lambda i: -math.inf if math.isnan(values[i]) else values[i])
     return [order.index(i) for i in range(len(values))]
 
 
 @drawn
 def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
-    """What SCORE keeps of the experts in their common basis, ``|Σ_score|`` (Figure 3 of arXiv 2603.05768).
+    """Draw what SCORE keeps of the experts in their common basis, ``|Σ_score|`` (Figure 3 of arXiv 2603.05768).
 
     The diagonal is what the experts have for themselves, a block each; what lies off it couples their subspaces, and
     empty places there are what was taken out as a conflict.
 
     Args:
-        matrices: A panel each; :func:`choose_matrices` finds telling ones. Those without a map are left out.
+        matrices: The matrices, a panel each; those without a map are left out. :func:`choose_matrices` finds telling
+            ones.
     """
-    known = [matrix for matrix in matrices if matrix.resolved is not None]
-    columns = max(1, min(len(known), 3))
-    rows = -(-max(len(known), 1) // columns)
+    maps = [(matrix, matrix.resolved) for matrix in matrices if matrix.resolved is not None]
+    columns = max(1, min(len(maps), 3))
+    rows = -(-max(len(maps), 1) // columns)
     figure = Figure(WIDTH if columns > 1 else 4.2, 0.3 + (8.2 / max(columns, 2)) * rows)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axes, matrix in zip(panels, known, strict=False):
-        values = matrix.resolved.detach().double().abs().cpu()
+    for axes, (matrix, resolved) in zip(panels, maps, strict=False):
+        values = resolved.detach().double().abs().cpu()
         pixels = values if len(values) <= _PIXELS else adaptive_max_pool2d(values[None], _PIXELS)[0]
         largest = float(values.max()) or 1.0
         scale = LogNorm(largest * 10.0**-_DECADES, largest, clip=True)
@@ -171,15 +172,15 @@ def plot_score_maps(matrices: Sequence[MatrixComparison]) -> Figure:
         whole(axes.yaxis)
         bar = figure.colorbar(image, ax=axes, location="bottom", aspect=18, shrink=0.9, extend="min", label="|entry|")
         plain_log(bar.ax.xaxis)
-    for axes in panels[len(known) :]:
+    for axes in panels[len(maps) :]:
         axes.set_axis_off()
-    if not known:
+    if not maps:
         panels[0].set_title("no matrix has a map: that takes two experts")
     return figure
 
 
 def _title(matrix: MatrixComparison) -> str:
-    """Return the name in lines that fit above a panel."""
+    """Break the name into lines that fit above a panel."""
     name = shown(matrix.name, 52)
     half = name.find(".", len(name) // 2 - 4)
     return name if len(name) <= 28 or half < 0 else f"{name[:half]}\n{name[half:]}"

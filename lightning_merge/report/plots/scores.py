@@ -32,7 +32,7 @@ from lightning_merge.utilities.grid import places
 
 @drawn
 def plot_heat_map(table: Table) -> Figure:
-    """Return the metric of every row on every domain in percent, and its mean; the best method of a column is framed.
+    """Draw the metric of every row on every domain in percent, and its mean; the best method of a column is framed.
 
     Args:
         table: The table. What was not measured, or is no number, is a hatched cell.
@@ -44,13 +44,14 @@ def plot_heat_map(table: Table) -> Figure:
         parts.append((100 * np.array([[_number(table.mean(row))] for row in rows]), ["mean"]))
     names = [shown(row) for row in rows]
     around = 1.2 + 0.064 * max(map(len, names), default=0)  # what the names and the colour bar take, in inches
-    columns = sum(len(own) for _, own in parts)
+    columns = sum(len(heads) for _, heads in parts)
     figure = Figure(max(WIDTH, around + 0.62 * columns), 1.2 + 0.26 * len(rows))
     room = (figure.get_figwidth() - around) / columns
-    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True, width_ratios=[len(own) for _, own in parts])[0]
+    widths = [len(heads) for _, heads in parts]
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True, width_ratios=widths)[0]
     scale = scale_of(values)
-    for axes, (own, heads) in zip(panels, parts, strict=True):
-        mesh = draw_cells(axes, own, scale, SEQUENTIAL, 1, _best_methods(own, rows, table.lower_is_better))
+    for axes, (part, heads) in zip(panels, parts, strict=True):
+        mesh = draw_cells(axes, part, scale, SEQUENTIAL, 1, _best_methods(part, rows, table.lower_is_better))
         name_cells(axes, names, [shown(head, 24) for head in heads], room)
     for label, row in zip(panels[0].get_yticklabels(), rows, strict=True):
         label.set_fontstyle("normal" if is_method(row) else "italic")
@@ -59,7 +60,7 @@ def plot_heat_map(table: Table) -> Figure:
 
 
 def _best_methods(values: np.ndarray, rows: Sequence[str], lowest: bool) -> np.ndarray:
-    """Where the best of several methods stand in each column."""
+    """Mark the best of several methods in each column ``(rows, columns)``."""
     methods = np.array([is_method(row) for row in rows])
     best = np.zeros(values.shape, dtype=bool)
     if methods.sum() > 1:
@@ -69,11 +70,11 @@ def _best_methods(values: np.ndarray, rows: Sequence[str], lowest: bool) -> np.n
 
 
 def best_rows(table: Table, count: int = 4) -> list[str]:
-    """Return the base, the weight average, and the methods with the best means, in the order of the table.
+    """Choose the base, the weight average, and the methods with the best means, in the order of the table.
 
     Args:
         table: The table.
-        count: How many methods, beside the weight average.
+        count: The number of methods besides the weight average.
     """
     sign = -1 if table.lower_is_better else 1
     means = {row: _number(table.mean(row)) for row in table.row_names if is_method(row)}
@@ -86,7 +87,7 @@ def best_rows(table: Table, count: int = 4) -> list[str]:
 
 @drawn
 def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
-    """Bars for a few rows on every domain: the metric in percent of that of the domain's own expert.
+    """Draw bars for a few rows on every domain: the metric in percent of that of the domain's own expert.
 
     Where no own expert was measured, or the metric is an error, the bars are the metric itself. A cross stands where
     there is no number.
@@ -130,7 +131,7 @@ def plot_domains(table: Table, rows: Sequence[str] | None = None) -> Figure:
 
 @drawn
 def plot_sweep(table: Table) -> Figure:
-    """Normalized accuracy by the coefficient, a line for each setting of the other fields; the best is marked.
+    """Draw the normalized accuracy by the coefficient, a line for each setting of the other fields; the best is marked.
 
     With one setting of the others, every domain has a thin line, too.
 
@@ -156,10 +157,9 @@ def plot_sweep(table: Table) -> Figure:
     axes = figure.subplots()
     if len(lines) == 1:
         for domain, color in zip(table.domains, colors(len(table.domains) + 1)[1:], strict=True):
-            own = [100 * _share(table, row, domain, True) for row in settings]
-            axes.plot(
-                [place[s[field]] for s in settings.values()], own, color=color, linewidth=0.9, label=shown(domain)
-            )
+            xs = [place[setting[field]] for setting in settings.values()]
+            ys = [100 * _share(table, row, domain, True) for row in settings]
+            axes.plot(xs, ys, color=color, linewidth=0.9, label=shown(domain))
     for (others, means), look in zip(lines.items(), looks(len(lines)), strict=True):
         xs = [place[settings[row][field]] for row in means]
         name = shown(others) or "mean"
@@ -173,7 +173,7 @@ def plot_sweep(table: Table) -> Figure:
 
 
 def _swept_field(settings: Sequence[Mapping[str, Any]]) -> str:
-    """Return the last field that has several values; ``scale`` stands last."""
+    """Find the last field that has several values; ``scale`` stands last."""
     names = list(settings[0])
     return next((n for n in reversed(names) if len({str(setting[n]) for setting in settings}) > 1), names[-1])
 
@@ -191,9 +191,10 @@ def _mark_best(axes: Axes, lines: Mapping[str, Mapping[str, float]], places: Map
 
 @drawn
 def plot_tasks(table: FoundationsTable, method: str) -> Figure:
-    """Normalized accuracy by the number of merged tasks, a line for each way to merge (Figure 5 of arXiv 2410.12766).
+    """Draw the normalized accuracy by the number of merged tasks, a line for each way to merge.
 
-    The first part of a way's name has its own line style, and what is done behind a ``+`` its own colour.
+    This is Figure 5 of arXiv 2410.12766. The first part of a way's name has its own line style, and what follows a
+    ``+`` its own colour.
 
     Args:
         table: The table.
@@ -218,12 +219,12 @@ def plot_tasks(table: FoundationsTable, method: str) -> Figure:
 
 
 def _number(value: float | None) -> float:
-    """NaN where there is none."""
+    """Read a number; NaN where there is none."""
     return math.nan if value is None else float(value)
 
 
 def _share(table: Table, row: str, domain: str, is_normalized: bool) -> float:
-    """Return the value, as a share of that of the domain's own expert if it is normalized."""
+    """Read the value, and divide it by that of the domain's own expert if it is normalized."""
     value = _number(table.value(row, domain))
     if not is_normalized:
         return value
@@ -240,6 +241,6 @@ def _share_label(table: Table) -> str:
 
 
 def _tilt(names: Sequence[str]) -> dict[str, Any]:
-    """How names stand below an axis: tilted where they would run into each other."""
+    """Choose how names stand below an axis: tilted where they would run into each other."""
     is_long = max(map(len, names), default=0) * len(names) > 95
     return {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
