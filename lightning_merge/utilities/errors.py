@@ -7,7 +7,7 @@ from typing import Any
 
 
 class MergeError(ValueError):
-    """Something about the inputs cannot work; the message says what, where, and what to do.
+    """An error about inputs that cannot work; the message says what, where, and what to do.
 
     Args:
         message: One sentence, or a list of them.

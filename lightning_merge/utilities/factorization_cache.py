@@ -28,14 +28,14 @@ class Factorizations:
 
     def __init__(self, max_bytes: int = 4 << 30) -> None:
         self.max_bytes = max_bytes
-        self._found: dict[tuple, tuple[Tensor, ...]] = {}
+        self._kept: dict[tuple, tuple[Tensor, ...]] = {}
         self._asked: set[tuple] = set()
         self._lock = Lock()
 
     @property
     def num_bytes(self) -> int:
         """How much is kept, in bytes."""
-        return sum(tensor.nbytes for factors in self._found.values() for tensor in factors)
+        return sum(tensor.nbytes for factors in self._kept.values() for tensor in factors)
 
     @contextmanager
     def reused(self) -> Iterator[None]:
@@ -46,20 +46,20 @@ class Factorizations:
             yield
         finally:
             _factorizations.reset(token)
-            self._found = {key: factors for key, factors in self._found.items() if key in self._asked}
+            self._kept = {key: factors for key, factors in self._kept.items() if key in self._asked}
 
     def get(self, factorize: Factorization, matrices: Tensor) -> tuple[Tensor, ...]:
-        """The factorization of ``(…, m, n)``: what was found before, or computed now. Not to be changed in place."""
-        content = hashlib.blake2b(matrices.detach().cpu().contiguous().numpy()).digest()
+        """Look up the factorization of ``(…, m, n)``, or compute it. The factors must not be changed in place."""
+        content = hashlib.blake2b(matrices.detach().cpu().contiguous().numpy().data).digest()
         key = (factorize, content, matrices.shape, matrices.stride(), matrices.dtype, matrices.device)
         with self._lock:
             self._asked.add(key)
-            factors = self._found.get(key)
+            factors = self._kept.get(key)
         if factors is None:
             factors = factorize(matrices)
             with self._lock:
                 if self.num_bytes + sum(tensor.nbytes for tensor in factors) <= self.max_bytes:
-                    self._found[key] = factors
+                    self._kept[key] = factors
         return factors
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Place = Literal[1, 2]
-"""The best of a column, and the second."""
+"""The place of a cell in its column: the best, or the second."""
 
 _MARKDOWN = re.compile(r"[\\|`*<$~\[\]]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 """What Markdown (GitHub's, too) would take for more than a character; not the ``_`` within a word."""
@@ -31,7 +31,7 @@ _PREAMBLE = r"% needs \usepackage{booktabs}; for letters other than Latin XeLaTe
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table.
+    """A cell of a table.
 
     Args:
         text: As it is shown, rounded; plain text.
@@ -92,12 +92,12 @@ class Grid:
         return [join(lines[0]), rule, *map(join, lines[1:])]
 
     def markdown(self) -> str:
-        """Return the table in Markdown, the best of a column in bold, and the caption below it."""
+        """Write the table in Markdown, the best of a column in bold, and the caption below it."""
         caption = ["", as_markdown(self.caption)] if self.caption else []
         return "\n".join([*self.markdown_lines(), *caption])
 
     def latex(self) -> str:
-        """Return the table in LaTeX with ``booktabs``, the best of a column in bold and the second underlined."""
+        """Write the table in LaTeX with ``booktabs``, the best of a column in bold and the second underlined."""
 
         def join(cells: Sequence[str]) -> str:
             return f"    {' & '.join(cells)} \\\\"
@@ -121,7 +121,7 @@ class Grid:
         )
 
     def csv(self) -> str:
-        """Return the table as CSV, with unrounded numbers."""
+        """Write the table as CSV, with unrounded numbers."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(self.header)
@@ -130,7 +130,7 @@ class Grid:
 
 
 def places(values: Sequence[float | None], *, lower_is_better: bool = False) -> list[Place | None]:
-    """Who is first and who is second among values; equal ones share a place, and what is no finite number has none."""
+    """Rank values: 1 for the best, 2 for the second; equal ones share a place, and what is not finite has none."""
     finite = {value for value in values if value is not None and math.isfinite(value)}
     ranked: list[float | None] = [*sorted(finite, reverse=not lower_is_better), None, None]
     first, second = ranked[:2]
@@ -138,18 +138,18 @@ def places(values: Sequence[float | None], *, lower_is_better: bool = False) -> 
 
 
 def as_markdown(text: str) -> str:
-    """Plain text in one line of Markdown, or in a cell of its tables, where none of it means more than it says."""
+    """Escape plain text for one line of Markdown, or for a cell of its tables."""
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
 
 
 def as_latex(text: str) -> str:
-    """Plain text in one line of LaTeX, where none of it means more than it says."""
+    """Escape plain text for one line of LaTeX."""
     escaped = "".join(_LATEX.get(character, character) for character in one_line(text))
     return re.sub("-(?=-)", "-{}", escaped)  # two in a row are a dash
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks and what cannot be printed."""
+    """Put a text on one line, without what cannot be printed."""
     return "".join(character for character in " ".join(text.split()) if character.isprintable())
 
 
@@ -160,4 +160,5 @@ def _markdown(cell: Cell) -> str:
 
 def _latex(cell: Cell) -> str:
     text = as_latex(cell.text)
-    return {1: f"\\textbf{{{text}}}", 2: f"\\underline{{{text}}}"}.get(cell.place, text)
+    marked: dict[Place | None, str] = {1: f"\\textbf{{{text}}}", 2: f"\\underline{{{text}}}"}
+    return marked.get(cell.place, text)

@@ -46,7 +46,7 @@ def watch_inputs(module: nn.Module, names: Collection[str], see: Callable[[str, 
 
 
 def watchable(module: nn.Module) -> list[str]:
-    """Return the names of all weights whose inputs :func:`watch_inputs` can show."""
+    """List all weights whose inputs :func:`watch_inputs` can show."""
     return [f"{path}.{weight}".lstrip(".") for path, part in module.named_modules() for weight in _weights(part)]
 
 
@@ -61,21 +61,25 @@ def _weights(part: nn.Module) -> tuple[str, ...]:
 
 
 def _rows(part: nn.Module, weight: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the inputs that are multiplied by a weight: ``(N, in)``; None if there are several for one weight."""
-    if weight == "out_proj.weight":
+    """Find the inputs that are multiplied by a weight: ``(N, in)``; None if there are several for one weight."""
+    if isinstance(part, nn.MultiheadAttention) and weight == "out_proj.weight":
         return _attended(part, args, kwargs).flatten(0, -2)
-    given = [*args, *kwargs.values()]
-    inputs = given[0]
+    arguments = [*args, *kwargs.values()]
+    inputs = arguments[0]
     if weight == "in_proj_weight":
-        return inputs.flatten(0, -2) if given[1] is inputs and given[2] is inputs else None
+        return inputs.flatten(0, -2) if arguments[1] is inputs and arguments[2] is inputs else None
     if isinstance(part, nn.Conv2d):
+        assert not isinstance(part.padding, str)  # whose weight is not watched
         patches = F.unfold(inputs, part.kernel_size, part.dilation, part.padding, part.stride)  # (N, in·h·w, places)
         return patches.mT.flatten(0, 1)
     return inputs.reshape(-1, inputs.shape[-1])
 
 
 def _attended(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What the output projection sees, which attention applies without calling it: the output of an identity there."""
+    """Compute the inputs ``(…, in)`` of the output projection, which attention applies without calling it.
+
+    They are the output with an identity in its place.
+    """
     bias = attention.out_proj.bias is not None
     identity = nn.Linear(attention.embed_dim, attention.embed_dim, bias).to(args[0] if args else kwargs["query"])
     nn.init.eye_(identity.weight)

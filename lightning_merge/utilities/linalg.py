@@ -61,7 +61,7 @@ def svd(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
 
 
 def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
+    """Compute the leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
     if not is_finite(matrices):
         nan = torch.full_like(matrices, torch.nan)
         return nan[..., :rank], nan[..., 0, :rank], nan[..., :rank, :]
@@ -74,7 +74,8 @@ def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         there = s > max(matrices.shape[-2:]) * torch.finfo(s.dtype).eps * s[..., :1]  # as numpy's matrix_rank
     else:
         U, Vt = matrices.double() @ (V / torch.where(there, s, 1).unsqueeze(-2)), V.mT
-    return tuple(part.to(matrices.dtype) for part in (U * there.unsqueeze(-2), s * there, Vt * there.unsqueeze(-1)))  # type: ignore[return-value]
+    U, s, Vt = (part.to(matrices.dtype) for part in (U * there.unsqueeze(-2), s * there, Vt * there.unsqueeze(-1)))
+    return U, s, Vt
 
 
 def polar(matrices: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def isotropize(matrices: Tensor) -> Tensor:
 
 
 def _polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the polar factor ``(…, m, n)`` and the mean of the singular values ``(…)``."""
+    """Compute the polar factor ``(…, m, n)`` and the mean of the singular values ``(…)``."""
     m, n = matrices.shape[-2:]
     if m < n:
         factor, mean = _polar(matrices.mT)
@@ -169,19 +170,19 @@ def gram(matrices: Tensor) -> Tensor:
 
 
 def sign_of_largest(U: Tensor) -> Tensor:
-    """Return the sign (1 for zero) of the entry of largest magnitude in every column: ``(…, m, k) -> (…, 1, k)``."""
+    """Find the sign (1 for zero) of the entry of largest magnitude in every column: ``(…, m, k) -> (…, 1, k)``."""
     largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
 
 
 def _gram_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``(…, n)``, ascending, and eigenvectors ``(…, n, n)`` of the Gram matrices of ``(…, m, n)``."""
+    """Compute the eigenvalues ``(…, n)``, ascending, and eigenvectors ``(…, n, n)`` of the Gram matrices."""
     _note("gram")
     return torch.linalg.eigh(gram(matrices))
 
 
 def _thin_svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the SVD of LAPACK / cuSOLVER."""
+    """Compute the SVD of ``(…, m, n)`` by LAPACK or cuSOLVER."""
     _note("svd")
     return torch.linalg.svd(matrices, full_matrices=False)
 

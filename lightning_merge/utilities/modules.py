@@ -57,7 +57,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module: that of its first parameter or buffer."""
+    """Find the device of a module: that of its first parameter or buffer."""
     first = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -72,7 +72,7 @@ def distinct_names(module: nn.Module) -> Iterator[str]:
 
 
 def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """Return the weights of every place of a module, for ``functional_call(…, tie_weights=False)``.
+    """Collect the weights of every place of a module, for ``functional_call(…, tie_weights=False)``.
 
     They are on the module's device, in float32, or in float64 where one of them is.
 
@@ -84,10 +84,10 @@ def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) 
     Raises:
         MergeError: If parameters are missing.
     """
-    own = stored_tensors(module)
-    raise_all(fit_problems(own, weights, what, "cover"))
-    tied = tied_names(own)
-    names = [name for name in distinct_names(module) if name in own]
+    tensors = stored_tensors(module)
+    raise_all(fit_problems(tensors, weights, what, "cover"))
+    tied = tied_names(tensors)
+    names = [name for name in distinct_names(module) if name in tensors]
     owners = {name: name if name in weights else tied.get(name, name) for name in names}
     values = {owner: weights[owner] for owner in dict.fromkeys(owners.values())}
     dtype, device = common_dtype(values), device_of(module)
@@ -99,12 +99,12 @@ def complete_state(module: nn.Module, weights: Mapping[str, Tensor], what: str) 
 
 
 def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module that its state dict holds; other entries are left out."""
+    """Collect the parameters and buffers of a module that its state dict holds; other entries are left out."""
     return {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers of a module, also those that its state dict leaves out."""
+    """Collect all parameters and buffers of a module, also those that its state dict leaves out."""
     named = (module.named_parameters, module.named_buffers)
     return {name: tensor for tensors in named for name, tensor in tensors(remove_duplicate=False)}
 
@@ -144,11 +144,11 @@ def fit_problems(
 
 
 def common_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """What a model is computed in: float64 if any of its weights are, else float32."""
+    """Choose the dtype that a model is computed in: float64 if any of its weights are, else float32."""
     is_double = any(tensor.dtype == torch.float64 for tensor in weights.values())
     return torch.float64 if is_double else torch.float32
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """Return the module inside what ``torch.compile`` returns, whose parameters have the names of the weights."""
+    """Unwrap what ``torch.compile`` returns: the parameters of the module inside have the names of the weights."""
     return getattr(module, "_orig_mod", module)

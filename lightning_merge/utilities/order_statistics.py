@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from typing import NamedTuple
 
@@ -37,8 +37,8 @@ class Sample(NamedTuple):
 
 def sample(chunks: Chunks) -> Sample:
     """Draw a sample in one pass: every entry, or every 3rd, 9th, … of a row (odd, not to meet the same columns)."""
-    drawn, count = None, 0  # one block of memory: small pieces between the chunks' would keep the heap from shrinking
-    stride, seen = 1, 0
+    drawn: Tensor | None = None  # one block: small pieces between the chunks' would keep the heap from shrinking
+    count, stride, seen = 0, 1, 0
     for chunk in chunks():
         rows = chunk.reshape(len(chunk), chunk[0].numel())
         if drawn is None:
@@ -52,6 +52,7 @@ def sample(chunks: Chunks) -> Sample:
         drawn[:, count : count + new.shape[1]] = new
         count += new.shape[1]
         seen += rows.shape[1]
+    assert drawn is not None  # there are data
     return Sample(drawn[:, :count], seen)
 
 
@@ -74,7 +75,7 @@ def kth_magnitude(chunks: Chunks, k: int | Sequence[int], drawn: Sample | None =
 
 
 def kth_value(chunks: Chunks, k: int | Sequence[int], drawn: Sample | None = None) -> Tensor:
-    """Find the k-th smallest value per row, of either sign, see :func:`kth_magnitude`."""
+    """Find the k-th smallest value per row, of either sign: ``(T,)`` or ``(K, T)``, see :func:`kth_magnitude`."""
     return _kth(chunks, k, drawn or sample(chunks), signed=True)
 
 
@@ -98,8 +99,8 @@ def moments(chunks: Chunks) -> tuple[Tensor, Tensor]:
         return (chunk.double().reshape(len(chunk), -1) for chunk in chunks())
 
     count = sum(chunk.shape[1] for chunk in rows())
-    mean = sum(chunk.sum(dim=1) for chunk in rows()) / count
-    squares = sum((chunk - mean.unsqueeze(1)).square().sum(dim=1) for chunk in rows())
+    mean = reduce(torch.add, (chunk.sum(dim=1) for chunk in rows())) / count
+    squares = reduce(torch.add, ((chunk - mean.unsqueeze(1)).square().sum(dim=1) for chunk in rows()))
     return mean, (squares / max(count - 1, 1)).sqrt()
 
 
@@ -109,16 +110,16 @@ def _magnitudes(chunks: Chunks) -> Chunks:
 
 def _kth(chunks: Chunks, k: int | Sequence[int], drawn: Sample, signed: bool) -> Tensor:
     ranks = [k] if isinstance(k, int) else list(k)
-    found = _by_sample(chunks, ranks, drawn, signed)
-    if found is None:
+    values = _by_sample(chunks, ranks, drawn, signed)
+    if values is None:
         data = chunks if signed else _magnitudes(chunks)
         targets = [partial(torch.full_like, fill_value=k - 0.5) for k in ranks]
-        found = torch.stack([select(data, target, signed=signed) for target in targets])
-    return found[0] if isinstance(k, int) else found
+        values = torch.stack([select(data, target, signed=signed) for target in targets])
+    return values[0] if isinstance(k, int) else values
 
 
 def _by_sample(chunks: Chunks, ranks: list[int], drawn: Sample, signed: bool) -> Tensor | None:
-    """Return the values of the ranks, ``(K, T)``; None where they cannot be told from a sample."""
+    """Find the values of the ranks, ``(K, T)``; None where they cannot be told from a sample."""
     if drawn.values.shape[1] == drawn.total:
         return torch.stack([torch.stack([_kth_of(row, k) for row in drawn.values]) for k in ranks])
     low, high = _brackets(drawn, ranks)
@@ -144,13 +145,13 @@ def _by_sample(chunks: Chunks, ranks: list[int], drawn: Sample, signed: bool) ->
 
 
 def _kth_of(values: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest of ``(n,)`` in the order of the bits, in which -0 comes before 0."""
+    """Find the k-th smallest of ``(n,)`` in the order of the bits, in which -0 comes before 0."""
     bits = ordered(values.contiguous().view(INTEGER[values.dtype]))
     return ordered(bits.kthvalue(k).values).view(values.dtype)
 
 
 def _brackets(drawn: Sample, ranks: list[int]) -> tuple[Tensor, Tensor]:
-    """Values that lie almost certainly on either side of those of the ranks: ``(K, T), (K, T)``."""
+    """Find values that lie almost certainly on either side of those of the ranks: ``(K, T), (K, T)``."""
     size = drawn.values.shape[1]
     ends = drawn.values.new_empty(2, len(ranks), len(drawn.values))
     for q, k in enumerate(ranks):
@@ -163,7 +164,7 @@ def _brackets(drawn: Sample, ranks: list[int]) -> tuple[Tensor, Tensor]:
 
 
 class _Tally(NamedTuple):
-    """What a pass over the data finds of K brackets a row: counts ``(K, T)``, and the entries between the ends."""
+    """The counts ``(K, T)`` of a pass over the data for K brackets a row, and the entries between their ends."""
 
     up_to_low: Tensor
     below_high: Tensor
@@ -178,7 +179,7 @@ class _Tally(NamedTuple):
 
 
 def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float) -> _Tally | None:
-    """Make a pass over the data; None if more than ``room`` entries lie inside, or (of either sign) NaNs are met."""
+    """Tally a pass over the data; None if more than ``room`` entries lie inside, or (of either sign) NaNs are met."""
     zeros = torch.zeros_like(low, dtype=torch.int64)
     tally = _Tally(zeros, zeros.clone(), low.new_empty(int(room)), [[] for _ in low])
     used = 0
@@ -189,7 +190,7 @@ def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float)
                 return None
             for q, ends in enumerate(zip(low.unsqueeze(2), high.unsqueeze(2), strict=True)):
                 up_to_low, below_high = indicator(torch.le, values, ends[0]), indicator(torch.lt, values, ends[1])
-                counts = [found.sum(dim=1).long() for found in (up_to_low, below_high)]
+                counts = [marks.sum(dim=1).long() for marks in (up_to_low, below_high)]
                 tally.up_to_low[q] += counts[0]
                 tally.below_high[q] += counts[1]
                 inside = _where(indicator(torch.gt, below_high, up_to_low).bool(), values)
@@ -202,7 +203,7 @@ def _tally(chunks: Chunks, low: Tensor, high: Tensor, signed: bool, room: float)
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:
-    """``values[mask]``, faster where few are true: looks at eight flags at once."""
+    """Select ``values[mask]``, looking at eight flags at once, which is faster where few are true."""
     mask, values = mask.view(-1), values.view(-1)
     if len(mask) % 8 == 0:
         words = mask.view(torch.int64).nonzero().squeeze(1)

@@ -38,16 +38,16 @@ class Processes:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process has, in the order of their ranks; values must be picklable."""
+        """Collect what every process has, in the order of their ranks; values must be picklable."""
         if self.count == 1:
             return [value]
-        found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A step that all processes finish, or all fail: an error in one of them stops the others, too.
+        """Have all processes finish a step, or all fail: an error in one of them stops the others, too.
 
         Raises:
             MergeError: If another process failed, with what it said.
@@ -62,11 +62,13 @@ class Processes:
             raise failure
         for rank, other in enumerate(failures):
             if other is not None:
-                known, message = other
-                raise MergeError(message if known else f"Process {rank} has failed, and the others stop: {message}")
+                is_merge_error, message = other
+                raise MergeError(
+                    message if is_merge_error else f"Process {rank} has failed, and the others stop: {message}"
+                )
 
     def in_step(self, items: Iterable[Any], what: str) -> Iterator[Any]:
-        """This process's items, one after another, while all processes have one.
+        """Yield this process's items, one after another, while all processes have one.
 
         Args:
             items: The items, such as this process's part of every batch; None is none.
@@ -75,10 +77,10 @@ class Processes:
         Raises:
             MergeError: On every process, if one of them cannot read its next item, or has more of them than another.
         """
-        left = iter(items)
+        remaining = iter(items)
         while True:
             with self.together():
-                item = next(left, None)
+                item = next(remaining, None)
             present = self.gather(item is not None)
             if not any(present):
                 return
@@ -89,7 +91,7 @@ class Processes:
             yield item
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes of a tensor that each of them has, on all of them; its own is not changed."""
+        """Sum a tensor ``(…)`` over the processes, on all of them; the tensor itself is not changed."""
         if self.count == 1:
             return tensor
         total = tensor.detach().to(self._through or tensor.device, copy=True)
@@ -130,25 +132,25 @@ class Processes:
         through = self._through or torch.device("cpu")
         for rank, names in enumerate(owners):
             for name in names:
-                own = tensors.get(name)
-                wanted = like(name) if own is None else own
+                computed = tensors.get(name)
+                wanted = like(name) if computed is None else computed
                 sent = wanted.detach().to(through).contiguous().reshape(-1)
                 if sent.numel():
                     dist.broadcast(sent.view(torch.uint8), src=rank)  # not every backend knows every dtype
-                if own is None:
+                if computed is None:
                     tensors[name] = sent.reshape(wanted.shape).to(wanted.device)
 
     def from_first(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Return the tensors that the first process has, on every process; the others give None."""
+        """Send the tensors of the first process to every process; the others give None."""
         if self.count == 1:
             return dict(tensors or {})
         meta = self.gather({n: torch.empty_like(t, device="meta") for n, t in tensors.items()} if tensors else None)[0]
-        found = dict(tensors) if self.is_first else {}
+        received = dict(tensors or {}) if self.is_first else {}
         names = [list(meta), *([] for _ in range(self.count - 1))]
-        self.exchange(found, names, like=lambda name: torch.empty_like(meta[name], device="cpu"))
-        return found
+        self.exchange(received, names, like=lambda name: torch.empty_like(meta[name], device="cpu"))
+        return received
 
 
 def processes_of_run() -> Processes:
-    """Return the processes of this run, if Lightning (or torchrun) has put them into one group; else this one alone."""
+    """Find the processes of this run, if Lightning (or torchrun) has put them into one group; else this one alone."""
     return Processes(dist.is_available() and dist.is_initialized())

@@ -49,7 +49,7 @@ def show_progress(show: bool = True) -> Iterator[None]:
 
 
 class Count:
-    """How much of some work is done; this one keeps it to itself.
+    """A counter of work that is done; this one shows nothing.
 
     Args:
         what: What is done: ``merging``.
@@ -78,7 +78,7 @@ class Count:
 
 
 class _Bar(Count):
-    """Shows it as a bar on a terminal, which is gone when the work is done."""
+    """A counter that shows a bar on a terminal, which is gone when the work is done."""
 
     def __init__(self, *args: Any, delay: float) -> None:
         super().__init__(*args)
@@ -112,7 +112,7 @@ class _Tqdm(tqdm):
 
 
 class _Lines(Count):
-    """Logs a line at every quarter of work that takes long."""
+    """A counter that logs a line at every quarter of work that takes long."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -168,7 +168,7 @@ def _has_terminal() -> bool:
 
 @contextmanager
 def _above_bars() -> Iterator[None]:
-    """Have what is logged to the terminal, and warnings, stand above the bars instead of within them.
+    """Print what is logged to the terminal, and warnings, above the bars instead of within them.
 
     Handlers stay as they are but for their stream; tqdm's own ``logging_redirect_tqdm`` replaces them, and so loses
     their level.
@@ -195,13 +195,14 @@ def _above_bars() -> Iterator[None]:
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:
     stream = getattr(handler, "stream", None)
-    known = isinstance(handler, logging.StreamHandler) and not isinstance(stream, DummyTqdmFile)
-    return known and hasattr(stream, "isatty") and stream.isatty()
+    if not isinstance(handler, logging.StreamHandler) or isinstance(stream, DummyTqdmFile):
+        return False
+    return stream is not None and hasattr(stream, "isatty") and stream.isatty()
 
 
 @contextmanager
 def _lines_shown() -> Iterator[None]:
-    """Have the lines of this package shown, unless somebody has said what is to be done with them."""
+    """Show the log lines of this package, unless somebody has configured logging."""
     level, handler = _logger.level, None
     if level == logging.NOTSET:
         _logger.setLevel(logging.INFO)

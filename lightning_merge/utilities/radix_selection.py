@@ -18,7 +18,7 @@ _DIGIT = 16
 
 
 def ordered(bits: Tensor) -> Tensor:
-    """Map the bit patterns of floats to signed integers in the order of the floats; its own inverse."""
+    """Map the bit patterns ``(…)`` of floats to signed integers in the order of the floats; its own inverse."""
     return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
 
 

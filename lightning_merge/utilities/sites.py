@@ -36,18 +36,18 @@ class Site:
         return f"{self.path}:input" if self.input else self.path
 
     def channels_last(self, activation: Tensor) -> Tensor:
-        """See an activation as ``(N, channels)``: all samples and places below each other."""
+        """Reshape an activation to ``(N, channels)``, all samples and places one below the other."""
         return activation.movedim(self.axis, -1).flatten(0, -2)
 
     def along(self, values: Tensor, activation: Tensor) -> Tensor:
-        """See one value for each channel ``(channels,)`` so that it is broadcast to an activation."""
+        """Reshape one value for each channel ``(channels,)`` to be broadcast to an activation."""
         shape = [1] * activation.dim()
         shape[self.axis] = -1
         return values.reshape(shape)
 
 
 def split_name(name: str) -> tuple[str, bool]:
-    """Return the path of a site's name, and whether it is an input."""
+    """Split the name of a site into its path and whether it is an input."""
     return name.removesuffix(":input"), name.endswith(":input")
 
 

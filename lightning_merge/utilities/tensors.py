@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def find_tied(places: Mapping[str, Hashable]) -> dict[str, str]:
-    """Which names share a tensor, ``{alias: name}``, given where the values of each are and how they are laid out."""
+    """Find the names that share a tensor, ``{alias: name}``, given where and how the values of each are laid out."""
     first: dict[Hashable, str] = {}
     owners = {key: first.setdefault(place, key) for key, place in places.items()}
     return {key: owner for key, owner in owners.items() if key != owner}
@@ -29,7 +29,7 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether no entry is NaN or infinite; needs no memory beside the tensor."""
+    """Tell whether no entry ``(…)`` is NaN or infinite; needs no memory besides the tensor."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:
@@ -44,7 +44,7 @@ class Scratch(threading.local):
     _memory: Tensor | None = None
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a tensor with any content, which is that of the last one that was asked for."""
+        """Make a tensor of a shape with any content, in the memory of the last one that was asked for."""
         count = math.prod(shape)
         memory = self._memory
         if memory is None or memory.numel() < count or (memory.dtype, memory.device) != (dtype, device):
@@ -61,5 +61,5 @@ class Scratch(threading.local):
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor in float32, or in float64 if it is: half precision is never computed in."""
+    """Convert a tensor ``(…)`` to float32 unless it is float64: half precision is never computed in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

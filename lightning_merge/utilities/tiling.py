@@ -36,14 +36,14 @@ def in_pieces(rule: Callable[[Tensor], Tensor], stack: Tensor, as_matrix: bool =
     update = stack.new_empty(stack.shape[1:])
     start = 0
     for piece in pieces(stack):
-        found = rule(piece.unsqueeze(1) if as_matrix else piece)
-        update.view(-1)[start : start + piece.shape[1]] = found.view(-1)
+        values = rule(piece.unsqueeze(1) if as_matrix else piece)
+        update.view(-1)[start : start + piece.shape[1]] = values.view(-1)
         start += piece.shape[1]
     return update
 
 
 def indicator(compare: Callable[..., Tensor], values: Tensor, other: Tensor | float) -> Tensor:
-    """Compare (by ``torch.ge`` and the like) into 1 and 0 of the values' dtype.
+    """Compare ``(…)`` entry by entry (by ``torch.ge`` and the like) to 1 and 0 of the values' dtype.
 
     Sums and products of these are several times faster on a CPU than those of boolean masks.
     """

@@ -23,7 +23,7 @@ _FEW_ENTRIES = 2_000_000
 
 
 def count_workers(workers: int | None, device: torch.device, entries: int) -> int:
-    """As many workers as asked for; by default one for every core that this process may use.
+    """Count the workers: as many as asked for, by default one for every core that this process may use.
 
     One is enough for a GPU, and for a model with few entries, which is merged before a second thread has started.
     """
@@ -92,20 +92,20 @@ def _free_buffers_of_mkl() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have the arithmetic use one thread of the processor."""
-    global _threads
+    """Compute on one thread of the processor within the block."""
+    global _threads, _merging
     with _lock:
         if not _merging:
             _threads = torch.get_num_threads()
             torch.set_num_threads(1)
-        _merging.append(None)
+        _merging += 1
     try:
         yield
     finally:
         with _lock:
-            _merging.pop()
+            _merging -= 1
             if not _merging:
                 torch.set_num_threads(_threads)
 
 
-_lock, _merging, _threads = Lock(), [], 1  # merges may go on in several threads of one process at the same time
+_lock, _merging, _threads = Lock(), 0, 1  # merges may go on in several threads of one process at the same time
