@@ -58,25 +58,25 @@ def reestimate_batch_norm(
         raise MergeError("The model has no BatchNorm with running statistics to re-estimate; leave this step out.")
     calibration = Calibration("the BatchNorm statistics", data, batches, 1, seed, Processes(distributed))
     raise_all(calibration.problems())
-    none = {
-        _name(path, name): torch.full_like(layer.running_var, value, dtype=torch.float32)
+    neutral = {
+        _name(path, name): torch.full_like(getattr(layer, name), value, dtype=torch.float32)
         for path, layer in layers.items()
         for name, value in zip(_STATISTICS, (0.0, 1.0), strict=True)
     }
     sites = {Site(path, axis=1, input=True): layer for path, layer in layers.items()}
 
     def normalise(site: Site, now: Moments) -> tuple[Tensor, Tensor]:
-        """As the layer does in training; one of mean 0 and variance 1 then only divides by √(1 + ε)."""
+        """Compute scale and shift ``(channels,)`` as in training; the layer itself then only divides by √(1 + ε)."""
         eps = sites[site].eps
         scale = ((1 + eps) / (now.variance + eps)).sqrt()
         return scale, -scale * now.mean
 
-    found = dict(weights)
-    for site, moments in correct_in_turn(module, {**weights, **none}, sites, normalise, calibration).items():
+    reestimated = dict(weights)
+    for site, moments in correct_in_turn(module, {**weights, **neutral}, sites, normalise, calibration).items():
         unbiased = moments.variance * moments.count / (moments.count - 1)
         for name, value in zip(_STATISTICS, (moments.mean, unbiased), strict=True):
-            found[_name(site.path, name)] = value.to(weights[_name(site.path, name)])
-    return found
+            reestimated[_name(site.path, name)] = value.to(weights[_name(site.path, name)])
+    return reestimated
 
 
 def _name(path: str, name: str) -> str:

@@ -20,12 +20,12 @@ from lightning_merge.utilities.processes import Processes
 from lightning_merge.utilities.sites import Act, Site, at_sites
 
 NewMoments = Callable[[], Moments]
-"""Makes what adds up the batches; ``Moments`` pools them."""
+"""Makes what accumulates the batches; ``Moments`` pools them."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images of one task, and how they are read.
+    """The calibration images of one task, and how they are read.
 
     A last batch that is less than half as large as the one before it joins that one: the statistics of few images are
     too noisy to normalise by.
@@ -36,7 +36,7 @@ class Calibration:
         limit: The most batches of one pass.
         passes: How often they are read.
         seed: Seed of data that are drawn from PyTorch's global generator.
-        processes: Who reads parts of the same batches.
+        processes: The processes that read parts of the same batches.
     """
 
     task: str
@@ -47,7 +47,7 @@ class Calibration:
     processes: Processes = Processes()  # noqa: RUF009, this one alone: never changed
 
     def problems(self) -> list[str]:
-        """What is wrong with the arguments, in sentences."""
+        """List what is wrong with the arguments, in sentences."""
         return rereading_problems(self.batches, self.task) + [
             f"{name} must be at least 1, got {value}."
             for name, value in (("batches", self.limit), ("passes", self.passes))
@@ -67,19 +67,19 @@ class Calibration:
             if len(pending) > 2:
                 yield self._checked(*pending.pop(0))
         if len(pending) == 2 and 2 * pending[1][1] < pending[0][1]:
-            (one, size), (other, rest) = pending
-            pending = [(torch.cat([one, other]), size + rest)]
+            (before, size), (last, last_size) = pending
+            pending = [(torch.cat([before, last]), size + last_size)]
         for images, size in pending:
             yield self._checked(images, size)
 
     def first_images(self) -> Tensor:
-        """Return the images of the first batch."""
+        """Read the images ``(N, …)`` of the first batch."""
         return next(read_images(self.batches, self.task))
 
     def _sized(self) -> Iterator[tuple[Tensor, int]]:
         """Yield the batches, each with the number of its images over all processes."""
-        once = (read_images(islice(self.batches, self.limit), self.task) for _ in range(self.passes))
-        for batch in self.processes.in_step(chain.from_iterable(once), f"batches of {self.task}"):
+        passes = (read_images(islice(self.batches, self.limit), self.task) for _ in range(self.passes))
+        for batch in self.processes.in_step(chain.from_iterable(passes), f"batches of {self.task}"):
             yield batch, sum(self.processes.gather(len(batch)))
 
     def _checked(self, images: Tensor, size: int) -> Tensor:
@@ -98,19 +98,19 @@ def observe(
     data: Calibration,
     new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
-    """Return the statistics of the activations at every site, of a model as it is.
+    """Compute the statistics of the activations at every site, of a model as it is.
 
     Raises:
         MergeError: If an activation is not finite, or if the data cannot be read.
     """
-    found: dict[Site, Moments] = {}
+    moments: dict[Site, Moments] = {}
 
     def act(site: Site, activation: Tensor) -> None:
-        _add(found, site, activation, data, new)
+        _add(moments, site, activation, data, new)
 
     sites = list(sites)
     run_at(module, weights, sites, data.read(), act, data.task, data.seed)
-    return _each(found, sites, data)
+    return _each(moments, sites, data)
 
 
 Known = dict[tuple[str, ...], dict[Site, Moments]]
@@ -126,7 +126,7 @@ def observe_once(
     data: Calibration,
     new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
-    """What :func:`observe` finds, or what is known of this model on these data."""
+    """Look up the statistics of a model on these data, and :func:`observe` them if they are not known."""
     known = {} if known is None else known
     sites = list(sites)
     if names not in known:
@@ -141,7 +141,7 @@ def known_problems(
     sites: Iterable[Site],
     data: Calibration,
 ) -> list[str]:
-    """Why statistics that were found before are not those of a model's sites, in sentences."""
+    """Check that recorded statistics are those of a model's sites, and list what is wrong, in sentences."""
     channels: dict[Site, int] = {}
 
     def act(site: Site, activation: Tensor) -> None:
@@ -169,7 +169,7 @@ class Goals:
         mean: By site, ``(channels,)``.
         std: By site, ``(channels,)``.
         max_gain: The most that a channel is scaled by; infinity for no limit.
-        eps: Is added to the variance that a channel has. If that is less than ``eps`` times the one it should have,
+        eps: Added to the variance that a channel has. If that is less than ``eps`` times the one it should have,
             the channel is dead: no scale brings back what it has lost, so that it is only shifted (unless there is no
             limit).
     """
@@ -184,7 +184,7 @@ class Goals:
             raise MergeError(f"max_gain and eps must be positive, got {self.max_gain} and {self.eps}.")
 
     def affine(self, site: Site, now: Moments) -> tuple[Tensor, Tensor]:
-        """The scale and the shift that take a site from the statistics that it has: ``(channels,)`` each, float64.
+        """Compute the scale and the shift that take a site from its present statistics: ``(channels,)`` each, float64.
 
         That is ``a = σ* / √(v + ε)`` and ``b = μ* − a·m``, which are finite for every channel.
         """
@@ -203,7 +203,7 @@ def correct_in_turn(
     data: Calibration,
     new: NewMoments = Moments,
 ) -> dict[Site, Moments]:
-    """Return the statistics at every site, when all sites before it are corrected: in one pass, as BatchNorm trains.
+    """Compute the statistics at every site, with all sites before it corrected: in one pass, as BatchNorm trains.
 
     In each batch every site is corrected by the statistics of this batch over all processes; what comes behind it sees
     that.
@@ -214,32 +214,32 @@ def correct_in_turn(
         sites: Which activations.
         affine: The scale and the shift for the statistics that a site has, ``(channels,)`` each.
         data: What it is run on.
-        new: Makes what adds up the batches.
+        new: Makes what accumulates the batches.
 
     Raises:
         MergeError: If an activation is not finite, or if the data cannot be read.
     """
-    found: dict[Site, Moments] = {}
+    moments: dict[Site, Moments] = {}
     sites = list(sites)
 
     def act(site: Site, activation: Tensor) -> Tensor:
-        batch = _add(found, site, activation, data, new)
+        batch = _add(moments, site, activation, data, new)
         scale, shift = (site.along(values.to(activation), activation) for values in affine(site, batch))
         return activation * scale + shift
 
     run_at(module, weights, sites, data.read(), act, data.task, data.seed)
-    return _each(found, sites, data)
+    return _each(moments, sites, data)
 
 
-def _add(found: dict[Site, Moments], site: Site, activation: Tensor, data: Calibration, new: NewMoments) -> Moments:
-    """Add a batch of activations to those that were found; the statistics of the batch over all processes."""
+def _add(moments: dict[Site, Moments], site: Site, activation: Tensor, data: Calibration, new: NewMoments) -> Moments:
+    """Add a batch of activations to the moments of its site; return those of the batch, over all processes."""
     batch = Moments.of(site.channels_last(activation)).gathered(data.processes)
     if not batch.is_finite:
         raise MergeError(
             f"The activations at {site.name} are not finite on the data of {data.task}; look for NaN or infinity in "
             "the images and in the weights."
         )
-    found.setdefault(site, new()).merge(batch)
+    moments.setdefault(site, new()).merge(batch)
     return batch
 
 
@@ -279,12 +279,12 @@ def run_at(
             functional_call(module, state, (batch,), tie_weights=False)
 
 
-def _each(found: Mapping[Site, Moments], sites: Iterable[Site], data: Calibration) -> dict[Site, Moments]:
+def _each(moments: Mapping[Site, Moments], sites: Iterable[Site], data: Calibration) -> dict[Site, Moments]:
     raise_all(
         [
             f"{site.name} was not reached when the model ran on the data of {data.task}; leave it out of the sites."
             for site in sites
-            if site not in found
+            if site not in moments
         ]
     )
-    return {site: found[site] for site in sites}
+    return {site: moments[site] for site in sites}

@@ -25,7 +25,7 @@ from lightning_merge.utilities.sites import Site, at_sites
 
 @dataclass(frozen=True)
 class Correction:
-    """What becomes of the activations at some sites: ``scale · x + shift``.
+    """An affine correction of the activations at some sites: ``scale · x + shift``.
 
     Args:
         scale: By site, ``(channels,)``.
@@ -53,26 +53,26 @@ class Correction:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The entries that these sites have in the state of a module into which :func:`insert` put them."""
+        """The entries of these sites in the state of a module into which :func:`insert` has put them."""
         parts = {"scale": self.scale, "shift": self.shift}
         return {f"{_prefix(site)}.{name}": part[site] for site in self.scale for name, part in parts.items()}
 
     def only(self, sites: Iterable[Site]) -> Correction:
-        """Return the correction of some of the sites."""
+        """Restrict the correction to some of the sites."""
         sites = list(sites)
         return Correction({site: self.scale[site] for site in sites}, {site: self.shift[site] for site in sites})
 
     def updated_by(self, other: Correction) -> Correction:
-        """Return the correction of these sites and of another one's, whose values count where both have a site."""
+        """Combine with another correction, whose values count where both have a site."""
         return Correction({**self.scale, **other.scale}, {**self.shift, **other.shift})
 
     def identity(self) -> Correction:
-        """Return the correction of the same sites that changes nothing."""
+        """Build the correction of the same sites that changes nothing."""
         ones = {site: torch.ones_like(scale) for site, scale in self.scale.items()}
         return Correction(ones, {site: torch.zeros_like(shift) for site, shift in self.shift.items()})
 
     def apply(self, site: Site, activation: Tensor) -> Tensor:
-        """Correct the activation of a site."""
+        """Correct the activation of a site: ``(N, …) -> (N, …)``."""
         return _apply(site, activation, self.scale[site], self.shift[site])
 
     def applied(self, module: nn.Module) -> AbstractContextManager[None]:
@@ -81,7 +81,7 @@ class Correction:
 
 
 def correction_towards(goals: Goals, now: Mapping[Site, Moments], dtype: torch.dtype = torch.float32) -> Correction:
-    """Return the correction that takes all sites from the statistics that they have to those of the goals."""
+    """Compute the correction that takes all sites from their present statistics to those of the goals."""
     affine = {site: goals.affine(site, moments) for site, moments in now.items()}
     return Correction(*({site: values[i].to(dtype) for site, values in affine.items()} for i in (0, 1)))
 
@@ -94,13 +94,16 @@ def _apply(site: Site, activation: Tensor, scale: Tensor, shift: Tensor) -> Tens
 
 
 class Affine(nn.Module):
-    """``scale · x + shift`` along one axis.
+    """An affine map along one axis, ``scale · x + shift``.
 
     Args:
         site: Where it stands.
         scale: ``(channels,)``.
         shift: ``(channels,)``.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, site: Site, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
@@ -109,16 +112,16 @@ class Affine(nn.Module):
         self.register_buffer("shift", shift.clone())
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Correct an activation."""
+        """Correct an activation: ``(N, …) -> (N, …)``."""
         return _apply(self.site, activation, self.scale, self.shift)
 
     def extra_repr(self) -> str:
-        """What ``print`` shows."""
+        """Describe the module, as ``print`` shows it."""
         return f"{len(self.scale)} channels, axis {self.site.axis}"
 
 
 def insert(module: nn.Module, correction: Correction) -> nn.Module:
-    """Return a copy of a module in which activations are corrected by modules of their own.
+    """Copy a module and correct its activations by modules of their own.
 
     The part of a site gets a child ``correction`` (``input_correction`` for an input) with the buffers ``scale`` and
     ``shift``, and a hook that calls it; so they are in the ``state_dict``, and go along with copies and pickles.
@@ -155,7 +158,7 @@ def _insertion_problems(site: Site, parts: Mapping[str, nn.Module]) -> Iterator[
 
 
 def state_of(module: nn.Module, correction: Correction) -> dict[str, Tensor]:
-    """Return the entries that a correction has in the state of what :func:`insert` returns.
+    """Build the entries of a correction in the state of what :func:`insert` returns.
 
     Args:
         module: The module without corrections. A part that it has under several names has an entry under each.
@@ -168,15 +171,15 @@ def state_of(module: nn.Module, correction: Correction) -> dict[str, Tensor]:
         for path, part in parts.items()
         if part is parts[site.path]
     }
-    values = ({alias: own[site] for alias, site in homes.items()} for own in (correction.scale, correction.shift))
+    values = ({alias: part[site] for alias, site in homes.items()} for part in (correction.scale, correction.shift))
     return Correction(*values).state
 
 
-def _correct_input(part: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _correct_input(part: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return (part.input_correction(args[0]), *args[1:]) if args else None
 
 
-def _correct_output(part: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _correct_output(part: Any, args: tuple[Any, ...], output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)((part.correction(output[0]), *output[1:]))
     return part.correction(output)
@@ -235,15 +238,17 @@ def load_corrections(path: str | os.PathLike[str]) -> dict[str, Correction]:
     tensors = load_file(path)
     try:
         noted = load_json(metadata["corrections"])
-        found: dict[str, dict[str, dict[Site, Tensor]]] = {task: {"scale": {}, "shift": {}} for task in noted["tasks"]}
+        values: dict[str, dict[str, dict[Site, Tensor]]] = {task: {"scale": {}, "shift": {}} for task in noted["tasks"]}
         for key, about in noted["sites"].items():
-            for name, part in found[about["task"]].items():
+            for name, part in values[about["task"]].items():
                 part[Site(about["path"], about["axis"], about["input"])] = tensors[f"{key}.{name}"]
     except (KeyError, TypeError, ValueError) as error:
         raise MergeError(f"{path} holds no corrections; give a file that save_corrections wrote.") from error
-    return {task: Correction(**parts) for task, parts in found.items()}
+    return {task: Correction(**parts) for task, parts in values.items()}
 
 
 def _entries(corrections: Mapping[str, Correction]) -> dict[str, tuple[str, Site]]:
-    """Return a key of the file for every task and site."""
-    return {f"{task}/{site.name}": (task, site) for task, found in corrections.items() for site in found.sites}
+    """Name the entry of the file for every task and site: ``{key: (task, site)}``."""
+    return {
+        f"{task}/{site.name}": (task, site) for task, correction in corrections.items() for site in correction.sites
+    }

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ Found = dict[Site, int]
 
 
 def find_sites(module: nn.Module, images: Tensor, sites: Sequence[str | Site] | None = None) -> list[Site]:
-    """Return the activations of a module that are corrected, in the order in which they are computed.
+    """Find the activations of a module that are corrected, in the order in which they are computed.
 
     Args:
         module: Maps images to logits; its weights do not matter, and it is as before afterwards.
@@ -51,40 +52,41 @@ def find_sites(module: nn.Module, images: Tensor, sites: Sequence[str | Site] | 
     if sites is not None:
         return _named(flow, sites)
     blocks = _blocks(flow)
-    found: Found = {}
+    chosen: Found = {}
     for step in flow.steps:
         if step.kind == "norm" and _is_norm_site(flow, step):
-            _add(found, _site_of_norm(flow, step), step)
+            _add(chosen, _site_of_norm(flow, step), step)
         elif step.kind == "layer" and step.path is not None:
             if any(behind.kind == "attention" and behind.path is None for behind in _behind(step)):
-                _add(found, _site(step.path, step.axis, input=True), step)
+                _add(chosen, _site(step.path, step.axis, input=True), step)
             if _is_layer_site(flow, step, blocks):
-                _add(found, _site(step.path, step.axis), step)
+                _add(chosen, _site(step.path, step.axis), step)
         elif step.kind == "attention" and step.path is not None:
-            _add(found, _site(step.path, step.axis), step)
+            _add(chosen, _site(step.path, step.axis), step)
     for block in blocks:
-        _add(found, *_end_of(flow, block))
-        _add(found, *_begin_of(flow, block))
-    return sorted(found, key=lambda site: (found[site], site))
+        _add(chosen, *_end_of(flow, block))
+        _add(chosen, *_begin_of(flow, block))
+    return sorted(chosen, key=lambda site: (chosen[site], site))
 
 
 def find_head(module: nn.Module, images: Tensor) -> str:
-    """Return the path of the classifier: the linear layer whose output is the module's.
+    """Find the path of the classifier: the linear layer whose output, on images ``(N, …)``, is the module's.
 
     Raises:
         MergeError: If there is not exactly one.
     """
     flow = trace(module, images[:2])
     parts = dict(flow.module.named_modules())
-    heads = [step.path for step in flow.layers if isinstance(parts[step.path], nn.Linear) and flow.ends_at(step)]
+    linear = [(step, path) for step, path in flow.layers if isinstance(parts[path], nn.Linear)]
+    heads = [path for step, path in linear if flow.ends_at(step)]
     if len(set(heads)) != 1:
         raise MergeError(f"The model ends in {len(heads)} linear layers instead of one; name its head.")
     return heads[0]
 
 
-def _add(found: Found, site: Site | None, step: Step | None) -> None:
+def _add(chosen: Found, site: Site | None, step: Step | None) -> None:
     if site is not None and step is not None:
-        found.setdefault(site, step.index)
+        chosen.setdefault(site, step.index)
 
 
 def _site(path: str, axis: int | None, input: bool = False) -> Site | None:
@@ -113,12 +115,12 @@ def _follows_layer(norm: Step) -> bool:
 
 
 def _next(step: Step) -> set[Step]:
-    """Return the steps that work on what a step makes, whatever order or shape it was brought into."""
+    """Find the steps that work on what a step makes, whatever order or shape it was brought into."""
     return set().union(*(_next(consumer) if consumer.is_view else {consumer} for consumer in step.consumers))
 
 
 def _site_of_norm(flow: Flow, norm: Step) -> Site | None:
-    """Return the output of a normalisation; of one with an activation within (timm's), the input of that."""
+    """Find the site of a normalisation: its output; of one with an activation within (timm's), the input of that."""
     layer = norm.inputs[0].seen_through
     inherited = layer.axis if layer is norm.inputs[0] and layer.kind == "layer" else None
     if norm.path is not None:
@@ -134,58 +136,66 @@ def _site_of_norm(flow: Flow, norm: Step) -> Site | None:
 # Layers
 
 
-def _is_layer_site(flow: Flow, layer: Step, blocks: Sequence[Call]) -> bool:
+def _is_layer_site(flow: Flow, layer: Step, blocks: Sequence[_Block]) -> bool:
     after = layer.after("plain")
     if flow.ends_at(layer) or _feeds_attention(layer) or all(step.kind == "norm" for step in after):
         return False
-    return not any(step.kind == "sum" and any(block.contains(step) for block in blocks) for step in after)
+    return not any(step.kind == "sum" and any(block.call.contains(step) for block in blocks) for step in after)
 
 
 def _behind(layer: Step) -> list[Step]:
-    """What a layer stands behind."""
+    """Find the steps behind which a layer stands, seen through plain ones."""
     return [step for inputs in layer.inputs for step in inputs.before("plain")]
 
 
 # Residual blocks
 
 
-def _blocks(flow: Flow) -> list[Call]:
-    """Return the residual blocks: for every sum that ends a part, the innermost such part."""
-    found: dict[Step, Call] = {}
+class _Block(NamedTuple):
+    """A residual block, with the steps that made its input and its output."""
+
+    call: Call
+    inputs: Step
+    output: Step
+
+
+def _blocks(flow: Flow) -> list[_Block]:
+    """Find the residual blocks: for every sum that ends a part, the innermost such part."""
+    blocks: dict[Step, _Block] = {}
     for call in sorted(flow.calls, key=lambda call: call.last - call.first):
         if not call.path or call.inputs is None or call.output is None or len(call.shape) != len(call.output_shape):
             continue
         for step in call.output.before("plain", "activation", "norm"):
             if step.kind == "sum" and call.contains(step) and all(term.depends_on(call.inputs) for term in step.inputs):
-                found.setdefault(step, call)
-    return list(dict.fromkeys(found.values()))
+                blocks.setdefault(step, _Block(call, call.inputs, call.output))
+    return list(dict.fromkeys(blocks.values()))
 
 
-def _end_of(flow: Flow, block: Call) -> tuple[Site | None, Step | None]:
+def _end_of(flow: Flow, block: _Block) -> tuple[Site | None, Step | None]:
     return _site_of_step(flow, block.output.seen_through) or (
-        _site(block.path, _axis(block.output) or _axis(block.inputs)),
+        _site(block.call.path, _axis(block.output) or _axis(block.inputs)),
         block.output,
     )
 
 
-def _begin_of(flow: Flow, block: Call) -> tuple[Site | None, Step | None]:
+def _begin_of(flow: Flow, block: _Block) -> tuple[Site | None, Step | None]:
     if not all(step.kind in ("layer", "norm") for step in block.inputs.before("plain")):
         return None, None
     return _site_of_step(flow, block.inputs.seen_through) or (
-        _site(block.path, _axis(block.inputs), input=True),
+        _site(block.call.path, _axis(block.inputs), input=True),
         block.inputs,
     )
 
 
 def _site_of_step(flow: Flow, step: Step) -> tuple[Site | None, Step] | None:
-    """Return the output of a layer or normalisation; None for other steps."""
+    """Find the site of a layer or normalisation; None for other steps."""
     if step.kind == "norm":
         return _site_of_norm(flow, step), step
     return None if step.path is None else (_site(step.path, step.axis), step)
 
 
 def _axis(step: Step) -> int | None:
-    """The axis of the channels of what a step makes: its own, or that of a layer or normalisation that works on it."""
+    """Find the axis of a step's channels: its own, or that of a layer or normalisation that works on its output."""
     axes = (step.axis, *(consumer.axis for consumer in step.consumers if consumer.kind in ("layer", "norm")))
     return next((axis for axis in axes if axis is not None), None)
 
@@ -195,28 +205,29 @@ def _axis(step: Step) -> int | None:
 
 def _named(flow: Flow, sites: Sequence[str | Site]) -> list[Site]:
     paths = [path for path, _ in flow.module.named_modules()]
-    problems, found = [], {}
-    for given in [sites] if isinstance(sites, (str, Site)) else sites:
-        path, is_input = (given.path, given.input) if isinstance(given, Site) else split_name(given)
+    problems: list[str] = []
+    chosen: dict[Site, None] = {}
+    for entry in [sites] if isinstance(sites, (str, Site)) else sites:
+        path, is_input = (entry.path, entry.input) if isinstance(entry, Site) else split_name(entry)
         matching = [name for name in paths if fnmatchcase(name, path)] if path not in paths else [path]
         if not matching:
             problems.append(f"sites: the model has no part {path!r}.")
         for name in matching:
-            site = given if isinstance(given, Site) else _site(name, _axis_at(flow, name, is_input), is_input)
+            site = entry if isinstance(entry, Site) else _site(name, _axis_at(flow, name, is_input), is_input)
             if site is None:
                 problems.append(
                     f"sites: it cannot be told which axis holds the channels of {name!r}; give Site({name!r}, axis=…)."
                 )
             else:
-                found[site] = None
+                chosen[site] = None
     raise_all(problems if sites else ["sites: give at least one site, or None for those that are found."])
-    return list(found)
+    return list(chosen)
 
 
 def _axis_at(flow: Flow, path: str, is_input: bool) -> int | None:
-    known = axis_of_kind(dict(flow.module.named_modules())[path])
-    for call in flow.calls_of(path) if known is None else ():
+    axis = axis_of_kind(dict(flow.module.named_modules())[path])
+    for call in flow.calls_of(path) if axis is None else ():
         step, shape = (call.inputs, call.shape) if is_input else (call.output, call.output_shape)
         if step is not None:
             return 1 if len(shape) == 2 else _axis(step)
-    return known
+    return axis

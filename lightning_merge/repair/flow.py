@@ -50,11 +50,11 @@ class Step:
         return self.inputs[0].seen_through if self.is_view else self
 
     def before(self, *through: Kind) -> list[Step]:
-        """The steps behind which this one stands, seen through steps of some kinds; itself if it is of another kind."""
+        """Find the steps behind which this one stands, seen through some kinds; itself if it is of another kind."""
         return _walk(self, lambda step: step.inputs if step.kind in through else (), lambda step: step.kind in through)
 
     def after(self, *through: Kind) -> list[Step]:
-        """Return the steps that work on what this one makes, seen through steps of some kinds."""
+        """Find the steps that work on what this one makes, seen through steps of some kinds."""
         return _walk(
             self,
             lambda step: step.consumers if step is self or step.kind in through else (),
@@ -101,7 +101,7 @@ class Call:
 
 @dataclass
 class Flow:
-    """What one forward pass of a module did.
+    """The record of one forward pass of a module.
 
     Args:
         module: The module.
@@ -116,12 +116,12 @@ class Flow:
     outputs: list[Step] = field(default_factory=list)
 
     @property
-    def layers(self) -> list[Step]:
-        """The linear layers and convolutions that were called."""
-        return [step for step in self.steps if step.kind == "layer" and step.path is not None]
+    def layers(self) -> list[tuple[Step, str]]:
+        """The linear layers and convolutions that were called, each with its path."""
+        return [(step, step.path) for step in self.steps if step.kind == "layer" and step.path is not None]
 
     def calls_of(self, path: str) -> list[Call]:
-        """Return the calls of a part."""
+        """List the calls of a part."""
         return [call for call in self.calls if call.path == path]
 
     def ends_at(self, step: Step) -> bool:

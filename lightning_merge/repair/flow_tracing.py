@@ -30,7 +30,7 @@ _VIEWS = (*_RESHAPES, "permute", "transpose", "t")
 
 
 def trace(module: nn.Module, images: Tensor) -> Flow:
-    """Run a module once in evaluation mode and see what happens.
+    """Run a module once in evaluation mode and record its steps.
 
     Args:
         module: Maps images to logits; it is as before afterwards.
@@ -62,9 +62,9 @@ def is_norm(part: nn.Module) -> bool:
 
 
 def affine_axis(part: nn.Module, x: Tensor) -> int | None:
-    """Return the axis of the channels of a normalisation that ends in ``weight · x + bias``; None if it does not.
+    """Find the axis of the channels of a normalisation that ends in ``weight · x + bias``; None if it does not.
 
-    It is run with weight 0 and bias −1, −2, …: what comes out varies along the channels alone.
+    It is run on x ``(N, …)`` with weight 0 and bias −1, −2, …: what comes out varies along the channels alone.
     """
     weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
     if not isinstance(weight, Tensor) or not isinstance(bias, Tensor) or bias.dim() != 1:
@@ -80,7 +80,7 @@ def affine_axis(part: nn.Module, x: Tensor) -> int | None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operator and every call of a part. All tensors are kept until it ends, so that none is mistaken."""
+    """A recorder of every operator and every call of a part. It keeps all tensors, so that none takes another's id."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -93,13 +93,13 @@ class _Recorder(TorchDispatchMode):
         self._hooks = [hook for path, part in module.named_modules() for hook in self._watch(path, part)]
 
     def run(self, images: Tensor) -> None:
-        """Run the module."""
+        """Run the module on images ``(N, …)``."""
         self._made([images], self._add("input", ()))
         outputs = list(_tensors(self.flow.module(images)))
         self.flow.outputs = [maker for output in outputs if (maker := self._makers.get(id(output))) is not None]
 
     def remove_hooks(self) -> None:
-        """Let the module be as it was."""
+        """Remove all hooks from the module."""
         for hook in self._hooks:
             hook.remove()
 
@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
             if self._atomic not in (None, path):
                 return
             outputs = list(_tensors(output))
-            if self._atomic == path:
+            if kind is not None and self._atomic == path:
                 self._atomic = None
                 if any(id(t) in self._makers for t in _tensors((args, kwargs))):  # not one that works on constants
                     step = self._add(kind, (args, kwargs), path)
@@ -164,7 +164,7 @@ class _Recorder(TorchDispatchMode):
         self._makers |= {id(output): step for output in outputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and note it, if it works on activations and outside of the parts that are one step."""
+        """Run an operator and record it, if it works on activations and outside of the parts that are one step."""
         output = func(*args, **(kwargs or {}))
         if self._atomic is None:
             operands = sum(id(t) in self._makers for t in _tensors((args, kwargs)))
@@ -176,7 +176,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _kept_axis(step: Step) -> int | None:
-    """The axis of the channels behind an operator on each value alone, or a view that keeps the last dimension."""
+    """Find the axis of the channels behind an operator on each value alone, or a view that keeps the last dimension."""
     before = {input.axis for input in step.inputs if input.axis is not None and len(input.shape) == len(step.shape)}
     if step.kind in ("sum", "activation"):
         return before.pop() if len(before) == 1 else None
@@ -186,7 +186,7 @@ def _kept_axis(step: Step) -> int | None:
 
 
 def _kind_of_part(part: nn.Module) -> Kind | None:
-    """Return the kind of a part that is one step; None for others."""
+    """Classify a part that is one step; None for others."""
     if isinstance(part, _LAYERS):
         return "layer"
     if isinstance(part, nn.MultiheadAttention):
@@ -195,14 +195,14 @@ def _kind_of_part(part: nn.Module) -> Kind | None:
 
 
 def axis_of_kind(part: nn.Module) -> int | None:
-    """Return the axis of the channels of what a part makes, where its kind tells."""
+    """Find the axis of the channels of a part's output, where its kind determines it."""
     if isinstance(part, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.modules.conv._ConvNd):
         return 1
     return -1 if isinstance(part, nn.Linear | nn.MultiheadAttention) else None
 
 
 def _kind_of(func: Any, operands: int) -> Kind:
-    """Return the kind of an operator that works on so many activations."""
+    """Classify an operator that works on so many activations."""
     name = _name(func)
     if "norm" in name and "vector_norm" not in name:
         return "norm"

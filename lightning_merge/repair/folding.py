@@ -34,7 +34,10 @@ class Home:
         return {self.weight, self.bias}
 
     def fold(self, weights: Mapping[str, Tensor], scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
-        """The parameters with a correction in them: ``W ← diag(a)·W, b ← a·b + s``; at an input ``b ← b + W·s``."""
+        """Fold a scale a and a shift s, ``(channels,)`` each, into the parameters.
+
+        That is ``W ← diag(a)·W, b ← a·b + s``; at an input ``W ← W·diag(a), b ← b + W·s``.
+        """
         weight = weights[self.weight].double()
         scale, shift = scale.to(weight), shift.to(weight)
         along = scale if self.is_input else scale.view(-1, *[1] * (weight.dim() - 1))
@@ -75,16 +78,16 @@ def fold(
 
 
 def corrected_weights(module: nn.Module, weights: Mapping[str, Tensor], correction: Correction) -> dict[str, Tensor]:
-    """The weights of one task: what can be folded is, and the rest are entries ``….correction.scale``, ``….shift``.
+    """Fold what can be folded into the weights of one task; the rest are entries ``….correction.scale``, ``….shift``.
 
     They load strictly into ``insert(module, rest)``, with the rest that :func:`fold` returns.
     """
-    folded, rest = fold(module, weights, correction)
-    return folded | state_of(module, rest)
+    folded, remaining = fold(module, weights, correction)
+    return folded | state_of(module, remaining)
 
 
 def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
-    """Return the parameters that can hold the correction of a site; None if there are none."""
+    """Find the parameters that can hold the correction of a site; None if there are none."""
     path, part, is_input = site.path, parts[site.path], site.input
     around = path.rpartition(".")[0]
     if isinstance(part, nn.MultiheadAttention) and not is_input:
@@ -94,7 +97,8 @@ def _home(site: Site, parts: Mapping[str, nn.Module]) -> Home | None:
     elif is_norm(part) and (is_input or not _ends_affine(part, site.axis)):
         return None
     if is_norm(part):
-        holds = getattr(part, "weight", None) is not None and part.weight.dim() == 1
+        weight = getattr(part, "weight", None)
+        holds = isinstance(weight, Tensor) and weight.dim() == 1
     else:
         is_plain = _is_linear_in_weight(part) and site.axis == axis_of_kind(part)
         holds = is_plain and (not is_input or isinstance(part, nn.Linear))
@@ -116,12 +120,14 @@ def _is_linear_in_weight(part: nn.Module) -> bool:
 def _ends_affine(norm: nn.Module, axis: int) -> bool:
     """Tell whether a normalisation ends in ``weight · x + bias`` along an axis, however many dimensions there are."""
     weight = getattr(norm, "weight", None)
-    for dims in (5, 4, 3, 2) if isinstance(weight, Tensor) and weight.dim() == 1 else ():
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return False
+    for dims in (5, 4, 3, 2):
         shape = [2] * dims
         shape[axis] = len(weight)
         try:
-            found = affine_axis(norm, weight.new_zeros(shape))
+            channel_axis = affine_axis(norm, weight.new_zeros(shape))
         except (RuntimeError, ValueError):
             continue  # it takes other shapes
-        return found == axis
+        return channel_axis == axis
     return False

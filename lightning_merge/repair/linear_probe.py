@@ -68,8 +68,8 @@ def probe_head(
     if y.min() < 0 or y.max() >= classes:
         raise MergeError(f"The labels go from {y.min()} to {y.max()}, but the head has {classes} classes.")
     weight, bias = fit_logistic_regression(x, y, classes, names["bias"] in weights, decay, steps)
-    found = {names["weight"]: weight} | ({} if bias is None else {names["bias"]: bias})
-    return {name: tensor.to(weights[name]) for name, tensor in found.items()}
+    fitted = {names["weight"]: weight} | ({} if bias is None else {names["bias"]: bias})
+    return {name: tensor.to(weights[name]) for name, tensor in fitted.items()}
 
 
 def fit_logistic_regression(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import Processes
 from lightning_merge.utilities.sites import Site, split_name
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Moments:
@@ -39,14 +42,14 @@ class Moments:
 
     @classmethod
     def known(cls, count: int, mean: Tensor, variance: Tensor) -> Moments:
-        """Moments that were found before: of ``count`` values of each channel, ``(channels,)`` each."""
-        found = Moments()
-        found.count, found._mean, found._variance = count, _to_cpu(mean), _to_cpu(variance)
-        return found
+        """Build moments that were found before: of ``count`` values of each channel, ``(channels,)`` each."""
+        moments = Moments()
+        moments.count, moments._mean, moments._variance = count, _to_cpu(mean), _to_cpu(variance)
+        return moments
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Return the moments of one batch: ``(N, channels)``, of any type of numbers."""
+        """Compute the moments of one batch: ``(N, channels)``, of any type of numbers."""
         wide = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64, copy=True)
         if not len(wide):
             return Moments()
@@ -63,8 +66,9 @@ class Moments:
         self.count += other.count
         if not other.count:
             return
+        between: Tensor | float = 0.0
         if self.momentum is not None:
-            weight, between = 1 - self.momentum, 0.0
+            weight = 1 - self.momentum
         else:
             weight = other.count / self.count
             between = weight * (1 - weight) * (other._mean - self._mean).square()
@@ -72,14 +76,14 @@ class Moments:
         self._variance = (1 - weight) * self._variance + weight * other._variance + between
 
     def gathered(self, processes: Processes) -> Moments:
-        """Return the moments of what all processes have seen, on each of them; every process must ask."""
+        """Merge what all processes have seen, on each of them; every process must ask."""
         if processes.count == 1:
             return self
         return gather_moments({"": self}, processes).get("", self)
 
     @property
     def mean(self) -> Tensor:
-        """``(channels,)``, float64.
+        """The mean ``(channels,)``, in float64.
 
         Raises:
             MergeError: If nothing was seen.
@@ -90,7 +94,7 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """``(channels,)``, float64, divided by the count.
+        """The variance ``(channels,)``, in float64, divided by the count.
 
         Raises:
             MergeError: If fewer than two values of each channel were seen.
@@ -104,7 +108,7 @@ class Moments:
 
     @property
     def std(self) -> Tensor:
-        """``(channels,)``, float64: the square root of the variance."""
+        """The standard deviation ``(channels,)``, in float64."""
         return self.variance.sqrt()
 
     @property
@@ -113,9 +117,9 @@ class Moments:
         return bool(self._mean.isfinite().all() and self._variance.isfinite().all())
 
 
-def gather_moments(own: Mapping[Hashable, Moments], processes: Processes) -> dict[Hashable, Moments]:
-    """By name (or site) the moments of what all processes have seen, on each of them; every process must ask."""
-    total: dict[Hashable, Moments] = {}
+def gather_moments(own: Mapping[_Key, Moments], processes: Processes) -> dict[_Key, Moments]:
+    """Merge, by name (or site), what all processes have seen, on each of them; every process must ask."""
+    total: dict[_Key, Moments] = {}
     for part in processes.gather({name: (m.count, m._mean, m._variance) for name, m in own.items()}):
         for name, (count, mean, variance) in part.items():
             total.setdefault(name, Moments()).merge(Moments.known(count, mean, variance))
@@ -123,26 +127,29 @@ def gather_moments(own: Mapping[Hashable, Moments], processes: Processes) -> dic
 
 
 def to_tensors(moments: Mapping[Site, Moments]) -> dict[str, Tensor]:
-    """The moments of every site: ``mean.<site>``, ``var.<site>`` in float64, ``count.<site>``, ``axis.<site>``."""
-    found = {}
-    for site, own in moments.items():
-        found |= {f"mean.{site.name}": own.mean, f"var.{site.name}": own.variance}
-        found |= {f"count.{site.name}": torch.tensor(own.count), f"axis.{site.name}": torch.tensor(site.axis)}
-    return found
+    """Convert moments to tensors, for every site: ``mean`` and ``var`` ``(channels,)`` in float64, ``count``, ``axis``.
+
+    Their names are ``mean.<site>``, ``var.<site>``, and so on.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site, of_site in moments.items():
+        tensors |= {f"mean.{site.name}": of_site.mean, f"var.{site.name}": of_site.variance}
+        tensors |= {f"count.{site.name}": torch.tensor(of_site.count), f"axis.{site.name}": torch.tensor(site.axis)}
+    return tensors
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Site, Moments]:
-    """Return the moments of every site that :func:`to_tensors` made tensors of; other tensors are left out.
+    """Rebuild the moments of every site from what :func:`to_tensors` returns; other tensors are left out.
 
     Raises:
         KeyError: If a site has a mean and lacks the rest.
     """
-    found = {}
+    moments = {}
     for name in [key.removeprefix("mean.") for key in tensors if key.startswith("mean.")]:
         path, is_input = split_name(name)
         site = Site(path, int(tensors[f"axis.{name}"]), is_input)
-        found[site] = Moments.known(int(tensors[f"count.{name}"]), tensors[f"mean.{name}"], tensors[f"var.{name}"])
-    return found
+        moments[site] = Moments.known(int(tensors[f"count.{name}"]), tensors[f"mean.{name}"], tensors[f"var.{name}"])
+    return moments
 
 
 def _to_cpu(values: Tensor) -> Tensor:

@@ -62,9 +62,9 @@ def repair(
         batches: The most (pooled) batches in one pass; by default all.
         passes: How often the data are read.
         max_gain: The most that a channel is scaled by. The official code has no limit.
-        eps: Is added to variances. A channel of less than ``eps`` times the variance that it should have is only
+        eps: Added to variances. A channel of less than ``eps`` times the variance that it should have is only
             shifted.
-        statistics: Makes what adds up batches.
+        statistics: Makes what accumulates batches.
         distributed: Whether the processes of the default process group share the data.
         seed: Seed of data that are drawn from PyTorch's global generator.
         known: Statistics of the same experts on the same data, where several merged models are corrected: what is
@@ -78,24 +78,26 @@ def repair(
     processes = Processes(distributed)
     calibration = Calibration("all tasks", pool, batches, passes, seed, processes)
     weights = list(alpha) if alpha is not None else [1 / max(len(experts), 1)] * len(experts)
-    own = stored_tensors(plain(module))
+    tensors = stored_tensors(plain(module))
     problems = [
-        problem for name, expert in experts.items() for problem in fit_problems(own, expert, f"expert {name}", "cover")
+        problem
+        for name, expert in experts.items()
+        for problem in fit_problems(tensors, expert, f"expert {name}", "cover")
     ]
     with processes.together():
         raise_all([*_problems(experts, data, weights), *calibration.problems(), *problems])
         Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
-        found = find_sites(module, calibration.first_images(), sites)
-    mean = dict.fromkeys(found, torch.tensor(0.0))
+        chosen = find_sites(module, calibration.first_images(), sites)
+    mean = dict.fromkeys(chosen, torch.tensor(0.0))
     std = dict(mean)
     for (name, expert), weight in zip(experts.items(), weights, strict=True):
-        own = observe_once(known, ("all data", name), module, expert, found, calibration, statistics)
-        for site, moments in own.items():
+        observed = observe_once(known, ("all data", name), module, expert, chosen, calibration, statistics)
+        for site, moments in observed.items():
             mean[site] = mean[site] + weight * moments.mean
             std[site] = std[site] + weight * moments.std
     complete = {**next(iter(experts.values())), **merged}
     goals = Goals(mean, std, max_gain, eps)
-    now = correct_in_turn(module, complete, found, goals.affine, calibration, statistics)
+    now = correct_in_turn(module, complete, chosen, goals.affine, calibration, statistics)
     return correction_towards(goals, now, common_dtype(complete))
 
 
@@ -111,21 +113,21 @@ class Pool:
 
     def __iter__(self) -> Iterator[Tensor]:
         for images in zip_longest(*(read_images(batches, f"task {task}") for task, batches in self.data.items())):
-            some = [batch for batch in images if batch is not None]
-            if len({batch.shape[1:] for batch in some}) > 1:
-                shapes = ", ".join(str(tuple(batch.shape[1:])) for batch in some)
+            present = [batch for batch in images if batch is not None]
+            if len({batch.shape[1:] for batch in present}) > 1:
+                shapes = ", ".join(str(tuple(batch.shape[1:])) for batch in present)
                 raise MergeError(f"The images of the tasks have different shapes, {shapes}; resize them to one.")
-            yield torch.cat(some)
+            yield torch.cat(present)
 
 
 def _problems(experts: Mapping[str, Weights], data: Any, alpha: Sequence[float]) -> list[str]:
-    found = [] if experts else ["experts: give the weights of at least one expert."]
+    problems = [] if experts else ["experts: give the weights of at least one expert."]
     if len(alpha) != len(experts):
-        found.append(f"alpha has {len(alpha)} weights for {len(experts)} experts; give one for each.")
+        problems.append(f"alpha has {len(alpha)} weights for {len(experts)} experts; give one for each.")
     if any(not weight >= 0 for weight in alpha) or (alpha and abs(sum(alpha) - 1) > 1e-6):
-        found.append(f"alpha must be at least 0 and add up to 1, got {list(alpha)}.")
+        problems.append(f"alpha must be at least 0 and add up to 1, got {list(alpha)}.")
     if isinstance(data, Mapping):
         for task, batches in data.items():
-            found += rereading_problems(batches, f"task {task}")
-        found += [] if data else ["data: give the data of at least one task."]
-    return found
+            problems += rereading_problems(batches, f"task {task}")
+        problems += [] if data else ["data: give the data of at least one task."]
+    return problems

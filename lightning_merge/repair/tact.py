@@ -32,7 +32,7 @@ from lightning_merge.utilities.sites import Site
 Weights = Mapping[str, Tensor]
 
 OWN_DATA = "own data"
-"""What the data of an expert's own task are called among known statistics."""
+"""The name of the data of an expert's own task among known statistics."""
 
 
 def tact(
@@ -71,10 +71,10 @@ def tact(
         batches: The most batches of each task in one pass; by default all.
         passes: How often the data are read, which differs where they are augmented.
         max_gain: The most that a channel is scaled by. The official code has no limit.
-        eps: Is added to variances. A channel of less than ``eps`` times the variance that it should have is only
+        eps: Added to variances. A channel of less than ``eps`` times the variance that it should have is only
             shifted.
-        statistics: Makes what adds up batches. ``partial(Moments, momentum=0.99)`` and ``max_gain=math.inf`` are the
-            official code.
+        statistics: Makes what accumulates batches. ``partial(Moments, momentum=0.99)`` and ``max_gain=math.inf``
+            are the official code.
         distributed: Whether the processes of the default process group share the data.
         seed: Seed of data that are drawn from PyTorch's global generator.
         known: Statistics of the same experts on their own data, by ``(OWN_DATA, task)`` and site: recorded earlier, or
@@ -92,29 +92,29 @@ def tact(
         task: Calibration(f"expert {task}", data.get(task, ()), batches, passes, seed, processes) for task in experts
     }
     problems = [problem for calibration in calibrations.values() for problem in calibration.problems()]
-    own = stored_tensors(plain(module))
+    tensors = stored_tensors(plain(module))
     for task, expert in experts.items():
-        problems += fit_problems(own, expert, f"expert {task}", "cover")
+        problems += fit_problems(tensors, expert, f"expert {task}", "cover")
     problems += [] if experts else ["experts: give the weights of at least one expert."]
     with processes.together():
         raise_all(list(dict.fromkeys([*data_problems(data, experts, "tact"), *problems])))
         Goals({}, {}, max_gain, eps)  # whether these can be, before work starts
-        found = find_sites(module, next(iter(calibrations.values())).first_images(), sites)
+        chosen = find_sites(module, next(iter(calibrations.values())).first_images(), sites)
         raise_all(
             [
                 line
                 for task, expert in experts.items()
-                if (OWN_DATA, task) in (known or {})
-                for line in known_problems(known[OWN_DATA, task], module, expert, found, calibrations[task])
+                if known is not None and (OWN_DATA, task) in known
+                for line in known_problems(known[OWN_DATA, task], module, expert, chosen, calibrations[task])
             ]
         )
     corrections = {}
     for task, expert in experts.items():
         complete = {**expert, **(merged(task) if callable(merged) else merged)}
-        goal = observe_once(known, (OWN_DATA, task), module, expert, found, calibrations[task], statistics)
+        goal = observe_once(known, (OWN_DATA, task), module, expert, chosen, calibrations[task], statistics)
         mean = {site: moments.mean for site, moments in goal.items()}
         std = {site: moments.std for site, moments in goal.items()}
         goals = Goals(mean, std, max_gain, eps)
-        now = correct_in_turn(module, complete, found, goals.affine, calibrations[task], statistics)
+        now = correct_in_turn(module, complete, chosen, goals.affine, calibrations[task], statistics)
         corrections[task] = correction_towards(goals, now, common_dtype(complete))
     return corrections
