@@ -26,6 +26,8 @@ from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.task_data import TaskData
 from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 
+_Weights = Mapping[str, Tensor]
+
 
 def check_method(method: MergeMethod, tolerance: float | None = None) -> None:
     """Check that a method is what :func:`lightning_merge.merge` takes it for.
@@ -98,7 +100,7 @@ def _check_arguments(method: MergeMethod, tolerance: float) -> None:
 
 
 def _rebuild(method: MergeMethod, description: Mapping[str, Any]) -> MergeMethod:
-    arguments = {
+    arguments: dict[str, Any] = {
         name: _rebuild(getattr(method, name), value) if isinstance(getattr(method, name), MergeMethod) else value
         for name, value in description["init_args"].items()
     }
@@ -147,7 +149,10 @@ def _check_entrywise(method: MergeMethod, tolerance: float) -> None:
         deltas, context = task_vectors[name], task_vectors.context(name, survey)
         rows = deltas.reshape(len(deltas), *([1] if task_vectors.is_matrix(name) else []), -1)
         cut = rows.shape[-1] // 3
-        for rule in (method.update, *([partial(method.task_update, expert=0)] if method.per_task else [])):
+        rules: list[Callable[..., Tensor]] = [method.update]
+        if method.per_task:
+            rules.append(partial(method.task_update, expert=0))
+        for rule in rules:
             with _attempt(method, f"pieces of {name!r}"):
                 whole = rule(deltas, context=context).reshape(-1)
                 parts = [rule(part, context=context).reshape(-1) for part in (rows[..., :cut], rows[..., cut:])]
@@ -252,7 +257,7 @@ def _with_zero_rows(base: Tensor, expert: Tensor) -> Tensor:
     return torch.where(torch.arange(len(expert)).reshape(-1, *[1] * (expert.ndim - 1)) % 2 == 0, base, expert)
 
 
-def _require_finite(method: MergeMethod, case: str, base: State, experts: Mapping[str, State]) -> list[State]:
+def _require_finite(method: MergeMethod, case: str, base: State, experts: Mapping[str, State]) -> list[_Weights]:
     merged = _merge(method, case, base, experts)
     for weights in merged:
         bad = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
@@ -261,7 +266,7 @@ def _require_finite(method: MergeMethod, case: str, base: State, experts: Mappin
 
 
 def _require_close(
-    method: MergeMethod, what: str, base: State, weights: State, expected: State, tolerance: float
+    method: MergeMethod, what: str, base: State, weights: _Weights, expected: _Weights, tolerance: float
 ) -> None:
     floating = [name for name in base if base[name].is_floating_point()]
     largest = max(float((expected[name] - base[name]).abs().max()) for name in floating)
@@ -281,7 +286,7 @@ def _merge(
     base: State,
     experts: Mapping[str, State],
     **options: Any,
-) -> list[State]:
+) -> list[_Weights]:
     """Merge, and return the model, and one for each expert where the method keeps them."""
     made_up = {"statistics": make_statistics(base, experts), "module": ToyModule(), "data": make_data(experts)}
     with _attempt(method, case):
@@ -291,7 +296,7 @@ def _merge(
 
 @contextmanager
 def _attempt(method: MergeMethod, case: str) -> Iterator[None]:
-    """Say which method failed, and at what."""
+    """Name the method, and the case, in whatever error is raised within the block."""
     try:
         yield
     except Exception as error:

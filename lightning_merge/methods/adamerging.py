@@ -19,12 +19,12 @@ from lightning_merge.methods.base.task_vectors import TaskVectors
 
 
 class Survey(NamedTuple):
-    """What AdaMerging learns of the whole model."""
+    """The coefficients that AdaMerging learns, and what TIES knows of the whole model."""
 
     coefficients: Mapping[str, Tensor]
     """``(T,)`` in [0, 1] for every parameter."""
     ties: ties.Survey | None = None
-    """What TIES knows of the whole model, for AdaMerging++."""
+    """For AdaMerging++."""
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def learn_coefficients(
         tasks: The model and the unlabelled data, running.
         coefficients: ``(L, T)``, or ``(1, T)`` to share them, to start from.
         lr: Learning rate.
-        steps: Steps of Adam.
+        steps: The number of steps of Adam.
 
     Returns:
         ``(L, T)`` in [0, 1].

@@ -24,7 +24,7 @@ def breadcrumbs(rows: Tensor, beta: float = 0.2, gamma: float = 0.1, remove_firs
         rows: ``(…, n)``.
         beta: ``int(beta * n)`` entries are kept, the largest ones.
         gamma: ``int(gamma * n)`` entries are removed, the largest ones.
-        remove_first: Remove outliers before choosing what is kept; otherwise among it, which leaves fewer.
+        remove_first: Remove outliers before choosing what is kept; otherwise from what is kept, which leaves fewer.
 
     Returns:
         ``(…, n)``.

@@ -42,7 +42,7 @@ def list_methods() -> list[dict[str, Any]]:
 
 
 def _needs(method: MergeMethod) -> Iterator[str]:
-    """Say what a method needs, or does besides adding up weights, and so the methods inside it."""
+    """Yield what a method and the methods inside it need, or do besides adding up weights."""
     yield from (f"data ({kind})" for kind in method.needs)
     if method.needs_data:
         yield "data (the model is run on images)"
@@ -82,14 +82,14 @@ def _arguments(arguments: dict[str, Any]) -> str:
         if not isinstance(value, dict):
             return repr(value)
         defaults = getattr(methods, value["class_path"])().describe()["init_args"]
-        changed = {name: given for name, given in value["init_args"].items() if given != defaults[name]}
+        changed = {name: argument for name, argument in value["init_args"].items() if argument != defaults[name]}
         return f"{value['class_path']}({_arguments(changed)})"
 
     return ", ".join(f"{name}={text(value)}" for name, value in arguments.items())
 
 
 def main(args: list[str]) -> None:
-    """Show the methods, as ``lightning-merge methods [--json]`` does."""
+    """Print the methods, as ``lightning-merge methods [--json]`` does."""
     parser = argparse.ArgumentParser("lightning-merge methods", description="List every merging method.")
     parser.add_argument("--json", action="store_true", help="one JSON list instead of a Markdown table")
     rows = list_methods()

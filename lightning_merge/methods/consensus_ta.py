@@ -52,21 +52,24 @@ class ConsensusTA(Wrapper):
 
     @property
     def min_experts(self) -> int:  # type: ignore[override]
-        """At least k, or nothing would be left."""
+        """The fewest experts: k, or nothing would be left."""
         return max(self.k, self.inside.min_experts)
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
-        """Where the method inside is."""
+        """Whether the method inside is entrywise."""
         return self.inside.entrywise
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter: ``(T, …) -> (…)``, see :func:`consensus`."""
-        return self._consensus(lambda some: self.inside.update(some, context), deltas, context)
+        return self._consensus(lambda piece: self.inside.update(piece, context), deltas, context)
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Merge a parameter by what the method inside gives for one expert's task: ``(T, …) -> (…)``."""
-        return self._consensus(lambda some: self.inside.task_update(some, expert, context), deltas, context)
+        return self._consensus(lambda piece: self.inside.task_update(piece, expert, context), deltas, context)
 
     def _consensus(self, merge: Callable[[Tensor], Tensor], deltas: Tensor, context: Context) -> Tensor:
-        return self.piecewise(lambda some: consensus(some, merge(some), self.mask_threshold, self.k), deltas, context)
+        def rule(piece: Tensor) -> Tensor:
+            return consensus(piece, merge(piece), self.mask_threshold, self.k)
+
+        return self.piecewise(rule, deltas, context)

@@ -64,7 +64,7 @@ def balanced_factors(deltas: Tensor, threshold: float = 1e-5) -> list[tuple[Tens
 
 @dataclass(frozen=True)
 class CoreSpace(CoordinateWrapper):
-    """Merge LoRA experts in the small space that their factors span; nothing of them is lost there.
+    """Merging of LoRA experts in the small space that their factors span, where nothing of them is lost.
 
     The method inside sees the core matrices ``Uᵀ Δ_i V`` instead of the experts' matrices. The bases come from the
     adapters' own factors where all experts are adapters, otherwise from balanced factors of the dense matrices; that
@@ -96,21 +96,16 @@ class CoreSpace(CoordinateWrapper):
 
     def survey(self, task_vectors: TaskVectors) -> Survey:
         """Find the reference bases of every matrix, and have the method inside survey the core matrices."""
-        rule = task_vectors.matrices.whole()
-
-        def matrices(name: str, stack: Tensor) -> Tensor | None:
-            blocks = rule.blocks(name, stack)
-            return None if blocks is None else blocks[0]
 
         def core(name: str, stack: Tensor) -> Tensor:
             U, Vt = bases[name]  # (m, a), (b, n)
-            return U.mT @ matrices(name, stack) @ Vt.mT  # (T, a, b)
+            return U.mT @ stack.flatten(2) @ Vt.mT  # (T, a, b)
 
         bases, sizes = {}, {}
         for name, deltas in task_vectors.items():
-            dense = matrices(name, deltas)  # (T, m, n)
-            if dense is None or not dense.any():
+            if not task_vectors.is_matrix(name) or not deltas.any():
                 continue
+            dense = deltas.flatten(2)  # (T, m, n)
             factors = [(B.to(dense), A.to(dense)) for B, A in task_vectors.factors(name) or ()]
             U, Vt = reference_bases(factors or balanced_factors(dense, self.sv_threshold))
             if U.shape[1] and len(Vt):

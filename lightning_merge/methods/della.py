@@ -19,7 +19,7 @@ from lightning_merge.methods.ties import TIES
 
 
 def keep_probabilities(deltas: Tensor, density: float, epsilon: float) -> Tensor:
-    """Give larger entries of a row a higher probability to stay.
+    """Assign larger entries of a row a higher probability to stay.
 
     Args:
         deltas: ``(T, …)``; rows are those of a matrix, the kernels of a convolution's outputs, or a whole vector.

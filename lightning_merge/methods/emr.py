@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -47,15 +48,15 @@ class EMR(MergeMethod):
     per_task: ClassVar[bool] = True
 
     def survey(self, task_vectors: TaskVectors) -> Tensor:
-        """Find the rescalers ``(T,)``: the experts' mean magnitudes, summed over parameters, over the masked ones'."""
-        own, masked = [], []
+        """Compute the rescalers ``(T,)``: the experts' summed mean magnitudes, divided by those after masking."""
+        magnitudes, masked = [], []
         for _, deltas in task_vectors.stream():
             for piece in pieces(deltas) if deltas.numel() else ():
                 unified, masks = emr(piece)
-                own.append(piece.abs().sum(dim=1, dtype=torch.float64) / deltas[0].numel())
+                magnitudes.append(piece.abs().sum(dim=1, dtype=torch.float64) / deltas[0].numel())
                 masked.append((masks * unified.abs()).sum(dim=1, dtype=torch.float64) / deltas[0].numel())
-        total_own, total_masked = sum(own), sum(masked)
-        return torch.where(total_masked > 0, total_own / total_masked, 0).to(deltas)
+        total, total_masked = reduce(torch.add, magnitudes), reduce(torch.add, masked)
+        return torch.where(total_masked > 0, total / total_masked, 0).to(deltas)
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter, ``(T, …) -> (…)``: the unified update."""
@@ -64,8 +65,8 @@ class EMR(MergeMethod):
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Rescale the unified update where one expert agrees with it: ``(T, …) -> (…)``."""
 
-        def rule(some: Tensor) -> Tensor:
-            unified, masks = emr(some)
+        def rule(piece: Tensor) -> Tensor:
+            unified, masks = emr(piece)
             return context.survey[expert] * masks[expert] * unified
 
         return self.piecewise(rule, deltas, context)

@@ -74,16 +74,16 @@ class Fisher(MergeMethod):
 
     @property
     def order_matters(self) -> bool:  # type: ignore[override]
-        """Weights, and the target model, go by the position of the experts."""
+        """Whether there are weights, or a target model, which go by the position of the experts."""
         return self.weights is not None or self.favor_target_model
 
     def check_count(self, num_experts: int) -> None:
-        """See that there is a weight for every expert."""
+        """Raise a MergeError unless there is a weight for every expert."""
         super().check_count(num_experts)
         check_weight_count(self, num_experts)
 
     def survey(self, task_vectors: TaskVectors) -> Tensor | None:
-        """Find the norms ``(T,)`` of the experts' Fishers over the whole model, where they are asked for."""
+        """Compute the norms ``(T,)`` of the experts' Fishers over the whole model, where they are asked for."""
         if self.normalize != "model":
             return None
         return torch.stack([norms(task_vectors.context(name).statistics["fisher"]) for name in task_vectors]).norm(

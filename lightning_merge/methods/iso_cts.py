@@ -40,7 +40,7 @@ def iso_cts(deltas: Tensor, common_fraction: float = 0.8) -> Tensor:
     total = deltas.sum(dim=0)
     if common > 0:
         U, s, Vt = svd(total, common)
-        deltas = deltas - U @ (U.mT @ deltas)  # what the common directions do not say, on the left side only
+        deltas = deltas - U @ (U.mT @ deltas)  # without the common directions, on the left side only
     else:
         U, s, Vt = total.new_zeros(m, 0), total.new_zeros(0), total.new_zeros(0, n)
     Us, ss, Vts = svd(deltas, per_task)

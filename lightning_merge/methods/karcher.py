@@ -18,7 +18,7 @@ def karcher_mean(vectors: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tens
     Args:
         vectors: ``(T, d)``.
         max_iter: The most steps of the fixed-point iteration ``mean <- exp_mean(mean of log_mean(directions))``.
-        tol: The iteration ends when a step is shorter; vectors shorter than this have no direction.
+        tol: The iteration ends when a step is shorter, in radians; vectors shorter than this have no direction.
 
     Returns:
         ``(d,)``.
@@ -41,7 +41,7 @@ def karcher_mean(vectors: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tens
 
 
 def logarithm(point: Tensor, directions: Tensor, tol: float) -> Tensor:
-    """Find the tangent vectors at a point of the unit sphere that lead to others: ``(d,), (T, d) -> (T, d)``.
+    """Compute the tangent vectors at a point of the unit sphere that lead to others: ``(d,), (T, d) -> (T, d)``.
 
     Zero for directions nearer than ``tol``, and for the opposite of the point, to which all ways are equally long.
     """

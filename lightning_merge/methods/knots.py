@@ -47,7 +47,7 @@ def common_basis(matrices: Tensor, threshold: float = 1e-5, span: Tensor | None 
     Args:
         matrices: ``(T, m, n)``.
         threshold: An absolute number.
-        span: ``(m, R)``, what all columns are made of, if that is known: then R rows are decomposed instead of m.
+        span: ``(m, R)``, columns that span all others, if they are known: then R rows are decomposed instead of m.
 
     Returns:
         ``U (m, k)``. ``Uᵀ Δ_i (k, n)`` is expert i's block of ``diag(s) Vt``, which is what is merged.
@@ -70,12 +70,12 @@ def join(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def find_layers(shapes: Mapping[str, torch.Size]) -> dict[str, Layer]:
-    """Find what has a weight, by names: ``{parameter: layer}``. Other parameters belong to no layer."""
+    """Group weights and their biases into layers, by name: ``{parameter: layer}``. Others belong to no layer."""
     stems: dict[str, dict[str, str]] = {}
     for name in shapes:
         if match := re.fullmatch(r"(?:(.*)[._])?(weight|bias)", name):
             stems.setdefault(match[1] or "", {})[match[2]] = name
-    layers = {}
+    layers: dict[str, Layer] = {}
     for parts in stems.values():
         if weight := parts.get("weight"):
             bias = parts.get("bias")
@@ -151,7 +151,7 @@ class KnOTS(CoordinateWrapper):
         return joined if self.concat_across_output else joined.mT
 
     def _span(self, layer: Layer, task_vectors: TaskVectors, like: Tensor) -> Tensor | None:
-        """Find ``(m, R)``, what all columns of a layer's matrices are made of; None if that is not known."""
+        """Find columns ``(m, R)`` that span those of a layer's matrices; None if none are known."""
         factors = task_vectors.factors(layer.weight)
         if not factors or not self.concat_across_output or (layer.bias and task_vectors.factors(layer.bias) != []):
             return None

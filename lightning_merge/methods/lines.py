@@ -15,7 +15,7 @@ from lightning_merge.methods.task_arithmetic import TaskArithmetic
 
 
 class Survey(NamedTuple):
-    """What LiNeS knows about the whole model.
+    """The statistics of the whole model that LiNeS needs.
 
     Args:
         inner: The survey of the method inside.
@@ -35,7 +35,7 @@ def block_index(name: str) -> int | None:
 
 
 def lines_coefficient(block: int | None, num_blocks: int, alpha: float, beta: float) -> float:
-    """Return a block's coefficient: ``alpha`` for the first to ``alpha + beta`` for the last; ``alpha`` outside."""
+    """Compute a block's coefficient: ``alpha`` for the first to ``alpha + beta`` for the last; ``alpha`` outside."""
     return alpha + beta * (block or 0) / max(num_blocks - 1, 1)
 
 

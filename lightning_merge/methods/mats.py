@@ -26,6 +26,9 @@ def conjugate_gradients(
         residual: ``(m, n)``, ``B - system(start)``.
         iterations: The most steps.
         tolerance: The iteration ends when the norm of the residual is not larger.
+
+    Returns:
+        X ``(m, n)``.
     """
     x, direction, size = start, residual, residual.square().sum()
     for _ in range(iterations):
@@ -44,7 +47,7 @@ def conjugate_gradients(
 
 @dataclass(frozen=True)
 class MaTS(MergeMethod):
-    """Match the experts in their task parameter subspaces: linear layers with a block-wise Fisher, solved iteratively.
+    """Matching in task parameter subspaces: linear layers are merged with a block-wise Fisher, iteratively.
 
     With the Gram matrices G of a layer's inputs and H of the gradients at its outputs, ``Σ H_i W G_i = Σ H_i W_i G_i``
     is solved for W by conjugate gradients. Needs ``gram.<parameter>`` and ``gram_out.<parameter>`` of every expert, for
@@ -87,8 +90,8 @@ class MaTS(MergeMethod):
         """Solve for the difference to the base, to the tolerance for the weights themselves: ``(T, …) -> (…)``."""
         if not deltas.any() or "gram" not in context.statistics:
             return self.tensor(deltas, context)
-        known = [context.statistics[kind] for kind in self.needs if kind in context.statistics]
-        grams, *outer = (reduce_off_diagonal(statistic, self.reduce_off_diagonal) for statistic in known)
+        kinds = [kind for kind in self.needs if kind in context.statistics]
+        grams, *outer = (reduce_off_diagonal(context.statistics[kind], self.reduce_off_diagonal) for kind in kinds)
 
         def images(matrices: Tensor) -> Tensor:  # (T, m, n) or (m, n) -> (m, n)
             forward = matrices @ grams

@@ -58,11 +58,11 @@ class MultiSLERP(WeightSpaceMethod):
 
     @property
     def order_matters(self) -> bool:  # type: ignore[override]
-        """Weights go by the position of the experts."""
+        """Whether there are weights, which go by the position of the experts."""
         return self.weights is not None
 
     def check_count(self, num_experts: int) -> None:
-        """See that there is a weight for every expert."""
+        """Raise a MergeError unless there is a weight for every expert."""
         super().check_count(num_experts)
         check_weight_count(self, num_experts)
 

@@ -30,11 +30,11 @@ def layer_of(name: str) -> str:
 
 
 class _Enough(Exception):
-    """Ends a run of the model when the layer of interest is passed."""
+    """The end of a run of the model, when the layer of interest is passed."""
 
 
 def find_layers(tasks: TaskData, weights: Mapping[str, Tensor], images: Tensor) -> dict[str, list[str]]:
-    """Find the layers in the order in which they run, and the weights in each, as often as they are used."""
+    """Find the layers in the order in which they run on images ``(N, …)``, and the weights in each, in order of use."""
     layers: dict[str, list[str]] = {}
     with watch_inputs(tasks.module, weights, lambda name, rows: layers.setdefault(layer_of(name), []).append(name)):
         tasks.logits(tasks.experts[0], weights, images)

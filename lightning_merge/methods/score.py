@@ -33,7 +33,7 @@ def score(
 
 
 def project(deltas: Tensor, U: Tensor, Vt: Tensor) -> Tensor:
-    """See every expert's task matrix in one basis: ``(T, m, n) -> (T, r, r)``."""
+    """Project every expert's task matrix into one basis: ``(T, m, n) -> (T, r, r)``."""
     return U.mT @ deltas @ Vt.mT
 
 

@@ -80,7 +80,7 @@ class SVC(Wrapper):
             check_range(self, "alpha", 0, float("inf"), open_low=True, open_high=True)
 
     def survey(self, task_vectors: TaskVectors) -> Any:
-        """Return the survey of the method inside, which sees the task vectors as they are."""
+        """Let the method inside survey the task vectors, which it sees as they are."""
         return self.inside.survey(task_vectors)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:

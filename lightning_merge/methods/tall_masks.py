@@ -40,7 +40,7 @@ class TALLMask(Wrapper):
     formula: ClassVar[str] = "for a task: m_t ∘ τ; m_t = [|Δ_t| > λ |τ - Δ_t|]"
     default_method: ClassVar[MergeMethod] = TaskArithmetic(scale=1.0)
 
-    per_task: ClassVar[bool] = True  # type: ignore[assignment,misc]
+    per_task: ClassVar[bool] = True
 
     mask_threshold: float = 0.4
 
@@ -50,14 +50,14 @@ class TALLMask(Wrapper):
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
-        """Where the method inside is."""
+        """Whether the method inside is entrywise."""
         return self.inside.entrywise
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Merge a parameter for one expert's task, ``(T, …) -> (…)``: the merged update where the expert's mask is."""
 
-        def rule(some: Tensor) -> Tensor:
-            merged = self.inside.update(some, context)
-            return merged * tall_masks(some[expert : expert + 1], merged, self.mask_threshold)[0]
+        def rule(piece: Tensor) -> Tensor:
+            merged = self.inside.update(piece, context)
+            return merged * tall_masks(piece[expert : expert + 1], merged, self.mask_threshold)[0]
 
         return self.piecewise(rule, deltas, context)

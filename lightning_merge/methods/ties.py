@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from threading import Lock
 from typing import ClassVar, Literal, NamedTuple
 
@@ -46,6 +47,7 @@ def vote(trimmed: Tensor, rule: str = "mass", norms: Tensor | None = None) -> Te
     """Elect a sign per entry, 0 where nobody wins, see :func:`elect`: ``(T, …) -> (…)``."""
     votes = trimmed
     if rule != "mass":
+        assert norms is not None  # the shares need them
         shares = trimmed.square() / per_expert(norms.square().clamp(min=torch.finfo(norms.dtype).tiny), trimmed)
         votes = shares * trimmed.sign()
     if rule == "normfrac":
@@ -75,6 +77,7 @@ def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") ->
         return agreeing.sum(dim=0) / indicator(torch.ne, agreeing, 0).sum(dim=0).clamp_(min=1)
     if merge == "sum":
         return agreeing.sum(dim=0)
+    assert sign is not None  # which the largest magnitude gets
     return agreeing.abs().amax(dim=0) * sign
 
 
@@ -105,7 +108,8 @@ def per_expert(values: Tensor, deltas: Tensor) -> Tensor:
 
 def once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Compute at the first call, and only then, whichever thread it comes from."""
-    lock, results = Lock(), []
+    lock = Lock()
+    results: list[Tensor] = []
 
     def get() -> Tensor:
         with lock:
@@ -193,13 +197,13 @@ class TIES(MergeMethod):
             thresholds = (self.deviations * deviations).to(first).nextafter(first.new_tensor(torch.inf))  # beyond it
             survey = Survey(thresholds, centers.to(first))
         if self.elect in ("normmass", "normfrac"):
-            squares = sum(deltas.double().square().sum(dim=1) for deltas in trimmed())
+            squares = reduce(torch.add, (deltas.double().square().sum(dim=1) for deltas in trimmed()))
             survey = survey._replace(norms=squares.sqrt().to(first))
         if self.elect != "none":
 
             def majority() -> Tensor:
                 signs = (vote(piece, self.elect, survey.norms) for piece in trimmed())
-                return sum(sign.sum(dtype=torch.float64) for sign in signs).sign().to(first)
+                return reduce(torch.add, (sign.sum(dtype=torch.float64) for sign in signs)).sign().to(first)
 
             survey = survey._replace(majority=once(majority))
         return survey
@@ -211,7 +215,7 @@ class TIES(MergeMethod):
         return trimmed if sign is None else agreeing_entries(trimmed, sign)
 
     def _elect(self, trimmed: Tensor, survey: Survey) -> Tensor | None:
-        return None if self.elect == "none" else elect(trimmed, survey.majority, self.elect, survey.norms)
+        return None if survey.majority is None else elect(trimmed, survey.majority, self.elect, survey.norms)
 
     def _trim(self, deltas: Tensor, survey: Survey) -> Tensor:
         return deltas if survey.thresholds is None else trim(deltas, survey.thresholds, survey.centers)

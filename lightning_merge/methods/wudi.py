@@ -61,7 +61,7 @@ def normalized(deltas: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WUDI(MergeMethod):
-    """Merge linear layers so that their update interferes least with every expert's inputs, which span its own rows.
+    """Merging of linear layers by the update that interferes least with every expert's inputs, which span its own rows.
 
     Args:
         iterations: Steps of Adam.
@@ -91,7 +91,7 @@ class WUDI(MergeMethod):
         check_choice(self, "others", ("base", "mean"))
 
     def survey(self, task_vectors: TaskVectors) -> None:
-        """Refuse a model none of whose parameters would be merged."""
+        """Raise a MergeError if none of the model's parameters would be merged."""
         if not any(matches(name, self.parameters) for name in task_vectors):
             raise MergeError(
                 f"WUDI merges the parameters that match {', '.join(self.parameters)}; this model has none. "

@@ -49,9 +49,9 @@ class Blocks(TaskVectors):
         return torch.Size(self._shapes[name])
 
     def context(self, name: str, survey: Any = None) -> Context:
-        """Return what a method's rule may know about a block."""
+        """Build the context of a block for a method's rule."""
         return Context(name, self._read_base(name), self.matrices, self.seed_of(name), survey)
 
     def only(self, name: str) -> Blocks:
-        """Return the same task vectors with one block alone."""
+        """Restrict the task vectors to one block."""
         return Blocks(self._source, {name: self._shapes[name]}, self._read, self._read_base)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from lightning_merge.methods.base.method import MergeMethod
 from lightning_merge.utilities.errors import MergeError
+
+
+class _Weighted(Protocol):
+    """A method that may be given a weight for every expert."""
+
+    @property
+    def weights(self) -> tuple[float, ...] | None: ...
 
 
 def check_range(
@@ -25,8 +34,8 @@ def check_choice(method: MergeMethod, name: str, choices: tuple[str, ...]) -> No
         raise MergeError(f"{type(method).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
-def check_weights(method: MergeMethod) -> None:
-    """Make ``method.weights``, where given, a tuple of floats; raise a ValueError if they are no weights."""
+def check_weights(method: _Weighted) -> None:
+    """Convert ``method.weights``, where given, to a tuple of floats; raise a ValueError if they are no weights."""
     if method.weights is None:
         return
     weights = tuple(float(weight) for weight in method.weights)
@@ -37,7 +46,7 @@ def check_weights(method: MergeMethod) -> None:
     object.__setattr__(method, "weights", weights)
 
 
-def check_weight_count(method: MergeMethod, num_experts: int) -> None:
+def check_weight_count(method: _Weighted, num_experts: int) -> None:
     """Raise a MergeError unless there is a weight for every expert, or no weights at all."""
     if method.weights is not None and len(method.weights) != num_experts:
         raise MergeError(

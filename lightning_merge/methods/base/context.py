@@ -15,7 +15,7 @@ from lightning_merge.methods.base.matrices import Matrices
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may know besides the task vectors of the one parameter it merges.
+    """The context of a rule: what it may know besides the task vectors of the one parameter that it merges.
 
     Args:
         name: The name of the parameter.
@@ -42,5 +42,5 @@ class Context:
         return torch.Generator().manual_seed(self.seed ^ zlib.crc32(stream.encode()))
 
     def with_survey(self, survey: Any) -> Context:
-        """Return the same context with another survey, as a wrapper hands it to the method inside."""
+        """Copy the context with another survey, which a wrapper hands to the method inside."""
         return replace(self, survey=survey)

@@ -13,7 +13,7 @@ from lightning_merge.methods.base.context import Context
 from lightning_merge.methods.base.wrapper import Wrapper
 
 Rule = Callable[[Tensor, Context], Tensor]
-"""Merges a block, given what is known of it: ``(T, …) -> (…)``."""
+"""A rule that merges a block, given what is known of it: ``(T, …) -> (…)``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CoordinateWrapper(Wrapper):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Float64, to factorize."""
+        """Float64, in which matrices are factorized."""
         return torch.float64
 
     @abstractmethod

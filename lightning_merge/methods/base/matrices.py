@@ -13,13 +13,13 @@ from lightning_merge.checkpoints.names import matches
 
 @dataclass(frozen=True)
 class Matrices:
-    """When a parameter counts as a matrix. The default is the rule that all published codes share.
+    """The rule for which parameters count as matrices. The default is the one that all published codes share.
 
     Args:
         exclude: Two-dimensional parameters whose name matches one of these patterns are not matrices.
-        flatten_convolutions: See a convolution kernel as a matrix ``(out, in · height · width)``, as no published
+        flatten_convolutions: Treat a convolution kernel as a matrix ``(out, in · height · width)``, as no published
             code does.
-        split: See a parameter whose name matches one of these patterns as three matrices, one above the other: the
+        split: Treat a parameter whose name matches one of these patterns as three matrices, one above the other: the
             fused query, key and value projections of an attention layer. No published code does.
     """
 
@@ -28,7 +28,7 @@ class Matrices:
     split: Sequence[str] = ()
 
     def view(self, name: str, shape: Sequence[int]) -> tuple[int, int, int] | None:
-        """See a parameter as ``(blocks, m, n)``, matrices one above the other; None if it is no matrix."""
+        """Find the shape ``(blocks, m, n)`` of a parameter as matrices one above the other; None if it is no matrix."""
         if matches(name, self.exclude) or 0 in shape:
             return None
         if len(shape) == 2:
@@ -41,7 +41,7 @@ class Matrices:
         return blocks, rows // blocks, columns
 
     def whole(self) -> Matrices:
-        """Return the same rule without parameters that are seen as several matrices."""
+        """Copy the rule, with no parameter split into several matrices."""
         return replace(self, split=())
 
     def blocks(self, name: str, stack: Tensor) -> tuple[Tensor, ...] | None:

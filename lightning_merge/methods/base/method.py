@@ -22,8 +22,8 @@ class Paper(NamedTuple):
     Args:
         authors: Such as ``Yadav et al.``
         venue: The conference or journal, or ``arXiv``.
-        year: Of the venue.
-        arxiv: The number, if it has one.
+        year: The year of the venue.
+        arxiv: The arXiv number, if there is one.
     """
 
     authors: str
@@ -123,7 +123,7 @@ class MergeMethod(ABC):
         """Merge a parameter, by the rule for matrices where it counts as one: ``(T, …) -> (…)``."""
         if not any(piece.any() for piece in pieces(deltas)):
             return torch.zeros_like(deltas[0])  # an update of zeros costs nothing
-        return self.piecewise(lambda some: self._by_rule(some, context), deltas, context)
+        return self.piecewise(lambda piece: self._by_rule(piece, context), deltas, context)
 
     def piecewise(self, rule: Callable[[Tensor], Tensor], deltas: Tensor, context: Context) -> Tensor:
         """Apply a rule ``(T, …) -> (…)`` to a parameter, in pieces that fit the cache if the method is entrywise."""
@@ -145,12 +145,12 @@ class MergeMethod(ABC):
         return self.update(deltas, context)
 
     def nested(self) -> list[MergeMethod]:
-        """Return the method and the methods inside it, from the outside in."""
+        """List the method and the methods inside it, from the outside in."""
         inside = [getattr(self, argument.name) for argument in fields(self)]
         return [self, *(layer for value in inside if isinstance(value, MergeMethod) for layer in value.nested())]
 
     def describe(self) -> dict[str, Any]:
-        """Return the method as ``class_path`` and ``init_args``, as it is written in a config or a manifest."""
+        """Describe the method by ``class_path`` and ``init_args``, as a config or a manifest does."""
         arguments = {argument.name: getattr(self, argument.name) for argument in fields(self)}
         arguments = {k: v.describe() if isinstance(v, MergeMethod) else v for k, v in arguments.items()}
         return {"class_path": type(self).__name__, "init_args": arguments}

@@ -15,7 +15,7 @@ from lightning_merge.utilities.modules import device_of, evaluating, plain, seed
 
 
 class TaskData:
-    """Runs the experts' module with any weights on the data of any expert's task, and leaves it as it was.
+    """The experts' module and the data of their tasks. It is run with any weights, and is afterwards as it was.
 
     Everything is computed on the module's device, in float32 (float64 if the merged weights are).
 
@@ -63,7 +63,7 @@ class TaskData:
 
     @contextmanager
     def running(self) -> Iterator[TaskData]:
-        """Put the module into evaluation mode and seed the data; afterwards all is as before."""
+        """Put the module into evaluation mode and seed the data within the block; afterwards all is as before."""
         with seeded(self._seed, self.device), evaluating(self.module):
             yield self
 
@@ -72,12 +72,12 @@ class TaskData:
         return map(self._moved, read_images(self._data[expert], f"expert {expert}"))
 
     def endless_batches(self, expert: str) -> Iterator[Tensor]:
-        """Read an expert's images again and again."""
+        """Read an expert's images ``(N, …)`` again and again."""
         while True:
             yield from self.batches(expert)
 
     def logits(self, expert: str, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """Run the model on images of an expert's task: ``(N, …) -> (N, classes)``.
+        """Compute the logits for images of an expert's task: ``(N, …) -> (N, classes)``.
 
         Args:
             expert: The expert whose own parameters (head) are used.

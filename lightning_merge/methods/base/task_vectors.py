@@ -19,7 +19,7 @@ from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.tensors import Scratch, wide
 
 Transform = Callable[[Tensor, Context], Tensor]
-"""Changes the task tensors of one parameter: ``(T, …) -> (T, …)``."""
+"""A change of the task tensors of one parameter: ``(T, …) -> (T, …)``."""
 
 
 class TaskVectors(ABC):
@@ -63,7 +63,7 @@ class TaskVectors(ABC):
 
     @abstractmethod
     def context(self, name: str, survey: Any = None) -> Context:
-        """Return what a method's rule may know about a parameter."""
+        """Build the context of a parameter for a method's rule."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -81,7 +81,7 @@ class TaskVectors(ABC):
         return self.items()
 
     def numel(self, name: str) -> int:
-        """Return the number of entries of a parameter in one model, without reading it."""
+        """Count the entries of a parameter in one model, without reading it."""
         return self.shape(name).numel()
 
     def is_matrix(self, name: str) -> bool:
@@ -89,7 +89,7 @@ class TaskVectors(ABC):
         return self.matrices.view(name, self.shape(name)) is not None
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
-        """Return the LoRA factors ``B (m, r)`` and ``A (r, n)`` that span what the experts did to a parameter.
+        """Find the LoRA factors ``B (m, r)`` and ``A (r, n)`` that span the experts' changes of a parameter.
 
         Returns:
             Those of all experts; None if they are not known.
@@ -97,7 +97,7 @@ class TaskVectors(ABC):
         return None
 
     def map(self, transform: Transform) -> TaskVectors:
-        """See the task vectors through a transformation."""
+        """Transform the task vectors as they are read."""
         return Transformed(self, transform)
 
     def seed_of(self, name: str) -> int:
@@ -137,7 +137,7 @@ class Transformed(TaskVectors):
         return self._source.shape(name)
 
     def context(self, name: str, survey: Any = None) -> Context:
-        """Return what a method's rule may know about a parameter."""
+        """Build the context of a parameter for a method's rule."""
         return self._source.context(name, survey)
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -146,7 +146,7 @@ class Transformed(TaskVectors):
             yield name, self._transform(deltas, self.context(name))
 
     def map(self, transform: Transform) -> TaskVectors:
-        """See the task vectors through one more transformation; both are given one context, which reads the base."""
+        """Add one more transformation; both are given the same context, since to build one reads the base."""
         return Transformed(self._source, lambda deltas, context: transform(self._transform(deltas, context), context))
 
 
@@ -225,13 +225,18 @@ class ExpertTaskVectors(TaskVectors):
         return self._base.meta[name].shape
 
     def factors(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
-        """Return the LoRA factors ``B (m, r)`` and ``A (r, n)`` of a parameter of all experts; None if one has none."""
+        """Find the LoRA factors ``B (m, r)`` and ``A (r, n)`` of a parameter of all experts; None if one has none."""
         base = wide(self._base[name])
-        by_expert = [expert.factors(name, base) for expert in self._experts]
-        return None if None in by_expert else [pair for pairs in by_expert for pair in pairs]
+        factors: list[tuple[Tensor, Tensor]] = []
+        for expert in self._experts:
+            pairs = expert.factors(name, base)
+            if pairs is None:
+                return None
+            factors += pairs
+        return factors
 
     def context(self, name: str, survey: Any = None, base: Tensor | None = None) -> Context:
-        """Return what a method's rule may know about a parameter.
+        """Build the context of a parameter for a method's rule.
 
         Args:
             name: The name of the parameter.

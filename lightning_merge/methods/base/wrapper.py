@@ -33,7 +33,7 @@ class Wrapper(MergeMethod):
 
     method: MergeMethod | None = None
     _: KW_ONLY
-    scale: float | None = None  # type: ignore[assignment]
+    scale: float | None = None  # type: ignore[assignment]  # a float after __post_init__
 
     def __post_init__(self) -> None:
         if self.method is None:
@@ -85,7 +85,7 @@ class Wrapper(MergeMethod):
         return self.inside.needs_data
 
     def check_count(self, num_experts: int) -> None:
-        """See that the method inside can merge so many experts."""
+        """Raise a MergeError if this method, or the one inside, cannot merge so many experts."""
         super().check_count(num_experts)
         self.inside.check_count(num_experts)
 
