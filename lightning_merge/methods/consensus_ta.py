@@ -51,12 +51,12 @@ class ConsensusTA(Wrapper):
         check_range(self, "k", 0, float("inf"), open_high=True)
 
     @property
-    def min_experts(self) -> int:  # type: ignore[override]
+    def min_experts(self) -> int:  # type: ignore[override]  # at least k
         """The fewest experts: k, or nothing would be left."""
         return max(self.k, self.inside.min_experts)
 
     @property
-    def entrywise(self) -> bool:  # type: ignore[override]
+    def entrywise(self) -> bool:  # type: ignore[override]  # that of the method inside
         """Whether the method inside is entrywise."""
         return self.inside.entrywise
 

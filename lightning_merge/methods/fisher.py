@@ -73,7 +73,7 @@ class Fisher(MergeMethod):
         check_weights(self)
 
     @property
-    def order_matters(self) -> bool:  # type: ignore[override]
+    def order_matters(self) -> bool:  # type: ignore[override]  # follows the arguments
         """Whether there are weights, or a target model, which go by the position of the experts."""
         return self.weights is not None or self.favor_target_model
 

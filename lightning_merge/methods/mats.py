@@ -82,7 +82,7 @@ class MaTS(MergeMethod):
         check_range(self, "rtol", 0, float("inf"))
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # follows the arguments
         """The Gram matrices of the inputs, and those of the gradients at the outputs."""
         return ("gram", "gram_out") if self.backward else ("gram",)
 

@@ -57,7 +57,7 @@ class MultiSLERP(WeightSpaceMethod):
         check_weights(self)
 
     @property
-    def order_matters(self) -> bool:  # type: ignore[override]
+    def order_matters(self) -> bool:  # type: ignore[override]  # follows the arguments
         """Whether there are weights, which go by the position of the experts."""
         return self.weights is not None
 

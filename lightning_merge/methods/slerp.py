@@ -51,7 +51,7 @@ class SLERP(WeightSpaceMethod):
         check_range(self, "t", 0, 1)
 
     @property
-    def order_matters(self) -> bool:  # type: ignore[override]
+    def order_matters(self) -> bool:  # type: ignore[override]  # follows the arguments
         """True but for the middle of the arc, which is the same from both ends."""
         return self.t != 0.5
 

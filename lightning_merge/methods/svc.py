@@ -63,16 +63,12 @@ class SVC(Wrapper):
     factorizes: ClassVar[bool] = True
     factorizations: ClassVar[tuple[int, int]] = (0, 1)
     reads_twice: ClassVar[bool] = True
+    dtype: ClassVar[torch.dtype] = torch.float64
     default_method: ClassVar[MergeMethod] = TaskArithmetic()
 
     alpha: float | None = None
     _: KW_ONLY
     scale: float = 1.0
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Float64, to factorize."""
-        return torch.float64
 
     def __post_init__(self) -> None:
         super().__post_init__()

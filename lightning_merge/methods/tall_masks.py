@@ -49,7 +49,7 @@ class TALLMask(Wrapper):
         check_range(self, "mask_threshold", 0, float("inf"), open_high=True)
 
     @property
-    def entrywise(self) -> bool:  # type: ignore[override]
+    def entrywise(self) -> bool:  # type: ignore[override]  # that of the method inside
         """Whether the method inside is entrywise."""
         return self.inside.entrywise
 

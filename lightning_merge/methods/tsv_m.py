@@ -89,7 +89,7 @@ class TSVM(MergeMethod):
     variant: Variant = "svd"
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # follows the arguments
         """Float64 for ``eig``, which is unstable."""
         return torch.float64 if self.variant == "eig" else torch.float32
 

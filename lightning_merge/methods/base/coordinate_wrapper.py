@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,10 +29,7 @@ class CoordinateWrapper(Wrapper):
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Float64, in which matrices are factorized."""
-        return torch.float64
+    dtype: ClassVar[torch.dtype] = torch.float64  # to factorize
 
     @abstractmethod
     def merge_coordinates(self, deltas: Tensor, context: Context, rule: Rule) -> Tensor:

@@ -50,37 +50,37 @@ class Wrapper(MergeMethod):
         return self.method
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # that of the method inside
         """The precision of the method inside."""
         return self.inside.dtype
 
     @property
-    def per_task(self) -> bool:  # type: ignore[override]
+    def per_task(self) -> bool:  # type: ignore[override]  # that of the method inside
         """Whether the method inside keeps a model for each task."""
         return self.inside.per_task
 
     @property
-    def order_matters(self) -> bool:  # type: ignore[override]
+    def order_matters(self) -> bool:  # type: ignore[override]  # that of the method inside
         """Whether the method inside depends on the order of the experts."""
         return self.inside.order_matters
 
     @property
-    def min_experts(self) -> int:  # type: ignore[override]
+    def min_experts(self) -> int:  # type: ignore[override]  # that of the method inside
         """The fewest experts that the method inside can merge."""
         return self.inside.min_experts
 
     @property
-    def max_experts(self) -> int | None:  # type: ignore[override]
+    def max_experts(self) -> int | None:  # type: ignore[override]  # that of the method inside
         """The most experts that the method inside can merge."""
         return self.inside.max_experts
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]  # that of the method inside
         """The statistics that the method inside needs."""
         return self.inside.needs
 
     @property
-    def needs_data(self) -> bool:  # type: ignore[override]
+    def needs_data(self) -> bool:  # type: ignore[override]  # that of the method inside
         """Whether the method inside runs the model on data."""
         return self.inside.needs_data
 
