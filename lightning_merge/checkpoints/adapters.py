@@ -7,8 +7,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -24,7 +25,7 @@ _PREFIX = "base_model.model."
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # initialisations that take something off the base
 
 
-def is_adapter(source: Source) -> bool:
+def is_adapter(source: Source) -> TypeGuard[str | os.PathLike[str]]:
     """Tell whether a source is a folder that peft has written."""
     return isinstance(source, (str, os.PathLike)) and (Path(source).expanduser() / _CONFIG).is_file()
 
@@ -77,8 +78,8 @@ def open_adapter(
         rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
         alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
         adapted[parameter] = Product(
-            A=lambda key=keys["A"]: adapter[key],
-            B=lambda key=keys["B"]: adapter[key],
+            A=partial(adapter.__getitem__, keys["A"]),
+            B=partial(adapter.__getitem__, keys["B"]),
             scaling=alpha / (math.sqrt(rank) if config.get("use_rslora") else rank),
             transposed=bool(config.get("fan_in_fan_out")) or "lora_embedding_" in keys["A"],
         )

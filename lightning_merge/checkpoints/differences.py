@@ -86,6 +86,8 @@ class Difference(Weights):
         tied: Names that share a tensor with another name: ``{alias: name}``.
     """
 
+    origin: Weights
+
     def __init__(
         self,
         name: str,

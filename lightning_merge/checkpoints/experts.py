@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightning_merge.checkpoints.adapters import is_adapter, open_adapter
 from lightning_merge.checkpoints.reading import Source, open_weights
@@ -54,9 +55,10 @@ def open_experts(experts: Experts, base: Weights) -> dict[str, Weights]:
 def open_each(experts: Experts, base: Weights, *, read: bool = True) -> tuple[dict[str, Weights], list[str]]:
     """Open the experts that can be opened, and list what is wrong with the others, see :func:`open_experts`."""
     named: dict[str, Weights] = {}
-    problems = []
+    problems: list[str] = []
     unnamed = not isinstance(experts, Mapping)
-    for key, source in enumerate(experts) if unnamed else experts.items():
+    pairs: Iterable[tuple[Any, Source]] = experts.items() if isinstance(experts, Mapping) else enumerate(experts)
+    for key, source in pairs:
         is_path = isinstance(source, (str, os.PathLike, Weights))
         try:
             weights = open_expert(source, base, None if unnamed and is_path else str(key), read=read)

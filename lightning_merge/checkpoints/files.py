@@ -56,7 +56,7 @@ class InputFile:
                 f"{self.path} is damaged: it has {self.size} bytes, and {begin} to {begin + size} are asked."
             )
         buffer = torch.empty(size, dtype=torch.uint8)
-        free = memoryview(buffer.numpy())
+        free = buffer.numpy().data
         with self._failing_clearly(), open(self._absolute, "rb", buffering=0) as file:
             file.seek(begin)
             while free and (count := file.readinto(free)):  # one call reads 2 GiB at most

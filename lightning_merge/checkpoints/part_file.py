@@ -127,7 +127,7 @@ class PartFile:
                 f"{name!r} came out as {tensor.dtype} {tuple(tensor.shape)}; {place.dtype} {tuple(place.shape)} was "
                 "announced. A merging method must keep the shape."
             )
-        content = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._put(content, place.begin)
         self.checksums[name] = zlib.crc32(content)
         if self._journal is not None:
@@ -135,7 +135,7 @@ class PartFile:
 
     def sync(self) -> None:
         """See that what was written is on the disk."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._opened.fileno())
 
     def close(self) -> None:
         """Let go of the file."""
@@ -170,23 +170,29 @@ class PartFile:
             for name, place in self.places.items()
         }
 
+    @property
+    def _opened(self) -> BinaryIO:
+        """The file, which is open from :meth:`create` or :meth:`join` to :meth:`close`."""
+        assert self._file is not None
+        return self._file
+
     def _put(self, content: bytes | memoryview, position: int) -> None:
         content = memoryview(content)
         while content:
             if hasattr(os, "pwrite"):
-                written = os.pwrite(self._file.fileno(), content[:_AT_ONCE], position)
+                written = os.pwrite(self._opened.fileno(), content[:_AT_ONCE], position)
             else:  # Windows: one thread after another
                 with self._turn:
-                    self._file.seek(position)
-                    written = self._file.write(content)
+                    self._opened.seek(position)
+                    written = self._opened.write(content)
             content, position = content[written:], position + written
 
     def _get(self, begin: int, end: int) -> bytes:
         """Read bytes, while none are written; fewer where the file ends."""
-        self._file.seek(begin)
+        self._opened.seek(begin)
         content = bytearray()
-        while (left := end - begin - len(content)) and (found := self._file.read(left)):
-            content += found
+        while (left := end - begin - len(content)) and (piece := self._opened.read(left)):
+            content += piece
         return bytes(content)
 
     def _is_this(self) -> bool:

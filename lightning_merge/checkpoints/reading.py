@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Union
 
@@ -45,8 +46,10 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
         return source
     if isinstance(source, Mapping):
         return from_memory(name or "the state dict", source)
-    is_remote = isinstance(source, str) and source.startswith(HUB)
-    path = _find_file(download(source) if is_remote else Path(source).expanduser())
+    if isinstance(source, str) and source.startswith(HUB):
+        path = _find_file(download(source))
+    else:
+        path = _find_file(Path(source).expanduser())
     name = name or str(source)
     return _from_shards(name, path) if path.name.endswith(".index.json") else _from_file(name, path)
 
@@ -118,7 +121,7 @@ def _from_shards(name: str, index: Path) -> Weights:
                 raise MergeError(f"{key!r} is in {owner[key]} and in {shard}, two shards of {index}; remove one.")
     return Weights(
         name,
-        readers={key: lambda key=key, home=home: home[key] for key, home in homes.items()},
+        readers={key: partial(home.__getitem__, key) for key, home in homes.items()},
         meta={key: home.meta[key] for key, home in homes.items()},
         path=index,
         header=next(iter(shards.values())).header,

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from torch import Tensor
 
@@ -60,7 +60,8 @@ class StreamedModel:
         card: Callable[[], str] | None = None,
     ) -> None:
         self.path = path.expanduser().resolve()  # the file behind a symbolic link is replaced, not the link
-        self._tied, self._manifest, self._hyper_parameters, self._base = tied, manifest, hyper_parameters, base
+        self._tied, self._manifest, self._hyper_parameters = tied, manifest, hyper_parameters
+        self._base = cast(Path, base)  # read for a folder alone, of which check_folder has seen that it has one
         self._is_folder = is_folder(path)
         self._resume = resume
         self._card = card
@@ -69,7 +70,7 @@ class StreamedModel:
         self._lock: BinaryIO | None = None
         self._in_place = False
         groups = _split(meta, shard_size) if self._is_folder else [list(meta)]
-        names = _file_names(weights_name(base), len(groups)) if self._is_folder else [""]
+        names = _file_names(weights_name(self._base), len(groups)) if self._is_folder else [""]
         self._home = {name: i for i, group in enumerate(groups) for name in group}
         self._names = names
         self._files = [
@@ -117,9 +118,9 @@ class StreamedModel:
                     self._remove()
                 raise
         finally:
-            for file in (*self._files, self._lock):
-                if file is not None:
-                    file.close()
+            for opened in (*self._files, self._lock):
+                if opened is not None:
+                    opened.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one tensor in its place."""

@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,8 +32,15 @@ from lightning_merge.utilities.errors import MergeError, raise_all
 
 _FORMAT = 1
 _SUFFIX = f".{TASK_VECTOR}.safetensors"
-_HEADER = {"base": dict, "expert": dict, "relative_error": float, "exclude": list, "missing": list, "tied": dict}
-_MODEL = {"path": (str, type(None)), "digest": str}
+_HEADER: dict[str, type] = {
+    "base": dict,
+    "expert": dict,
+    "relative_error": float,
+    "exclude": list,
+    "missing": list,
+    "tied": dict,
+}
+_MODEL: dict[str, type | tuple[type, ...]] = {"path": (str, type(None)), "digest": str}
 
 
 def task_vector_file(checkpoint: Path) -> Path:
@@ -44,7 +52,7 @@ def _decode(parts: Mapping[str, Callable[[], Tensor]]) -> Change:
     return Dense(parts["delta"]) if "delta" in parts else Product(A=parts["right"], B=parts["left"])
 
 
-def is_task_vector(source: Source) -> bool:
+def is_task_vector(source: Source) -> TypeGuard[str | os.PathLike[str]]:
     """Tell whether a source is the file of a task vector, by its header."""
     if not isinstance(source, (str, os.PathLike)):
         return False
@@ -106,7 +114,7 @@ def open_task_vector(
     raise_all(problems)
     own = {parameter: f"own.{parameter}" for parameter, kinds in parts.items() if "own" in kinds}
     changes = {
-        parameter: _decode({kind: lambda key=f"{kind}.{parameter}": stored[key] for kind in kinds})
+        parameter: _decode({kind: partial(stored.__getitem__, f"{kind}.{parameter}") for kind in kinds})
         for parameter, kinds in parts.items()
         if parameter not in own
     }

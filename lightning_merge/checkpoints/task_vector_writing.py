@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def take_task_vector(
             continue
         parts = _encode(name, delta, rank, dtype)
         tensors |= {f"{kind}.{name}": part for kind, part in parts.items()}
-        stored = _decode({kind: lambda part=part: part for kind, part in parts.items()}).delta(delta.shape)
+        stored = _decode({kind: partial(parts.__getitem__, kind) for kind in parts}).delta(delta.shape)
         lost += float((delta.double() - stored).square().sum())
         whole += float(delta.double().square().sum())
     about = {

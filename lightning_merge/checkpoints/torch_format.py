@@ -94,33 +94,38 @@ def _open_lazily(name: str, file: InputFile, records: Mapping[int, int]) -> Weig
         return None
     state, header = _parts(file.path, content)
     tensors = named_tensors(name, state)
-    places = {key: _find_place(tensor, records) for key, tensor in tensors.items()}
-    noted: list[_Place | None] = []
-    apply_to_collection(header, Tensor, lambda tensor: noted.append(_find_place(tensor, records)))
-    if None in places.values() or None in noted:
+    find = partial(_find_place, records=records)
+    try:
+        places = {key: find(tensor) for key, tensor in tensors.items()}
+        apply_to_collection(header, Tensor, find)
+    except LookupError:
         return None
     return Weights(
         name,
         readers={key: partial(_read, file, place) for key, place in places.items()},
         meta={key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()},
         path=file.path,
-        header=apply_to_collection(header, Tensor, lambda tensor: _read(file, _find_place(tensor, records))),
+        header=apply_to_collection(header, Tensor, lambda tensor: _read(file, find(tensor))),
         tied=find_tied({key: place for key, place in places.items() if place.size}),
         inputs=[file],
     )
 
 
-def _find_place(tensor: Tensor, records: Mapping[int, int]) -> _Place | None:
-    """Where the values of a tensor on the ``meta`` device are; None if they are in none of the records."""
+def _find_place(tensor: Tensor, records: Mapping[int, int]) -> _Place:
+    """Find where the values of a tensor ``(…)`` on the ``meta`` device are.
+
+    Raises:
+        LookupError: If they are in none of the records.
+    """
     storage = tensor.untyped_storage()
     position = getattr(storage, "_checkpoint_offset", None)
-    if records.get(position) != storage.nbytes() or tensor.is_conj() or tensor.is_neg():
-        return None
+    if position is None or records.get(position) != storage.nbytes() or tensor.is_conj() or tensor.is_neg():
+        raise LookupError("no record holds these values as they are")
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     size = (last + 1) * tensor.itemsize if tensor.numel() else 0
     begin = tensor.storage_offset() * tensor.itemsize
     if begin + size > storage.nbytes():
-        return None
+        raise LookupError("the record ends before these values do")
     return _Place(position + begin, size, tensor.dtype, tensor.shape, tensor.stride())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class Weights(Mapping[str, Tensor]):
         for name in sorted(name for name in self if name not in self.tied):
             tensor = self[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 
@@ -133,7 +134,7 @@ def from_memory(
     tensors = named_tensors(name, state)
     return Weights(
         name,
-        readers={key: lambda tensor=tensor: tensor for key, tensor in tensors.items()},
+        readers={key: partial(tensors.__getitem__, key) for key in tensors},
         meta={key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()},
         path=path,
         header=header,

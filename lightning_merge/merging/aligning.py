@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,17 +94,22 @@ def align(
     if options.by == "activations" and not data:
         raise MergeError("Activations are compared on the experts' images; give --data, or compare weights.")
 
+    model = cast(nn.Module, module)  # where it is missing, groups are given and weights are compared
+
     def match(foundations: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Permutation]:
         with processes.together():
             groups = symmetries or (
-                read_symmetries(options.symmetries) if options.symmetries else find_groups(module, data, images)
+                read_symmetries(options.symmetries) if options.symmetries else find_groups(model, data, images)
             )
             compared = groups.ignoring(private)
             if options.by == "weights":
-                found = _match_by_weights(options, foundations, compared, seed)
+                permutations = _match_by_weights(options, foundations, compared, seed)
             else:
-                found = _match_by_activations(options, plain(module), foundations, compared, data, private, seed)
-        orders = processes.gather({name: permutation.orders for name, permutation in found.items()})[0]
+                batches = cast(TaskBatches, data)
+                permutations = _match_by_activations(
+                    options, plain(model), foundations, compared, batches, private, seed
+                )
+        orders = processes.gather({name: permutation.orders for name, permutation in permutations.items()})[0]
         return {name: Permutation(groups, order) for name, order in orders.items()}
 
     return align_experts(options.foundations, experts, options.foundation_of, match, like)

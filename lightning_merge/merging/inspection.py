@@ -20,13 +20,16 @@ def fingerprint_all(models: Sequence[Weights], processes: Processes, workers: in
     def size(path: str) -> float:
         return float(files[path].size)
 
+    def compute_hash(path: str) -> None:
+        files[path].fingerprint()
+
     shares = processes.share(list(files), size)
     with processes.together():
         share = shares[processes.rank]
-        run_each(lambda path: files[path].fingerprint() and None, share, workers, "hashing", size, "files")
-        mine = {path: files[path].fingerprint() for path in share}
-    for known in processes.gather(mine):
-        for path, digest in known.items():
+        run_each(compute_hash, share, workers, "hashing", size, "files")
+        computed = {path: files[path].fingerprint() for path in share}
+    for digests in processes.gather(computed):
+        for path, digest in digests.items():
             files[path].note_fingerprint(digest)
 
 

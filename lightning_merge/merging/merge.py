@@ -230,6 +230,8 @@ def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tu
 def _task_data(inputs: _Inputs, options: MergeOptions) -> TaskData:
     """Return the module and the data of the experts' tasks, for a method that runs the model while it merges."""
     base, experts, inventory = inputs.base, inputs.experts, inputs.inventory
+    assert options.module is not None  # see check_task_data
+    assert options.data is not None
     kept = {name: mean_of(name, base, experts) for name in inventory.averaged}
     kept |= {name: base[name].clone() for name in inventory.copied}
     return TaskData(
@@ -244,7 +246,7 @@ def _compute(
     with paths_taken(merged.paths):
         if options.output is None:
             return replace(merged, weights=_in_memory(computation, home, processes))
-        _to_disk(merged, computation, options, processes)
+        _to_disk(merged, computation, options.output, options, processes)
     return replace(merged, weights=open_weights(options.output, "the merged model"))
 
 
@@ -260,9 +262,15 @@ def _in_memory(computation: Computation, home: torch.device, processes: Processe
     return {name: weights[name] for name in base}
 
 
-def _to_disk(merged: Merged, computation: Computation, options: MergeOptions, processes: Processes) -> None:
+def _to_disk(
+    merged: Merged,
+    computation: Computation,
+    output: str | os.PathLike[str],
+    options: MergeOptions,
+    processes: Processes,
+) -> None:
     """Write every parameter of the merged model as soon as it is computed; every process writes a part of them."""
-    model = merged.writer(options.output, resume=options.resume, shard_size=options.shard_size)
+    model = merged.writer(output, resume=options.resume, shard_size=options.shard_size)
     with model.open(processes):
         missing = [name for name in merged.inventory.stored if name not in model.done]
         computation.each(processes.share(missing, computation.cost)[processes.rank], model.write)

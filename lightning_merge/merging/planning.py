@@ -246,7 +246,7 @@ def _costs(
 
 def _stored_bytes(weights: Weights) -> int:
     """What there is to read of a model: of a difference its own file, as it is put on a base that is read anyway."""
-    if weights.origin is not None:
+    if weights.origin is not None and weights.path is not None:
         return weights.path.stat().st_size
     return _bytes(tensor for name, tensor in weights.meta.items() if name not in weights.tied)
 

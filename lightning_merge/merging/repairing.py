@@ -135,10 +135,17 @@ def _repairs(
     moments = None if known is None else known.setdefault((options.batches, *(options.sites or ())), {})
     if options.recorded:
         moments = {(OWN_DATA, task): read_moments(expert, task) for task, expert in merged.experts.items()}
-    arguments = {"sites": options.sites, "batches": options.batches, "max_gain": options.max_gain, "seed": seed}
-    if options.by == "repair":
-        return shared_repair(module, merged.weights, merged.experts, data, known=moments, **arguments)
-    return tact(module, merged.for_task, merged.experts, data, known=moments, **arguments)
+    is_shared = options.by == "repair"
+    correct = partial(shared_repair, module, merged.weights) if is_shared else partial(tact, module, merged.for_task)
+    return correct(
+        merged.experts,
+        data,
+        sites=options.sites,
+        batches=options.batches,
+        max_gain=options.max_gain,
+        seed=seed,
+        known=moments,
+    )
 
 
 def _for_all_tasks(merged: Merged, change: Change, unfolded: Correction | None = None) -> Merged:

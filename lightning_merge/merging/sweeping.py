@@ -59,17 +59,25 @@ def sweep(
     return _merge_all(base, experts, method, settings, skip, options)
 
 
-def _merge_all(base, experts, method, settings, skip, options) -> Iterator[tuple[Setting, Merged]]:
+def _merge_all(
+    base: Source,
+    experts: Experts,
+    method: MergeMethod,
+    settings: Sequence[Setting],
+    skip: Callable[[Setting], bool],
+    options: Mapping[str, Any],
+) -> Iterator[tuple[Setting, Merged]]:
     base = open_weights(base, "base")
     experts = open_experts(experts, base)
     factorizations = Factorizations()
-    merged, merged_by = None, None
+    merged: Merged | None = None
+    merged_by: MergeMethod | None = None
     for setting in settings:
         if skip(setting):
             continue
         chosen = with_setting(method, setting)
         unscaled = replace(chosen, scale=method.scale)
-        if unscaled != merged_by:
+        if merged is None or unscaled != merged_by:
             merged = None  # before the next one is made
             with factorizations.reused():
                 merged, merged_by = merge(base, experts, unscaled, keep_update=True, **options), unscaled

@@ -70,13 +70,7 @@ class ToyModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.visual = nn.Module()
-        self.visual.conv1 = nn.Conv2d(3, _WIDTH, 2, stride=2, bias=False)
-        self.visual.class_embedding = nn.Parameter(torch.zeros(_WIDTH))
-        self.visual.transformer = nn.Module()
-        self.visual.transformer.resblocks = nn.ModuleList(_ToyBlock() for _ in range(2))
-        self.visual.proj = nn.Parameter(torch.zeros(2, _WIDTH))
-        self.visual.register_buffer("position_ids", torch.arange(5))
+        self.visual = _ToyTower()
         self.text_projection = nn.Parameter(torch.zeros(6, 6))
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
@@ -84,21 +78,29 @@ class ToyModule(nn.Module):
         """Map images ``(N, 3, 4, 4)`` to logits ``(N, 2)``."""
         patches = self.visual.conv1(images).flatten(2).mT  # (N, 4, width)
         tokens = torch.cat([self.visual.class_embedding.expand(len(images), 1, -1), patches], dim=1)
-        for block in self.visual.transformer.resblocks:
+        for block in self.visual.transformer["resblocks"].children():
             tokens = block(tokens)
         return self.logit_scale.exp() * tokens[:, 0] @ self.visual.proj.mT
+
+
+class _ToyTower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, _WIDTH, 2, stride=2, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(_WIDTH))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(_ToyBlock() for _ in range(2))})
+        self.proj = nn.Parameter(torch.zeros(2, _WIDTH))
+        self.register_buffer("position_ids", torch.arange(5))
 
 
 class _ToyBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(_WIDTH, bias=False)
-        self.attn = nn.Module()
-        self.attn.in_proj_weight = nn.Parameter(torch.zeros(3 * _WIDTH, _WIDTH))
-        self.mlp = nn.Module()
-        self.mlp.c_fc = nn.Linear(_WIDTH, _WIDTH + 4)
+        self.attn = nn.ParameterDict({"in_proj_weight": nn.Parameter(torch.zeros(3 * _WIDTH, _WIDTH))})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(_WIDTH, _WIDTH + 4)})
 
     def forward(self, tokens: Tensor) -> Tensor:
-        queries, keys, values = F.linear(self.ln_1(tokens), self.attn.in_proj_weight).chunk(3, dim=-1)
+        queries, keys, values = F.linear(self.ln_1(tokens), self.attn["in_proj_weight"]).chunk(3, dim=-1)
         tokens = tokens + F.scaled_dot_product_attention(queries, keys, values)
-        return tokens + F.gelu(self.mlp.c_fc(tokens))[..., :_WIDTH]
+        return tokens + F.gelu(self.mlp["c_fc"](tokens))[..., :_WIDTH]
