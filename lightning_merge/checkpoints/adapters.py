@@ -43,8 +43,8 @@ def open_adapter(
             LightningModule and the adapter that of its ``self.model``).
 
     Returns:
-        All parameters of the base, the adapted ones with ``scaling · B A`` added; at least float32, so that small
-        changes are not rounded away.
+        All parameters of the base, the adapted ones ``(out, in)`` with ``scaling · B A`` added; at least float32, so
+        that small changes are not rounded away.
 
     Raises:
         MergeError: If there is no such adapter, if it is not a plain LoRA, or if it does not fit the base.
@@ -162,7 +162,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a module's name, as peft looks it up."""
+    """Look up a module's value by the first pattern that matches the end of its name, as peft does."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

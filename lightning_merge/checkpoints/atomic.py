@@ -16,7 +16,7 @@ from lightning_merge.utilities.errors import MergeError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of ``path``; when the block ends well, that file becomes ``path``.
+    """Yield a temporary name in the folder of ``path``; when the block ends well, that file becomes ``path``.
 
     Raises:
         MergeError: If the file cannot be written (no such right, disk full); what stood at ``path`` is still there.
@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Give a complete file its name, once its content is on the disk; what had that name is gone."""
+    """Rename a complete file once its content is on the disk; it replaces a file that has the name already."""
     with new.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(new, path)
@@ -59,7 +59,7 @@ def check_parent(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """See that a file, or the names in a folder, are on the disk, where the system can do that."""
+    """Flush a file, or the names in a folder, to the disk, where the system can do that."""
     if os.name != "posix":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -70,7 +70,7 @@ def sync(path: Path) -> None:
 
 
 def swap(new: Path, path: Path) -> None:
-    """Put a new folder in the place of another one, which is removed; or of none.
+    """Put a new folder in the place of an old one, which is removed if there is one.
 
     Linux exchanges two names in one step. Elsewhere the old folder is moved away first, and back if that fails.
 
@@ -116,7 +116,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def _exchange_names(one: Path, other: Path) -> bool:
-    """Let two paths change their names in one step; False where the system or its file system cannot."""
+    """Exchange the names of two paths in one step; return False where the system or its file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -22,10 +22,10 @@ class Change(ABC):
 
     @abstractmethod
     def delta(self, shape: torch.Size) -> Tensor:
-        """Compute the difference ``(…)`` of the parameter, of this shape, in the precision in which it is known."""
+        """Compute the difference ``(…)`` in the parameter's shape, in the precision in which it is known."""
 
     def factors(self) -> Factors | None:
-        """Return the factors that the difference is a product of, without a coefficient; None if there are none."""
+        """Read the factors ``(m, r)``, ``(r, n)`` of the difference, without a coefficient; None if there are none."""
         return None
 
 
@@ -124,7 +124,7 @@ class Difference(Weights):
         return (weight.double() + delta).to(weight.dtype)
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """Return the difference ``(…)`` of a parameter to a base's, as it is stored; None if it is not known.
+        """Compute the difference of a parameter to a base's ``(…)``, as it is stored; None if it is not known.
 
         A product of factors has their rank to the last digit. A difference of float32 weights would have full rank, by
         rounding errors that methods which flatten the spectrum take for directions like any other.
@@ -135,7 +135,7 @@ class Difference(Weights):
         return self.changes[name].delta(base.shape).to(base.device)
 
     def factors(self, name: str, base: Tensor) -> list[Factors] | None:
-        """Return the factors ``B (m, r)`` and ``A (r, n)`` of the difference of a parameter to a base's ``(…)``.
+        """Read the factors ``B (m, r)`` and ``A (r, n)`` of the difference of a parameter to a base's ``(…)``.
 
         Returns:
             No pair where the expert leaves the parameter alone; None where no factors are known.

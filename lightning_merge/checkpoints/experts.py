@@ -15,14 +15,14 @@ from lightning_merge.utilities.errors import MergeError, raise_all
 
 
 def open_expert(source: Source, base: Weights, name: str | None = None, *, read: bool = True) -> Weights:
-    """Open an expert, be it dense weights, or an adapter or a task vector over the base.
+    """Open an expert: dense weights, or an adapter or a task vector over the base.
 
     Args:
         source: Weights, see :func:`lightning_merge.checkpoints.open_weights`, the folder of an adapter, or a task
             vector's file.
-        base: The model that an adapter or a task vector is put on; they have its own names, and are seen as it is.
+        base: The model that an adapter or a task vector is put on; such an expert is seen under the same names.
         name: What to call this expert in messages; by default the path.
-        read: Whether to read the base, to see that a task vector is the difference to these very weights.
+        read: Whether to read the base, to check that a task vector is the difference to these very weights.
 
     Raises:
         MergeError: If it cannot be opened, or if it does not fit the base.

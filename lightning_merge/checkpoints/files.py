@@ -72,7 +72,7 @@ class InputFile:
             self._compare(os.stat(self._absolute))
 
     def fingerprint(self) -> str:
-        """Return the sha256 of the file, remembered for as long as it does not change."""
+        """Compute the sha256 of the file, once for as long as the file does not change."""
         self.check_unchanged()
         key = self._key
         if key not in _DIGESTS:
@@ -85,7 +85,7 @@ class InputFile:
         return _DIGESTS[key]
 
     def note_fingerprint(self, digest: str) -> None:
-        """Believe the sha256 that another process has computed."""
+        """Take over the sha256 that another process has computed."""
         _DIGESTS[self._key] = digest
 
     @property
@@ -114,6 +114,6 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where that says nothing."""
+    """Take the first line of an error's message, after the type of the error where it is no more than a word."""
     line = (str(error).splitlines() or [""])[0]
     return line if " " in line else f"{type(error).__name__} {line}".strip()

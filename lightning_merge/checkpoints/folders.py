@@ -26,13 +26,13 @@ _CARRIED = (
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether a path means a folder: it is one, or its name has no suffix but perhaps a version (``Llama-3.2-1B``)."""
+    """Tell whether a path means a folder: it is one, or has no suffix but perhaps a version (``Llama-3.2-1B``)."""
     path = Path(path).expanduser()
     return path.is_dir() or not path.suffix or path.suffix[1:2].isdigit()
 
 
 def weights_name(base: Path) -> str:
-    """What the weights in a merged folder are called: as the base's, or as the library calls its safetensors file.
+    """Name the weights file of a merged folder: as the base's, or as the library calls its safetensors file.
 
     Args:
         base: The file (or index) of the base's weights. Of a folder that holds both a safetensors file and a pickle,
@@ -45,7 +45,7 @@ def weights_name(base: Path) -> str:
 
 
 def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequence[Weights] = ()) -> None:
-    """See that a merged model can be written to a folder, before there is one.
+    """Check that a merged model can be written to a folder: to be called before any work.
 
     Args:
         path: The folder.
@@ -78,7 +78,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def carry_over(old: Path, new: Path) -> None:
-    """Copy what a folder holds beside its weights: configuration, tokenizer, licence."""
+    """Copy what a folder holds besides its weights: configuration, tokenizer, licence."""
     for file in sorted({file for pattern in _CARRIED for file in old.glob(pattern)}):
         if file.is_file():
             shutil.copyfile(file, new / file.name)

@@ -11,17 +11,17 @@ _RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 def is_left_out(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> bool:
-    """Tell whether a parameter is not merged because the user says so."""
+    """Tell whether the user's patterns leave a parameter out of the merge."""
     return matches(name, exclude) or (include is not None and not matches(name, include))
 
 
 def is_of_one_kind(names: Sequence[str], expert: Weights) -> bool:
-    """Whether an expert has at least half of the base's names, so that what differs is worth listing name by name."""
+    """Tell whether an expert has half of the base's names or more; only then are single differences worth listing."""
     return 2 * sum(name in expert for name in names) >= len(names)
 
 
 def unused_patterns(base: Weights, experts: Sequence[Weights], patterns: Sequence[str]) -> list[str]:
-    """Return a sentence for each pattern that matches no parameter."""
+    """List the patterns that match no parameter, a sentence each."""
     names = {name for model in (base, *experts) for name in model}
     return [
         f"The pattern {pattern!r} matches no parameter; names look like {', '.join(list(base)[:3])}."

@@ -29,7 +29,7 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class Place(NamedTuple):
-    """Where a tensor stands in the file: bytes ``[begin, end)``, and what they are."""
+    """Byte range ``[begin, end)`` of a tensor in the file, with its dtype and shape."""
 
     begin: int
     end: int
@@ -38,10 +38,10 @@ class Place(NamedTuple):
 
 
 def lay_out(meta: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Place]]:
-    """Give every tensor its place in a safetensors file, those of wide types first, so that all are aligned.
+    """Assign every tensor its place in a safetensors file, those of wide types first, so that all are aligned.
 
     Args:
-        meta: A tensor for every name, of which only shape and dtype count.
+        meta: A tensor ``(…)`` for every name, of which only shape and dtype count.
         metadata: Text for the header.
 
     Returns:
@@ -51,10 +51,10 @@ def lay_out(meta: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[by
     places, position = {}, 0
     for name, tensor in sorted(meta.items(), key=lambda item: -item[1].element_size()):
         end = position + tensor.numel() * tensor.element_size()
-        known = tensor.dtype in _NAMES  # of another type, which only a file of torch can hold in the end, the bytes
+        has_name = tensor.dtype in _NAMES  # of another type, which only a file of torch can hold in the end, the bytes
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype] if known else _NAMES[torch.uint8],
-            "shape": list(tensor.shape) if known else [end - position],
+            "dtype": _NAMES[tensor.dtype] if has_name else _NAMES[torch.uint8],
+            "shape": list(tensor.shape) if has_name else [end - position],
             "data_offsets": [position, end],
         }
         places[name] = Place(position, end, tensor.dtype, tensor.shape)
@@ -116,7 +116,7 @@ class PartFile:
         self._open_journal(rank)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place. Any number of threads may write at once.
+        """Write a tensor ``(…)`` to its place. Any number of threads may write at once.
 
         Raises:
             OSError: If the disk is full.
@@ -134,11 +134,11 @@ class PartFile:
             self._journal.write(_note(name, self.checksums[name]))
 
     def sync(self) -> None:
-        """See that what was written is on the disk."""
+        """Flush what was written to the disk."""
         os.fsync(self._opened.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and its journal."""
         for file in (self._file, self._journal):
             if file is not None:
                 file.close()
@@ -156,12 +156,12 @@ class PartFile:
         self.close()
 
     def checksum(self, name: str) -> int:
-        """Return the checksum of what the file holds in the place of a tensor."""
+        """Compute the CRC-32 of the bytes that the file holds in the place of a tensor."""
         place = self.places[name]
         return zlib.crc32(self._get(place.begin, place.end))
 
     def mapped(self) -> dict[str, Tensor]:
-        """Return the tensors of the complete file, in whose pages they stay until they are read."""
+        """Map the tensors ``(…)`` of the complete file into memory; they stay on the disk until they are read."""
         if self.size == len(self.header):
             return {name: torch.empty(place.shape, dtype=place.dtype) for name, place in self.places.items()}
         content = np.memmap(self.path, np.uint8, mode="c")
@@ -200,7 +200,7 @@ class PartFile:
         return self._get(0, len(self.header)) == self.header
 
     def journals(self) -> list[Path]:
-        """Return the notes of what is finished, one file for each process."""
+        """List the journals, which note what is finished: one file for each process."""
         if not self.path.parent.is_dir():
             return []
         pattern = re.compile(re.escape(self.path.name) + r"\.done\d+")
@@ -221,7 +221,7 @@ class PartFile:
         self._open_journal(0)
 
     def _believed(self) -> set[str]:
-        """Return the tensors that are noted as finished and have the bytes that were noted."""
+        """Find the tensors that are noted as finished and whose bytes have the checksum that was noted."""
         noted = {}
         for journal in self.journals():
             for line in journal.read_bytes().splitlines():
@@ -258,7 +258,7 @@ def open_alone(path: Path) -> BinaryIO:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Make the file so long, so that a full disk is noticed before any work and not after it."""
+    """Extend the file to its full size in bytes, so that a full disk is noticed before any work and not after it."""
     file.truncate(size)
     try:
         if size and hasattr(os, "posix_fallocate"):

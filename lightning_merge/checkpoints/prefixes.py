@@ -31,7 +31,7 @@ class Prefix:
     add: str
 
     def applied(self, name: str) -> str:
-        """Return the name of a parameter of the expert in the base; its own if the prefix does not stand before it."""
+        """Translate the name of an expert's parameter to the base's; keep it if the prefix does not stand before it."""
         return self.add + name.removeprefix(self.strip) if name.startswith(self.strip) else name
 
     def __str__(self) -> str:

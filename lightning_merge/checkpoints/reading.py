@@ -65,8 +65,8 @@ def _from_file(name: str, path: Path) -> Weights:
         return weights
     if path.suffix in TORCH_SUFFIXES:
         return open_torch(name, path)
-    known = ", ".join([".safetensors", *TORCH_SUFFIXES])
-    raise MergeError(f"{path} is no weight file that is known here; give one that ends in {known}, or a folder.")
+    suffixes = ", ".join([".safetensors", *TORCH_SUFFIXES])
+    raise MergeError(f"{path} is no weight file that is known here; give one that ends in {suffixes}, or a folder.")
 
 
 _FOLDER_PATTERNS = (
@@ -81,7 +81,7 @@ _FOLDER_PATTERNS = (
 
 
 def _find_file(path: Path) -> Path:
-    """Return the weight file that ``path`` means: itself, or the only one in the folder."""
+    """Find the weight file that ``path`` means: itself, or the only one in the folder."""
     if os.path.isfile(path):
         check_no_part(path)
         return path
@@ -89,18 +89,18 @@ def _find_file(path: Path) -> Path:
         raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
     check_consolidated(path)
     for patterns in _FOLDER_PATTERNS:
-        found = sorted(file for pattern in patterns for file in path.glob(pattern))
-        found = [file for file in found if not file.name.endswith((STATISTICS, f".{TASK_VECTOR}.safetensors"))]
-        if len(found) == 1:
-            return _find_file(found[0])
-        if found:
-            names = ", ".join(str(file.relative_to(path)) for file in found)
+        files = sorted(file for pattern in patterns for file in path.glob(pattern))
+        files = [file for file in files if not file.name.endswith((STATISTICS, f".{TASK_VECTOR}.safetensors"))]
+        if len(files) == 1:
+            return _find_file(files[0])
+        if files:
+            names = ", ".join(str(file.relative_to(path)) for file in files)
             raise MergeError(f"The folder {path} holds several weight files ({names}); name the one that you mean.")
     raise MergeError(f"The folder {path} holds no weight file (.safetensors, .ckpt, .bin or .pt).")
 
 
 def _from_shards(name: str, index: Path) -> Weights:
-    """Open what an index spreads over files beside it; a symbolic link in its folder may lead anywhere."""
+    """Open a model that an index spreads over files beside it; a symbolic link in its folder may lead anywhere."""
     file = InputFile(index)
     weight_map = _read_index(index)
     shards = {}
@@ -131,7 +131,7 @@ def _from_shards(name: str, index: Path) -> Weights:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Which shard holds which key, by names of files that lie beside the index.
+    """Read which shard holds which key: ``{key: name of a file beside the index}``.
 
     Raises:
         MergeError: If it does not say so, or if it points anywhere else.

@@ -43,12 +43,12 @@ LENGTH = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of one tensor.
+    """Entry of a header: type, shape and position of one tensor.
 
     Args:
         dtype: The name of its type, see :data:`SAFETENSORS_DTYPES`.
         shape: Its shape.
-        begin: Position of its first byte, counted from the start of the data.
+        begin: Position of its first byte, in bytes from the start of the data.
         end: Position after its last byte.
     """
 
@@ -156,7 +156,7 @@ def _read(file: InputFile, entry: Entry, start: int) -> Tensor:
 
 
 def _own_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What this package wrote into a header; nothing where another one used the same words."""
+    """Read what this package has written into a header; leave out what another program wrote under its keys."""
     header = {}
     for key in ("merge", "statistics", TASK_VECTOR):
         try:

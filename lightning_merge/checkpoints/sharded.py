@@ -1,4 +1,4 @@
-"""Tell checkpoints that several processes wrote in parts, which must be put together before they can be merged."""
+"""Recognize checkpoints that several processes wrote in parts, which must be put together before they can be merged."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ HOW_TO_MAKE = {
 
 
 def statistics_file(expert: Weights) -> Path | None:
-    """Where the statistics of an expert are, or would be: beside its file; None for an expert in memory."""
+    """Name the statistics file of an expert, beside its own, whether it exists or not; None for one in memory."""
     if expert.path is None:
         return None
     return expert.path.with_name(expert.path.stem.removesuffix(f".{TASK_VECTOR}") + STATISTICS)
@@ -56,7 +56,7 @@ def save_statistics(
 
     Args:
         path: The file.
-        statistics: A tensor for every ``kind.<parameter>``.
+        statistics: A tensor for every ``kind.<parameter>``, of the shapes that this module's docstring gives.
         expert: The weights that they are of; their digest is noted, so that no other expert is merged by them.
         about: What else to note of how they were made: plain values.
 
@@ -81,7 +81,7 @@ def open_statistics(
     *,
     read: bool = True,
 ) -> list[Weights]:
-    """Open the statistics of every expert, in the order of the experts, and see that they are of these models.
+    """Open the statistics of every expert, in the order of the experts, and check that they are of these models.
 
     Args:
         statistics: A source for each expert, by the expert's name; by default the file beside the expert's.
@@ -90,7 +90,7 @@ def open_statistics(
         base: The base.
         experts: The experts by name.
         names: The merged parameters.
-        read: Whether to read every expert, to see that the statistics are of these very weights.
+        read: Whether to read every expert, to check that the statistics are of these very weights.
 
     Returns:
         One source for each expert; none where the method needs no statistics.
@@ -100,8 +100,8 @@ def open_statistics(
     """
     if not needs:
         return []
-    found = {name: statistics_file(expert) for name, expert in experts.items()}
-    statistics = {name: file for name, file in found.items() if file and file.is_file()} | dict(statistics or {})
+    files = {name: statistics_file(expert) for name, expert in experts.items()}
+    statistics = {name: file for name, file in files.items() if file and file.is_file()} | dict(statistics or {})
     problems = _absent(statistics, needs, experts)
     opened = {}
     for name in (name for name in experts if name in statistics):
@@ -127,7 +127,7 @@ def open_statistics(
 
 
 def _absent(statistics: Mapping[str, Source], needs: Sequence[str], experts: Mapping[str, Weights]) -> list[str]:
-    """Experts without statistics, and statistics without an expert."""
+    """List experts without statistics, and statistics without an expert, a sentence each."""
     how = "; ".join(f"{kind}.<parameter> holds {HOW_TO_MAKE[kind]}" for kind in needs)
     return [
         f"The method needs statistics of the data of expert {name}, and there are none beside its file; make them "
@@ -143,7 +143,7 @@ def _absent(statistics: Mapping[str, Source], needs: Sequence[str], experts: Map
 
 
 def command(expert: Weights, kinds: Sequence[str]) -> str:
-    """Return the command that makes the statistics of an expert."""
+    """Build the command line that makes the statistics of an expert."""
     path = expert.path or Path("EXPERT.ckpt")
     if TASK_VECTOR in expert.header:  # they are collected of the checkpoint that it was taken from
         path = Path(expert.header[TASK_VECTOR]["expert"]["path"] or "EXPERT.ckpt")
@@ -154,7 +154,7 @@ def command(expert: Weights, kinds: Sequence[str]) -> str:
 
 
 def foreign_problems(statistics: Weights, expert: Weights, name: str, kinds: Sequence[str]) -> list[str]:
-    """The sentence for statistics that say that they are of other weights; those made by other means do not say."""
+    """Report statistics whose header says that they are of other weights; those made by other means do not say."""
     noted = statistics.header.get("statistics")
     if noted is None or noted["expert"]["digest"] == expert.digest():
         return []
@@ -169,7 +169,7 @@ def _is_path(source: Source) -> bool:
 
 
 def _wanted(kind: str, needs: Sequence[str], opened: Mapping[str, Weights], names: Sequence[str]) -> list[str]:
-    """Return the parameters for which every expert must have a statistic."""
+    """List the parameters for which every expert must have a statistic."""
     if kind == "fisher":
         return list(names)
     grams = [kind] if kind == "gram_out" else [other for other in needs if other != "fisher"]

@@ -37,7 +37,7 @@ class StreamedModel:
 
     Args:
         path: The file (``.safetensors``, ``.ckpt``, ``.pt``, …) or the folder.
-        meta: A tensor for every name, of which only shape and dtype count.
+        meta: A tensor ``(…)`` for every name, of which only shape and dtype count.
         tied: Names that share a tensor with another one: ``{alias: name}``.
         manifest: How the model came to be.
         hyper_parameters: The arguments of the LightningModule, for a ``.ckpt``.
@@ -85,7 +85,7 @@ class StreamedModel:
 
     @property
     def done(self) -> set[str]:
-        """What an earlier run has finished."""
+        """The names of the tensors that an earlier run has finished."""
         return {name for file in self._files for name in file.done}
 
     @contextmanager
@@ -123,7 +123,7 @@ class StreamedModel:
                     opened.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor in its place."""
+        """Write one tensor ``(…)`` to its place."""
         self._files[self._home[name]].write(name, tensor)
 
     def _create(self) -> None:
@@ -144,20 +144,20 @@ class StreamedModel:
             remove(stray)
 
     def _check_room(self) -> None:
-        """See that a file of torch, which is written from the complete safetensors file, has room beside it."""
+        """Check that a file of torch, which is written from the complete safetensors file, has room beside it."""
         second = not self._is_folder and self.path.suffix in TORCH_SUFFIXES
         if second and shutil.disk_usage(self.path.parent).free < self._files[0].size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _strays(self) -> list[Path]:
-        """What other merges into this output have left where they were killed."""
+        """Find the files that other merges into this output have left because they were killed."""
         if not self._is_folder:
             return [path for path in (self._converted,) if path.exists()]
-        known = {_LOCK, *self._names, *(path.name for file in self._files for path in file.journals())}
-        return [path for path in self._part.iterdir() if path.name not in known]
+        expected = {_LOCK, *self._names, *(path.name for file in self._files for path in file.journals())}
+        return [path for path in self._part.iterdir() if path.name not in expected]
 
     def _check(self, others: list[list[dict[str, int]]]) -> None:
-        """See that the file holds what the other processes have written to it."""
+        """Check that the file holds what the other processes have written to it."""
         for written in others:
             for file, checksums in zip(self._files, written, strict=True):
                 for name, checksum in checksums.items():
@@ -226,7 +226,7 @@ class StreamedModel:
 
 
 def _split(meta: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """Divide names, in their order, so that the tensors of each group have no more bytes than ``most`` (or are one)."""
+    """Divide names, in their order, into groups whose tensors have at most ``most`` bytes (or are a single one)."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in meta.items():
@@ -240,7 +240,7 @@ def _split(meta: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 
 def _file_names(whole: str, count: int) -> list[str]:
-    """Return the names of a model's files: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on."""
+    """List the names of a model's files: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` and so on."""
     if count == 1:
         return [whole]
     stem, _, suffix = whole.rpartition(".")

@@ -69,7 +69,7 @@ class TaskVector(Difference):
     """An expert that is kept as a task vector."""
 
     def digest(self) -> str:
-        """Return the expert's own digest, by which its statistics know it; if the file holds less, that of its own."""
+        """Return the expert's digest, which its statistics name; of an inexact or partial file, that of its weights."""
         about = self.header[TASK_VECTOR]
         return about["expert"]["digest"] if not (about["relative_error"] or about["exclude"]) else super().digest()
 
@@ -86,7 +86,7 @@ def open_task_vector(
         path: The file, see :func:`lightning_merge.save_task_vector`.
         base: The model that it is the difference to.
         name: What to call this expert in messages; by default the path.
-        read: Whether to read the base, to see that it is that very model; otherwise only names and shapes are compared.
+        read: Whether to read the base, to check that it is that very model; else only names and shapes are compared.
 
     Returns:
         All parameters of the expert; those that differ from the base's are at least float32.
@@ -112,13 +112,13 @@ def open_task_vector(
         )
     parts, problems = _sort(stored, origin, about)
     raise_all(problems)
-    own = {parameter: f"own.{parameter}" for parameter, kinds in parts.items() if "own" in kinds}
+    own_keys = {parameter: f"own.{parameter}" for parameter, kinds in parts.items() if "own" in kinds}
     changes = {
         parameter: _decode({kind: partial(stored.__getitem__, f"{kind}.{parameter}") for kind in kinds})
         for parameter, kinds in parts.items()
-        if parameter not in own
+        if parameter not in own_keys
     }
-    return TaskVector(name, stored, origin, changes, own, about["missing"], about["tied"])
+    return TaskVector(name, stored, origin, changes, own_keys, about["missing"], about["tied"])
 
 
 def _check_header(file: Path, about: Mapping[str, Any]) -> None:
@@ -165,7 +165,7 @@ def _sort(stored: Weights, base: Weights, about: Mapping[str, Any]) -> tuple[dic
 
 
 def _shapes(stored: Weights, parameter: str, kinds: set[str]) -> tuple[int, ...]:
-    """Return the shape of a difference, or the outer sides of its factors, for messages."""
+    """Read the shape of a difference, or the outer sides of its factors."""
     if "delta" in kinds:
         return tuple(stored.meta[f"delta.{parameter}"].shape)
     left, right = (stored.meta[f"{kind}.{parameter}"].shape for kind in ("left", "right"))

@@ -37,7 +37,7 @@ def save_task_vector(
     dtype: torch.dtype | None = None,
     exclude: Sequence[str] = (),
 ) -> Path:
-    """Write what an expert differs by from its base to a file, completely or not at all.
+    """Write the difference of an expert to its base to a file, completely or not at all.
 
     Without ``rank`` and ``dtype`` the merged parameters are, to the same bits, those that the expert itself gives. What
     is excluded from a merge and kept for a task is the base's with the difference added (a head that the base has,
@@ -56,7 +56,7 @@ def save_task_vector(
         The path that was written.
 
     Raises:
-        MergeError: If the expert is none of this base, or if the file cannot be written.
+        MergeError: If the expert was not fine-tuned from this base, or if the file cannot be written.
     """
     path, origin = Path(path).expanduser(), own_names(open_weights(base, "base"))
     fitted = match_names(origin, open_weights(expert, "the expert" if isinstance(expert, Mapping) else None))
@@ -86,9 +86,9 @@ def check_task_vector(
             problems.append(f"A task vector is a safetensors file; end {path} in {_SUFFIX}.")
     shared = [name for name in base if _is_difference(name, base, expert)]
     like = {name: meta.dtype for name, meta in base.meta.items()}
-    own = {name: meta for name, meta in expert.meta.items() if name not in shared and like.get(name) != meta.dtype}
-    own = {name: meta for name, meta in own.items() if not matches(name, exclude)}
-    problems += problems_of(check_dtypes, path or _SUFFIX, own)
+    whole = {name: meta for name, meta in expert.meta.items() if name not in shared and like.get(name) != meta.dtype}
+    whole = {name: meta for name, meta in whole.items() if not matches(name, exclude)}
+    problems += problems_of(check_dtypes, path or _SUFFIX, whole)
     if not shared or not is_of_one_kind(list(base), expert):
         problems.append(
             f"{expert.name} is no fine-tuned form of the base: of the base's {len(base)} parameters it has "
@@ -104,10 +104,11 @@ def take_task_vector(
     dtype: torch.dtype | None = None,
     exclude: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Take the difference of an expert to its base, see :func:`save_task_vector`.
+    """Compute the difference of an expert to its base, see :func:`save_task_vector`.
 
     Returns:
-        What the file holds, and what its header says: ``relative_error`` is ``‖Δ - Δ_stored‖ / ‖Δ‖`` over the model.
+        The tensors of the file, whose shapes :mod:`lightning_merge.checkpoints.task_vector_files` gives, and its
+        header: ``relative_error`` is ``‖Δ - Δ_stored‖ / ‖Δ‖`` over the model.
 
     Raises:
         MergeError: If a difference is not finite, or is not in ``dtype``.
@@ -151,11 +152,11 @@ def take_task_vector(
 
 
 def _is_difference(name: str, base: Weights, expert: Weights) -> bool:
-    """Tell whether an expert's parameter is the base's, moved; running statistics are never seen as differences."""
+    """Tell whether an expert's parameter is stored as a difference to the base's, as running statistics never are."""
     if name not in base or name not in expert or is_running_statistic(name):
         return False
-    mine, theirs = base.meta[name], expert.meta[name]
-    return mine.shape == theirs.shape and mine.is_floating_point() and theirs.is_floating_point()
+    old, new = base.meta[name], expert.meta[name]
+    return old.shape == new.shape and old.is_floating_point() and new.is_floating_point()
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
@@ -163,7 +164,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _tied(base: Weights, expert: Weights) -> dict[str, str]:
-    """Return the expert's names for a tensor that has another name, unless they are two tensors in the base."""
+    """Find the expert's tied names, ``{alias: name}``, without those that are two tensors in the base."""
 
     def is_one(alias: str, owner: str) -> bool:
         return alias not in base or (owner in base and base.tied.get(alias, alias) == base.tied.get(owner, owner))
@@ -172,12 +173,12 @@ def _tied(base: Weights, expert: Weights) -> dict[str, str]:
 
 
 def _encode(name: str, delta: Tensor, rank: int | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """How a difference ``(…)`` is stored: as it is, or, where that is smaller, as two factors with equal norms."""
+    """Encode a difference ``(…)`` for the file: as it is, or, where that is smaller, as two factors of equal norms."""
     if not is_finite(delta):
         raise MergeError(f"{name!r} differs from the base by values that are not finite; did the training diverge?")
     parts = {"delta": delta}
     if rank is not None and delta.ndim >= 2:
-        matrix = delta.flatten(1)  # (out, rest)
+        matrix = delta.flatten(1)  # (out, in · …)
         m, n = matrix.shape
         if rank * (m + n) < m * n:
             U, s, Vt = svd(matrix, rank)

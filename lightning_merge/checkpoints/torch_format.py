@@ -32,7 +32,7 @@ _LOCAL_HEADER = 30  # bytes that stand before every record of a zip archive, fol
 
 
 class _Place(NamedTuple):
-    """Where in a file the values of a tensor are, in bytes, and how they are laid out."""
+    """Byte range of a tensor's values in a file, and their layout."""
 
     begin: int
     size: int
@@ -62,7 +62,7 @@ def open_torch(name: str, path: Path) -> Weights:
 
 
 def _explained(path: Path, error: Exception) -> MergeError:
-    """Return the sentence for what PyTorch says, without its advice to load the file unsafely."""
+    """Put an error of PyTorch into a sentence, without its advice to load the file unsafely."""
     message = str(error)
     if isinstance(error, pickle.UnpicklingError) and (refused := re.search(r"GLOBAL (\S+)", message)):
         return MergeError(
@@ -74,7 +74,7 @@ def _explained(path: Path, error: Exception) -> MergeError:
 
 
 def _parts(path: Path, content: Any) -> tuple[Mapping[Any, Any], dict[str, Any]]:
-    """Return the state dict of what was loaded, and what else is worth knowing of it."""
+    """Split what was loaded into the state dict and a header: hyper-parameters and the manifest of a merge."""
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not a state dict.")
     header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
@@ -85,7 +85,7 @@ def _parts(path: Path, content: Any) -> tuple[Mapping[Any, Any], dict[str, Any]]
 
 
 def _open_lazily(name: str, file: InputFile, records: Mapping[int, int]) -> Weights | None:
-    """Weights that are read from their records when they are asked for; None if not all of them can."""
+    """Open weights that are read from their records when they are asked for; None if not all of them can be."""
     from lightning_utilities.core.apply_func import apply_to_collection
 
     try:
@@ -146,7 +146,7 @@ def _tells_positions() -> bool:
 
 
 def _find_records(file: InputFile) -> dict[int, int] | None:
-    """Where the storages of a file are.
+    """Find where the storages of a file are.
 
     Returns:
         ``{position: size}`` in bytes; None if the storages do not lie there as they are in memory (a file of
@@ -186,7 +186,7 @@ def _find_records(file: InputFile) -> dict[int, int] | None:
 
 
 def _data_position(stream: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where the data of a record starts; -1 where the archive says otherwise in another place."""
+    """Find the byte at which the data of a record starts; -1 where the archive contradicts itself."""
     stream.seek(info.header_offset)
     header = stream.read(_LOCAL_HEADER)
     name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))

@@ -15,7 +15,7 @@ from lightning_merge.utilities.tensors import wide
 
 
 class View(Weights):
-    """The weights of a model under other names. Its files, its digest and whatever else is known of it are its own.
+    """The weights of a model under other names; files, digest, and whatever else is known of it stay the model's.
 
     Args:
         original: The model.
@@ -38,20 +38,20 @@ class View(Weights):
         self.origin, self.low_rank = original.origin, original.low_rank
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the model is from."""
+        """Describe where the model is from."""
         return self.original.provenance()
 
     def digest(self) -> str:
-        """Return the model's own digest, by which its statistics know it."""
+        """Return the model's own digest, which its statistics name."""
         return self.original.digest()
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """Return what is known of the difference of a parameter ``(…)`` to a base's, as the model that has it says."""
+        """Ask the model that has a parameter for its difference to a base's ``(…)``; None if it is not known."""
         model, old = self.places[name]
         return model.delta(old, base)
 
     def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Return the factors ``(m, r)`` and ``(r, n)`` of that difference, as the model that has it says."""
+        """Ask it for the factors ``(m, r)`` and ``(r, n)`` of the difference to a base's ``(…)``; None if not known."""
         model, old = self.places[name]
         return model.factors(old, base)
 
@@ -83,7 +83,7 @@ class Completed(View):
     Args:
         original: The first model.
         whole: The other one.
-        kept: Tells names that the other one gives in any case.
+        kept: Tells which names the other one gives in any case.
     """
 
     def __init__(self, original: Weights, whole: Weights, kept: Callable[[str], bool] = lambda name: False) -> None:
@@ -128,7 +128,7 @@ class Mean(Weights):
         self.models = dict(models)
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the models are from that the mean is of."""
+        """Describe where the averaged models are from."""
         return {"mean_of": {name: model.provenance() for name, model in self.models.items()}}
 
 
@@ -146,7 +146,7 @@ def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:
 
 
 def as_named(expert: Weights, base: Weights) -> Weights:
-    """See an expert that has the base's own names as the base is seen; names that the base lacks stay what they are."""
+    """View an expert that has the base's own names under those of the base's view; names that the base lacks stay."""
     if not isinstance(base, Renamed):
         return expert
     new_names = {old: new for new, old in base.names.items()}
@@ -159,7 +159,7 @@ def own_names(base: Weights) -> Weights:
 
 
 def match_names(base: Weights, expert: Weights) -> Weights:
-    """See an expert under the base's names, if one prefix makes the difference; otherwise return it as it is.
+    """View an expert under the base's names, if one prefix makes the difference; otherwise return it as it is.
 
     Names that the prefix does not stand before (a head next to a backbone) stay what they are.
     """
@@ -168,7 +168,7 @@ def match_names(base: Weights, expert: Weights) -> Weights:
 
 
 def under_names_of(module: Weights, base: Weights) -> Weights:
-    """See a base under the names of a module that was made from it, which may have more than the base (a head)."""
+    """View a base under the names of a module that was made from it, which may have more than the base (a head)."""
     matched = match_names(module, base)
     prefix = find_prefix(base, module) if matched is base else None
     if prefix is None:
@@ -178,7 +178,7 @@ def under_names_of(module: Weights, base: Weights) -> Weights:
 
 
 def rename_statistics(statistics: Weights, expert: Weights) -> Weights:
-    """See the statistics of an expert (``kind.<parameter>``) under the names under which the expert is seen."""
+    """View the statistics of an expert (``kind.<parameter>``) under the names of the expert's view."""
     if not isinstance(expert, Renamed):
         return statistics
     new_names = {old: new for new, old in expert.names.items()}

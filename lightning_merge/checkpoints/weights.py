@@ -97,21 +97,21 @@ class Weights(Mapping[str, Tensor]):
         return digests if len(digests) > 1 else next(iter(digests.values()), None)
 
     def provenance(self) -> dict[str, Any]:
-        """Return where these weights are from, in plain values: path and sha256 of the file, if there is one."""
+        """Describe where these weights are from, in plain values: path and sha256 of the file, if there is one."""
         return {"path": str(self.path) if self.path else None, "sha256": self.fingerprint()}
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
-        """Return the difference ``(…)`` of a parameter to a base's where it is known exactly, otherwise None."""
+        """Compute the difference of a parameter to a base's ``(…)`` where it is known exactly, otherwise None."""
         return None
 
     def factors(self, name: str, base: Tensor) -> list[tuple[Tensor, Tensor]] | None:
-        """Return the factors, left ``(m, r)`` and right ``(r, n)``, of that difference; None where none are known."""
+        """Read the factors ``(m, r)``, ``(r, n)`` of the difference to a base's ``(…)``; None if none are known."""
         return None
 
     def digest(self) -> str:
         """Compute the sha256 of all names, types, shapes and values, which is the same in any file or in memory.
 
-        That of files is computed once.
+        That of weights in files is computed once.
         """
         self.check_unchanged()
         if self._digest is None or not self.inputs:
@@ -130,7 +130,7 @@ class Weights(Mapping[str, Tensor]):
 def from_memory(
     name: str, state: Mapping[Any, Any], path: Path | None = None, header: Mapping[str, Any] | None = None
 ) -> Weights:
-    """See a state dict as weights; entries that are no tensors are left out, names that share a tensor are noted."""
+    """Wrap a state dict as weights; leave out entries that are no tensors, and note names that share a tensor."""
     tensors = named_tensors(name, state)
     return Weights(
         name,
@@ -143,7 +143,7 @@ def from_memory(
 
 
 def named_tensors(name: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict by their plain names.
+    """Collect the tensors ``(…)`` of a state dict by their plain names.
 
     Raises:
         MergeError: If there are none, if a key is no name, or if one is not stored as a plain array of numbers.
@@ -162,7 +162,7 @@ def named_tensors(name: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
-    """Return the keys of a model under the names of its parameters: without what ``torch.compile`` puts into them.
+    """Map the names of a model's parameters, without what ``torch.compile`` puts into them, to the model's keys.
 
     Raises:
         MergeError: If two keys have the same name.
@@ -177,6 +177,6 @@ def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
 
 
 def widest(base: Weights) -> torch.dtype:
-    """Return float64 where some of the weights are, otherwise float32."""
+    """Choose float64 if any of the weights have it, otherwise float32."""
     dtypes = {tensor.dtype for tensor in base.meta.values()}
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -91,7 +91,7 @@ def check_suffix(path: str | os.PathLike[str]) -> None:
 
 
 def header_metadata(tied: Mapping[str, str], manifest: Mapping[str, Any] | None) -> dict[str, str]:
-    """What the header of a safetensors file says beside names and shapes."""
+    """Build the metadata of a safetensors file: what its header says besides names and shapes."""
     return {"format": "pt", "merge": json.dumps(dict(manifest or {}))} | {TIED + a: owner for a, owner in tied.items()}
 
 
@@ -102,7 +102,7 @@ def save_torch(
     hyper_parameters: Mapping[str, Any] | None,
     manifest: Mapping[str, Any] | None,
 ) -> None:
-    """Let torch write a file: a checkpoint of Lightning if the suffix says so, else a plain state dict.
+    """Write a file of torch: a checkpoint of Lightning if the suffix says so, else a plain state dict.
 
     Torch is given an open file, because it would write the name of a path into the file: the bytes are those of the
     content alone.
@@ -117,7 +117,7 @@ def save_torch(
 def checkpoint_of(
     weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Return the content of a checkpoint of Lightning."""
+    """Build the content of a checkpoint of Lightning."""
     from importlib.metadata import version
 
     return {
@@ -165,7 +165,7 @@ def _save_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _or_os_error(write: Callable[[], None]) -> None:
-    """Write, and let every failure be an OSError: a full disk is a RuntimeError of torch, a SafetensorError."""
+    """Write, and turn every failure into an OSError: a full disk is a RuntimeError of torch, a SafetensorError."""
     try:
         write()
     except Exception as error:

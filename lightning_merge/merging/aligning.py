@@ -28,7 +28,7 @@ from lightning_merge.utilities.processes import Processes
 
 @dataclass(frozen=True)
 class Align:
-    """How experts that were fine-tuned from several foundations are put into one order of channels before the merge.
+    """Alignment of experts that were fine-tuned from several foundations: one order of channels before the merge.
 
     Args:
         foundations: The foundations' files by name. The first one's order of channels is the common one.
@@ -37,7 +37,7 @@ class Align:
             training images, or ``nothing``: all channels stay where they are.
         together: Where there are three foundations or more: each is matched to the first one (``reference``), to the
             mean of the others in turn (``mean``), or all at once (``frank_wolfe``, C2M3); weights only.
-        restarts: Searches of weight matching from different starts, of which the best one counts.
+        restarts: Number of searches of weight matching from different starts, of which the best one counts.
         batches: The most batches of each expert's images that activations are compared on.
         symmetries: A file with the permutation groups, as ``Symmetries.to_json`` writes them; by default they are found
             in the model.
@@ -67,14 +67,14 @@ def align(
     """Open foundations and experts and put their channels into one order.
 
     Args:
-        options: How.
+        options: What is compared, and how.
         experts: The experts by name.
         module: The module that the weights are of; may be left out where nothing is compared, or where weights are
             compared by a specification of groups.
         data: For each expert's name batches of its images, to compare activations on.
         private: Shell patterns of the parameters that every model keeps to itself (heads): permuted, not compared.
         symmetries: The permutation groups; by default those of the file in the options, or those found in the module.
-        images: Two images or more, to trace the module with; by default the first of the data.
+        images: Two images or more ``(N, …)``, to trace the module with; by default the first of the data.
         seed: Of the order in which groups are visited, and of the starts.
         distributed: Whether all processes of a process group make this call with the same data: they take the
             permutations of the first one, since rounding may differ with the number of threads.
@@ -146,13 +146,18 @@ def _match_by_activations(
 
 
 def with_private_of(module: nn.Module, weights: Mapping[str, Tensor], private: Sequence[str]) -> dict[str, Tensor]:
-    """Return a model's weights with the private parameters of a module, whose head may be for other classes."""
-    own = module.state_dict()
-    return {**weights, **{name: tensor for name, tensor in own.items() if matches(name, private)}}
+    """Put a module's private parameters into a model's weights, whose head may be for other classes."""
+    module_weights = module.state_dict()
+    return {**weights, **{name: tensor for name, tensor in module_weights.items() if matches(name, private)}}
 
 
 def find_groups(module: nn.Module, data: TaskBatches | None = None, images: Tensor | None = None) -> Symmetries:
-    """Find the permutation groups of a module, traced with the first images of the data, or with made-up ones.
+    """Find the permutation groups of a module by tracing it.
+
+    Args:
+        module: The module.
+        data: For each expert's name batches of its images.
+        images: The images ``(N, …)`` to trace it with; by default the first of the data, or :func:`example_images`.
 
     Raises:
         MergeError: If nobody says what the module takes.
@@ -165,10 +170,10 @@ def find_groups(module: nn.Module, data: TaskBatches | None = None, images: Tens
 
 
 def example_images(module: nn.Module) -> Any:
-    """Two inputs that a module takes: its ``example_input_array``, or noise of the size of its ``preprocessing``."""
-    given = getattr(module, "example_input_array", None)
-    if given is not None:
-        return given
+    """Choose inputs that a module takes: its ``example_input_array``, or noise ``(2, channels, height, width)``."""
+    example = getattr(module, "example_input_array", None)
+    if example is not None:
+        return example
     preprocessing = getattr(module, "preprocessing", None)
     if preprocessing is None:
         raise MergeError(

@@ -97,10 +97,10 @@ def _module_problems(
     module: nn.Module, base: Weights, experts: Mapping[str, Weights], inventory: Inventory
 ) -> list[str]:
     """Check that the module has all that is merged, and that base and expert together have all of the module."""
-    own = stored_tensors(module)
+    tensors = stored_tensors(module)
     shared = {name: base.meta[name] for name in (*inventory.merged, *inventory.averaged)}
-    problems = fit_problems(own, shared, "the base", "within")
+    problems = fit_problems(tensors, shared, "the base", "within")
     for expert, weights in experts.items():
         for_task = {**base.meta, **{name: weights.meta[name] for name in inventory.private[weights.name]}}
-        problems += fit_problems(own, for_task, f"the base and in what expert {expert} keeps to itself", "cover")
+        problems += fit_problems(tensors, for_task, f"the base and in what expert {expert} keeps to itself", "cover")
     return problems

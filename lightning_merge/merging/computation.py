@@ -53,13 +53,13 @@ class Computation:
         return self._merged(name, self._update)
 
     def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Compute several of them, held in memory, in the order of the names."""
+        """Compute several parameters or buffers ``(…)``, held in memory, in the order of the names."""
         computed: dict[str, Tensor] = {}
         self.each(names, computed.__setitem__)
         return {name: computed[name] for name in names}
 
     def each(self, names: Sequence[str], use: Callable[[str, Tensor], None]) -> None:
-        """Compute parameters and hand each to ``use(name, parameter)``, in no particular order; none is kept."""
+        """Compute parameters ``(…)`` and hand each to ``use(name, parameter)``, in any order; none is kept."""
 
         def one(name: str) -> None:
             use(name, self.parameter(name))
@@ -68,11 +68,11 @@ class Computation:
         self.scratch.forget()
 
     def all_merged(self) -> dict[str, Tensor]:
-        """Compute the parameters that the method merges."""
+        """Compute the parameters ``(…)`` that the method merges."""
         return self._with_aliases(self.parameters(self.inventory.merged))
 
     def for_task(self, expert: int) -> dict[str, Tensor]:
-        """Compute the parameters that the method merges for one expert's task; none if it makes no difference."""
+        """Compute the parameters ``(…)`` that the method merges for one expert's task; none if tasks do not differ."""
         if not self.method.per_task:
             return {}
         merged: dict[str, Tensor] = {}

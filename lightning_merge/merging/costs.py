@@ -55,7 +55,7 @@ def measure_machine(device: torch.device | str | None = None) -> Machine:
 
 
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of three calls, after one to warm up."""
+    """Measure the seconds of the fastest of three calls, after one to warm up."""
     times = []
     for _ in range(4):
         start = time.perf_counter()

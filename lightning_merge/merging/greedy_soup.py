@@ -36,7 +36,7 @@ def greedy_soup(
     ingredients, reached = {best: sources[best]}, alone[best]
     for name in others:
         candidate = ingredients | {name: sources[name]}
-        found = score(merge(base, candidate, Soup(), **options).weights)
-        if found >= reached:
-            ingredients, reached = candidate, found
+        candidate_score = score(merge(base, candidate, Soup(), **options).weights)
+        if candidate_score >= reached:
+            ingredients, reached = candidate, candidate_score
     return merge(base, ingredients, Soup(), output=output, **options)

@@ -69,5 +69,5 @@ def check_finite(
     shares = processes.share(list(jobs), entries)
     with processes.together():
         run_each(look, shares[processes.rank], workers, "checking", entries, "tensors")
-    found = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
-    raise_all([found[job] for job in jobs if job in found])
+    gathered = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
+    raise_all([gathered[job] for job in jobs if job in gathered])

@@ -18,7 +18,7 @@ from lightning_merge.utilities.errors import raise_all
 
 @dataclass(frozen=True)
 class Inventory:
-    """What happens to every parameter of the base.
+    """Inventory of the base's parameters: what happens to each.
 
     Args:
         merged: Merged by the method as task vectors.
@@ -37,7 +37,7 @@ class Inventory:
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """What the merged model consists of, each tensor once."""
+        """The names of the tensors that the merged model consists of, each tensor once."""
         return (*self.merged, *self.averaged, *self.copied)
 
 
@@ -75,8 +75,8 @@ def compare(
         if left_out(alias) == left_out(owner) and all(_shares(expert, alias, owner) for expert in experts)
     }
     names = [name for name in base if name not in tied]
-    own = [name for name in base if not left_out(name)]
-    alike = [expert for expert in experts if is_of_one_kind(own, expert)]
+    compared = [name for name in base if not left_out(name)]
+    alike = [expert for expert in experts if is_of_one_kind(compared, expert)]
     merged, averaged, copied = [], [], []
     for name in names:
         if left_out(name) or not base.meta[name].is_floating_point():
@@ -86,7 +86,7 @@ def compare(
         else:
             merged.append(name)
     problems = [
-        *_of_another_kind(own, [expert for expert in experts if not is_of_one_kind(own, expert)]),
+        *_of_another_kind(compared, [expert for expert in experts if not is_of_one_kind(compared, expert)]),
         *unused_patterns(base, experts, [*(include or ()), *exclude]),
         *_missing(base, alike, left_out, tied),
         *_extra(base, alike, left_out),
@@ -99,7 +99,7 @@ def compare(
 
 
 def _of_another_kind(names: Sequence[str], experts: Sequence[Weights]) -> list[str]:
-    """One sentence for an expert that has hardly a name in common with the base, in place of one for each name."""
+    """Write one sentence for an expert that has hardly a name in common with the base, not one for each name."""
     return [
         f"The expert {expert.name} is no fine-tuned form of the base: of the base's {len(names)} parameters it has "
         f"{sum(name in expert for name in names)}. Names look like {names[0]!r} in the base and {next(iter(expert))!r} "
@@ -137,7 +137,7 @@ def _extra(base: Weights, experts: Sequence[Weights], left_out: Callable[[str], 
 
 
 def _has_twin(expert: Weights, name: str, base: Weights) -> bool:
-    """Whether an expert's name is one more for a tensor that the base has (whose file may leave the second one out)."""
+    """Tell whether an expert's name is a second one of a tensor that the base has (whose file may leave it out)."""
     return any(twin in base and expert.tied.get(twin, twin) == expert.tied.get(name, name) for twin in expert)
 
 
@@ -147,23 +147,23 @@ def _different(base: Weights, experts: Sequence[Weights], names: Sequence[str]) 
         for name in names:
             if name not in expert:
                 continue
-            mine, theirs = base.meta[name], expert.meta[name]
-            if mine.shape != theirs.shape:
+            old, new = base.meta[name], expert.meta[name]
+            if old.shape != new.shape:
                 problems.append(
-                    f"{name!r} has shape {tuple(theirs.shape)} in the expert {expert.name} and {tuple(mine.shape)} in "
+                    f"{name!r} has shape {tuple(new.shape)} in the expert {expert.name} and {tuple(old.shape)} in "
                     f"the base; leave it out with exclude: [{_pattern(name)}], or give experts of one architecture."
                 )
-            elif mine.is_complex() or theirs.is_complex():
+            elif old.is_complex() or new.is_complex():
                 problems.append(f"{name!r} is complex, which no method merges; leave it out with exclude: [{name}].")
-            elif mine.is_floating_point() != theirs.is_floating_point():
+            elif old.is_floating_point() != new.is_floating_point():
                 problems.append(
-                    f"{name!r} is {theirs.dtype} in the expert {expert.name} and {mine.dtype} in the base; quantized "
+                    f"{name!r} is {new.dtype} in the expert {expert.name} and {old.dtype} in the base; quantized "
                     f"weights cannot be merged: give floating-point weights, or exclude: [{_pattern(name)}]."
                 )
     return problems
 
 
 def _pattern(name: str) -> str:
-    """Return the pattern that leaves out the module of a parameter: ``head.weight -> head.*``."""
+    """Make the pattern that leaves out the module of a parameter: ``head.weight -> head.*``."""
     module, dot, _ = name.rpartition(".")
     return f"{module}.*" if dot else name

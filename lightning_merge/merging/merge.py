@@ -127,7 +127,7 @@ def merge(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a merge reads, and how.
+    """Inputs of a merge, opened, and where it is computed.
 
     Args:
         method: The method.
@@ -228,7 +228,7 @@ def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tu
 
 
 def _task_data(inputs: _Inputs, options: MergeOptions) -> TaskData:
-    """Return the module and the data of the experts' tasks, for a method that runs the model while it merges."""
+    """Collect the module and the data of the experts' tasks for a method that runs the model while it merges."""
     base, experts, inventory = inputs.base, inputs.experts, inputs.inventory
     assert options.module is not None  # see check_task_data
     assert options.data is not None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merged:
-    """Model made of several.
+    """Model merged from several, with a record of how it was made.
 
     Args:
         weights: The merged parameters and buffers, in the dtype and on the device of the base; where the model was
@@ -55,7 +55,7 @@ class Merged:
     repair: RepairResult | None = field(default=None, repr=False)
 
     def for_task(self, expert: str) -> dict[str, Tensor]:
-        """Return the model for one expert's task.
+        """Compute the weights of the model for one expert's task.
 
         That is the merged model with the expert's own excluded parameters (its head); where the method keeps a model
         for each task, with its update for this task; where the model was repaired for each task, with its correction,
@@ -110,7 +110,7 @@ class Merged:
         )
 
     def summary(self) -> str:
-        """Say in one line what was merged."""
+        """Summarize in one line what was merged."""
         parts = [f"{len(self.inventory.merged)} parameters merged"]
         for names, what in (
             (self.inventory.averaged, "running statistics averaged"),

@@ -27,7 +27,7 @@ from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.grid import Cell, Grid, as_markdown, one_line
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCard
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 _ROW = "merged"
@@ -35,14 +35,14 @@ _ROW = "merged"
 
 
 class Scores(Protocol):
-    """What was measured of a merged model, such as :class:`lightning_merge.evaluation.Table`."""
+    """Scores of a merged model, such as :class:`lightning_merge.evaluation.Table`."""
 
     @property
     def records(self) -> Sequence[Mapping[str, Any]]:
         """One record for each row and domain."""
 
     def grid(self) -> Grid:
-        """Return the table to show."""
+        """Tabulate the scores."""
 
 
 def model_card(manifest: Mapping[str, Any], output: str | os.PathLike[str], scores: Scores | None = None) -> ModelCard:
@@ -126,7 +126,9 @@ def _recipe(manifest: Mapping[str, Any], name: str) -> Iterator[str]:
         yield f"It was computed on {manifest['device']}; on another kind of device the last bits may differ."
 
 
-def _metadata(manifest: Mapping[str, Any], output: str | os.PathLike[str], name: str, scores: Scores | None) -> Any:
+def _metadata(
+    manifest: Mapping[str, Any], output: str | os.PathLike[str], name: str, scores: Scores | None
+) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     models = [manifest["base"], *manifest["experts"].values()]
@@ -145,15 +147,15 @@ def _metadata(manifest: Mapping[str, Any], output: str | os.PathLike[str], name:
 
 
 def _results(scores: Scores) -> list[EvalResult]:
-    """Return the accuracy on every domain where there is one."""
+    """List the accuracy on every domain where there is one."""
     from huggingface_hub import EvalResult
 
-    found = []
+    results = []
     for record in scores.records:
         accuracy, domain = record.get("accuracy"), one_line(record["domain"])
         if record["row"] != _ROW or accuracy is None or not math.isfinite(accuracy):
             continue
-        found.append(
+        results.append(
             EvalResult(
                 task_type="image-classification",
                 dataset_type=re.sub(r"\W+", "-", domain.lower()).strip("-") or "unknown",
@@ -164,11 +166,11 @@ def _results(scores: Scores) -> list[EvalResult]:
                 metric_value=accuracy,
             )
         )
-    return found
+    return results
 
 
 def _library(base: Mapping[str, Any]) -> str | None:
-    """Which library reads a folder like the base's; None where its configuration does not say."""
+    """Find which library reads a folder like the base's; None where its configuration does not say."""
     if base.get("path") is None:
         return None
     path = Path(base["path"])
@@ -178,15 +180,15 @@ def _library(base: Mapping[str, Any]) -> str | None:
         config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "open_clip" if (path.parent / "open_clip_config.json").is_file() else None
-    known = {"pretrained_cfg": "timm", "model_type": "transformers"}
-    return next((library for key, library in known.items() if isinstance(config, dict) and key in config), None)
+    libraries = {"pretrained_cfg": "timm", "model_type": "transformers"}
+    return next((library for key, library in libraries.items() if isinstance(config, dict) and key in config), None)
 
 
 def _license(models: list[Mapping[str, Any]]) -> str | None:
-    """Return the licence, if the cards of the base and of all experts name the same one."""
-    found = {_license_beside(Path(model["path"])) if model.get("path") else None for model in models}
-    known = found.pop()
-    return known if not found and known != "other" else None
+    """Find the licence that the cards of the base and of all experts name; None if they name several, or none."""
+    licences = {_license_beside(Path(model["path"])) if model.get("path") else None for model in models}
+    licence = licences.pop()
+    return licence if not licences and licence != "other" else None
 
 
 def _license_beside(path: Path) -> str | None:
@@ -202,7 +204,7 @@ def _license_beside(path: Path) -> str | None:
 
 
 def _value(value: Any) -> str:
-    """Return a value as YAML has it, in one line."""
+    """Write a value as YAML in one line."""
     import yaml
 
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf)
@@ -210,7 +212,7 @@ def _value(value: Any) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """Text as it is, between fences that do not occur in it."""
+    """Put text between fences that do not occur in it."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

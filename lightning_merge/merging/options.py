@@ -41,7 +41,7 @@ class MergeOptions:
 
     @property
     def rule(self) -> Matrices:
-        """Which parameters count as matrices; the default of :class:`lightning_merge.Matrices` if nothing is said."""
+        """The rule by which parameters count as matrices; by default ``lightning_merge.Matrices()``."""
         return self.matrices or Matrices()
 
     def scaled(self, method: MergeMethod) -> MergeMethod:
@@ -49,7 +49,7 @@ class MergeOptions:
         return method if self.scale is None else replace(method, scale=self.scale)
 
     def settings(self, device: torch.device) -> dict[str, Any]:
-        """Return the options that the merged weights depend on, as plain values for a manifest.
+        """Collect the options that the merged weights depend on, as plain values for a manifest.
 
         Args:
             device: Where the merge is computed.

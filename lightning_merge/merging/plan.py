@@ -22,9 +22,9 @@ class Costs:
         passes: How often the files are read.
         write: Bytes to write.
         memory: Bytes in memory at the peak, besides the interpreter and torch.
-        seconds: How long it takes.
-        open_ended: Whether ``read``, ``memory`` and ``seconds`` are the least, as the method looks at the whole model
-            before it merges.
+        seconds: Duration of the merge.
+        open_ended: Whether ``read``, ``memory`` and ``seconds`` are lower bounds, as the method looks at the whole
+            model before it merges.
     """
 
     read: int
@@ -64,11 +64,11 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as plain values, for programs."""
+        """Convert the plan to plain values, for programs."""
         return asdict(self)
 
     def text(self) -> str:
-        """Write all of it in words, as Markdown that reads well in a terminal."""
+        """Write the plan as Markdown that reads well in a terminal."""
         experts = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'} ({', '.join(self.experts)})"
         blocks = [f"# Plan: {self.method['class_path']} of {experts}", self._headline()]
         if self.inventory is not None:
@@ -87,7 +87,7 @@ class Plan:
         return "\n".join([f"**{count} in its way:**\n", *(f"- {problem}" for problem in self.problems)])
 
     def _rows(self, inventory: Inventory) -> Iterator[list[Cell]]:
-        """Make a row for each thing that happens to parameters."""
+        """Yield a row for each thing that happens to parameters."""
         counts = {
             "merged": ("merged", len(inventory.merged)),
             "matrices": ("of these, matrices", sum(count for count, _, _ in self.matrices)),
@@ -107,14 +107,14 @@ class Plan:
         for expert, prefix in self.renamed.items():
             yield f"Names of {expert}, matched by their prefix: `{prefix}`."
         for names in dict.fromkeys(names for names in inventory.private.values() if names):
-            owners = [expert for expert, own in inventory.private.items() if own == names]
+            owners = [expert for expert, private in inventory.private.items() if private == names]
             yield f"Left out, and only in what `for_task` gives for {' or '.join(owners)}: {_some(names)}."
         if inventory.tied:
             yield f"Tied: {_some([f'{alias} = {name}' for alias, name in inventory.tied.items()])}."
 
 
 def _cost_rows(costs: Costs, output: str | None) -> Iterator[list[Cell]]:
-    """Make a row for each kind of cost; a path is shown as it is typed."""
+    """Yield a row for each kind of cost; a path is shown as it is typed."""
     least = "at least " if costs.open_ended else ""
     passes = "once" if costs.passes == 1 else f"{costs.passes} times"
     written = f"{size(costs.write)} to {output}" if output else "nothing"

@@ -38,7 +38,7 @@ from lightning_merge.utilities.workers import count_workers
 
 
 def plan(base: Source, experts: Experts, method: MergeMethod, **arguments: Any) -> Plan:
-    """Say what :func:`lightning_merge.merge` would do with the same arguments, and everything that stands in its way.
+    """Plan what :func:`lightning_merge.merge` would do with the same arguments, and list what stands in its way.
 
     Only headers are read: names, shapes and dtypes. Nothing is written, and nothing is computed besides a few small
     matrices, to see how fast this machine is. ``seed`` makes no difference, and the costs are those of the whole merge
@@ -107,7 +107,7 @@ def _problems(models: _Models, experts: Mapping[str, Weights], method: MergeMeth
 
 @dataclass(frozen=True)
 class _Models:
-    """What is to be merged, as far as it could be opened."""
+    """Models to merge, as far as they could be opened."""
 
     base: Weights
     experts: dict[str, Weights]
@@ -123,31 +123,30 @@ class _Models:
 
     @property
     def stored(self) -> int:
-        """The bytes of the merged model."""
-        found = self.inventory
-        return _bytes(self.base.meta[name] for name in found.stored)
+        """The size of the merged model in bytes."""
+        return _bytes(self.base.meta[name] for name in self.inventory.stored)
 
     def other_dtypes(self) -> list[str]:
-        """A sentence for each expert some of whose parameters are stored in another precision than the base's."""
+        """Count, in a sentence for each expert, the parameters stored in another precision than the base's."""
         sentences = []
         for name, expert in self.experts.items():
             pairs = [
                 (self.base.meta[key].dtype, expert.meta[key].dtype) for key in self.inventory.merged if key in expert
             ]
-            found = Counter((_short(mine), _short(theirs)) for mine, theirs in pairs if mine != theirs)
+            counts = Counter((_short(old), _short(new)) for old, new in pairs if old != new)
             sentences += [
-                f"{count} of the merged parameters are {theirs} in {name} and {mine} in the base, whose type they keep."
-                for (mine, theirs), count in found.items()
+                f"{count} of the merged parameters are {new} in {name} and {old} in the base, whose type they keep."
+                for (old, new), count in counts.items()
             ]
         return sentences
 
     def as_many_as(self, experts: Experts) -> dict[str, Weights]:
-        """As many experts as were given, with the base in the place of those that cannot be opened."""
+        """Put the base in the place of the experts that cannot be opened, so that as many are left as were given."""
         return self.experts | {f"absent {i}": self.base for i in range(len(experts) - len(self.experts))}
 
 
 def _open(base: Weights, experts: Experts, method: MergeMethod, options: MergeOptions) -> _Models:
-    """Open what can be opened, and list what is wrong with the rest."""
+    """Open what can be opened, and list what is wrong with the other models."""
     opened, problems = open_each(experts, base, read=False)
     inventory, conflicts = compare(base, list(opened.values()), options.include, options.exclude)
     problems += conflicts
@@ -160,7 +159,7 @@ def _open(base: Weights, experts: Experts, method: MergeMethod, options: MergeOp
 
 
 def _unreadable(experts: Experts) -> list[str]:
-    """What is wrong with the experts' files, where there is no base to compare them with."""
+    """List what is wrong with the experts' files, where there is no base to compare them with."""
     sources = experts.values() if isinstance(experts, Mapping) else experts
     whole = [source for source in sources if not (is_adapter(source) or is_task_vector(source))]
     return [problem for source in whole for problem in problems_of(open_weights, source)]
@@ -209,7 +208,7 @@ def _count_matrices(base: Weights, inventory: Inventory, rule: Matrices) -> tupl
 def _costs(
     models: _Models, method: MergeMethod, matrices: Sequence[tuple[int, int, int]], options: MergeOptions
 ) -> Costs:
-    """Estimate what a merge costs that nothing stands in the way of.
+    """Estimate the costs of a merge that nothing stands in the way of.
 
     Args:
         models: All models.
@@ -245,7 +244,7 @@ def _costs(
 
 
 def _stored_bytes(weights: Weights) -> int:
-    """What there is to read of a model: of a difference its own file, as it is put on a base that is read anyway."""
+    """Count the bytes to read of a model: of a difference its own file, as the base under it is read anyway."""
     if weights.origin is not None and weights.path is not None:
         return weights.path.stat().st_size
     return _bytes(tensor for name, tensor in weights.meta.items() if name not in weights.tied)

@@ -23,10 +23,10 @@ _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def recipe(manifest: Mapping[str, Any], output: str) -> dict[str, Any]:
-    """Return what ``lightning-merge merge --config`` reads to make a merge again, without arguments by default.
+    """Build the configuration of ``lightning-merge merge`` that makes a merge again, without arguments by default.
 
     Args:
-        manifest: Of the merge; nothing of it stands in the way, see :func:`obstacles`.
+        manifest: The manifest of the merge; nothing in it stands in the way, see :func:`obstacles`.
         output: The file or folder to write.
     """
     arguments = {
@@ -46,7 +46,7 @@ def recipe(manifest: Mapping[str, Any], output: str) -> dict[str, Any]:
 
 
 def recipe_text(manifest: Mapping[str, Any], output: str) -> str:
-    """Return the recipe as YAML, see :func:`recipe`."""
+    """Write the recipe as YAML, see :func:`recipe`."""
     import yaml
 
     return yaml.safe_dump(recipe(manifest, output), sort_keys=False, allow_unicode=True)
@@ -103,7 +103,7 @@ def models_grid(manifest: Mapping[str, Any]) -> Grid:
 
 
 def summary_of(cls: type[MergeMethod]) -> str:
-    """Return what a method does, in the first words of its docstring."""
+    """Take the summary of a method from the first paragraph of its docstring."""
     return re.sub(r":[a-z]+:`", "`", " ".join((cls.__doc__ or "").split("\n\n")[0].split()))
 
 
@@ -122,7 +122,7 @@ def method_class(method: Mapping[str, Any]) -> type[MergeMethod] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Put lists in the place of tuples, and dictionaries in the place of other mappings."""
+    """Convert tuples to lists, and mappings to dictionaries, at every depth."""
     if isinstance(value, Mapping):
-        return {key: _plain(own) for key, own in value.items()}
-    return [_plain(own) for own in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -20,14 +20,14 @@ _KINDS = ("moments",)
 
 
 def moments_file(expert: Weights) -> Path | None:
-    """Where the moments of an expert are, or would be; None for an expert in memory."""
+    """Name the file of an expert's moments, whether it exists or not; None for an expert in memory."""
     while isinstance(expert, Permuted):
         expert = expert.original
     return statistics_file(expert)
 
 
 def read_moments(expert: Weights, name: str) -> dict[Site, Moments]:
-    """Return the moments of an expert's activations on its own data, by site, from the file beside its own.
+    """Read the moments ``(channels,)`` of an expert's activations on its own data, by site, from its statistics file.
 
     Those of an expert whose channels were put into another order are put into that order, too.
 
@@ -43,22 +43,22 @@ def read_moments(expert: Weights, name: str) -> dict[Site, Moments]:
     path, how = statistics_file(expert), f"make them with `{command(expert, _KINDS)}`"
     if path is None or not path.is_file():
         raise MergeError(f"The activations of expert {name} were not recorded beside its file; {how}.")
-    found = open_weights(path)
-    raise_all(foreign_problems(found, expert, name, _KINDS))
+    statistics = open_weights(path)
+    raise_all(foreign_problems(statistics, expert, name, _KINDS))
     try:
-        moments = from_tensors(found)
+        moments = from_tensors(statistics)
     except KeyError as error:
-        raise MergeError(f"{found.name} is not complete: {error.args[0]}; {how}.") from error
+        raise MergeError(f"{statistics.name} is not complete: {error.args[0]}; {how}.") from error
     if not moments:
-        raise MergeError(f"{found.name} holds no moments of activations, mean.<site>; {how}.")
+        raise MergeError(f"{statistics.name} holds no moments of activations, mean.<site>; {how}.")
     if not isinstance(expert, Renamed):
         return moments
-    return {replace(site, path=expert.prefix.applied(site.path)): own for site, own in moments.items()}
+    return {replace(site, path=expert.prefix.applied(site.path)): of_site for site, of_site in moments.items()}
 
 
 def _permuted(moments: Mapping[Site, Moments], permutation: Permutation, name: str) -> dict[Site, Moments]:
-    groups, found = permutation.symmetries, {}
-    for site, own in moments.items():
+    groups, permuted = permutation.symmetries, {}
+    for site, of_site in moments.items():
         if permutation.moved() and site.name not in groups.features:
             raise MergeError(
                 f"It cannot be told how the alignment moved the channels of expert {name} at {site.name!r}; leave "
@@ -66,5 +66,5 @@ def _permuted(moments: Mapping[Site, Moments], permutation: Permutation, name: s
             )
         axes = groups.features.get(site.name)
         order = sources(axes[site.axis], permutation.orders, groups.within) if axes else slice(None)
-        found[site] = Moments.known(own.count, own.mean[order], own.variance[order])
-    return found
+        permuted[site] = Moments.known(of_site.count, of_site.mean[order], of_site.variance[order])
+    return permuted

@@ -80,7 +80,7 @@ def repair(
     """Repair a merged model.
 
     Args:
-        options: How.
+        options: By which method, and within which limits.
         merged: The merged model; it is not changed.
         module: The module that its weights are of, on the device where it is run.
         data: For each expert's name batches of its images, with labels for ``probe``, that can be read again.
@@ -105,18 +105,20 @@ def repair(
         raise_all(options.problems_with(merged.computation.method))
     processes = Processes(distributed)
     with processes.together():
-        found = _repairs(options, merged, module, data, seed, known)
-    found = processes.gather(found)[0]
+        repairs = _repairs(options, merged, module, data, seed, known)
+    repairs = processes.gather(repairs)[0]
     if options.by == "tact":
-        changes = {task: partial(corrected_weights, module, correction=own) for task, own in found.items()}
-        return replace(merged, repair=RepairResult(changes, corrections=found))
+        changes = {
+            task: partial(corrected_weights, module, correction=correction) for task, correction in repairs.items()
+        }
+        return replace(merged, repair=RepairResult(changes, corrections=repairs))
     if options.by == "probe":
-        changes = {task: partial(_replaced, renewed=head) for task, head in found.items()}
-        return replace(merged, repair=RepairResult(changes, heads=found))
+        changes = {task: partial(_replaced, renewed=head) for task, head in repairs.items()}
+        return replace(merged, repair=RepairResult(changes, heads=repairs))
     if options.by == "batch_norm":
-        return _for_all_tasks(merged, partial(_replaced, renewed=found))
-    _, unfolded = fold(module, merged.weights, found)
-    return _for_all_tasks(merged, partial(corrected_weights, module, correction=found), unfolded)
+        return _for_all_tasks(merged, partial(_replaced, renewed=repairs))
+    _, unfolded = fold(module, merged.weights, repairs)
+    return _for_all_tasks(merged, partial(corrected_weights, module, correction=repairs), unfolded)
 
 
 def _repairs(
@@ -159,5 +161,5 @@ def _for_all_tasks(merged: Merged, change: Change, unfolded: Correction | None =
 
 
 def _replaced(weights: Mapping[str, Tensor], renewed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put renewed parameters and buffers into weights."""
+    """Put renewed parameters and buffers ``(…)`` into weights."""
     return {**weights, **renewed}

@@ -106,22 +106,22 @@ def list_settings(method: MergeMethod, grid: SearchGrid | None = None) -> list[S
 
 
 def with_setting(method: MergeMethod, setting: Setting) -> MergeMethod:
-    """Return the method with other values of some of its fields, or of the fields of the method inside.
+    """Copy a method with other values of some of its fields, or of the fields of the method inside.
 
     Raises:
         MergeError: If a field is not known or its value is out of range.
     """
-    kind, known = type(method).__name__, [field.name for field in fields(method)]
+    kind, names = type(method).__name__, [field.name for field in fields(method)]
     changes: dict[str, Any] = {}
     inside: dict[str, Setting] = {}
     for path, value in setting.items():
-        name, dot, rest = path.partition(".")
-        if name not in known or (dot and not isinstance(getattr(method, name), MergeMethod)):
-            raise MergeError(f"{kind} has no field {path!r} to try values of; it has {', '.join(known)}.")
+        name, dot, inner_path = path.partition(".")
+        if name not in names or (dot and not isinstance(getattr(method, name), MergeMethod)):
+            raise MergeError(f"{kind} has no field {path!r} to try values of; it has {', '.join(names)}.")
         if name == "scale" and not _is_finite_number(value):
             raise MergeError(f"{kind}: scale must be a finite number, got {value!r}.")
         if dot:
-            inside.setdefault(name, {})[rest] = value
+            inside.setdefault(name, {})[inner_path] = value
         else:
             changes[name] = value
     changes |= {name: with_setting(getattr(method, name), below) for name, below in inside.items()}

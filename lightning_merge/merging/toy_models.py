@@ -39,30 +39,33 @@ def make_models(num_experts: int = 3, dtype: torch.dtype = torch.float32) -> tup
 
 
 def make_statistics(base: State, experts: Mapping[str, State]) -> dict[str, State]:
-    """Make up the statistics of every expert, by its name: Fishers, and Gram matrices for most layers."""
-    found: dict[str, State] = {}
+    """Make up the statistics of every expert, by its name: Fishers ``(…)``, and for most layers Gram matrices.
+
+    A layer ``(out, in)`` has Gram matrices ``(in, in)`` and ``(out, out)``.
+    """
+    statistics: dict[str, State] = {}
     for expert in experts:
-        found[expert] = {}
+        statistics[expert] = {}
         for name, tensor in base.items():
             if not tensor.is_floating_point():
                 continue
             draw = torch.Generator().manual_seed(zlib.crc32(f"{expert}/{name}".encode()))
-            found[expert][f"fisher.{name}"] = torch.rand(tensor.shape, generator=draw) * 1e-3
+            statistics[expert][f"fisher.{name}"] = torch.rand(tensor.shape, generator=draw) * 1e-3
             if tensor.ndim >= 2 and name != "visual.proj":
                 sides = {"gram": tensor[0].numel(), "gram_out": len(tensor)}
                 for kind, side in sides.items():
                     x = torch.randn(4 * side, side, generator=draw)
-                    found[expert][f"{kind}.{name}"] = x.mT @ x / len(x)
-    return found
+                    statistics[expert][f"{kind}.{name}"] = x.mT @ x / len(x)
+    return statistics
 
 
 def make_data(experts: Iterable[str]) -> dict[str, list[Tensor]]:
-    """Make up the images of every expert's task, by its name: two batches, of colours of its own."""
-    found = {}
+    """Make up the images of every expert's task, by its name: two batches ``(6, 3, 4, 4)``, of colours of its own."""
+    images = {}
     for expert in experts:
         draw = torch.Generator().manual_seed(zlib.crc32(expert.encode()))
-        found[expert] = [torch.randn(6, 3, 4, 4, generator=draw) + torch.randn(3, 1, 1, generator=draw) for _ in "12"]
-    return found
+        images[expert] = [torch.randn(6, 3, 4, 4, generator=draw) + torch.randn(3, 1, 1, generator=draw) for _ in "12"]
+    return images
 
 
 class ToyModule(nn.Module):
