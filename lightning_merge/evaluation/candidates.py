@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
+from torchmetrics import MetricCollection
 
 from lightning_merge.checkpoints import open_weights
+from lightning_merge.data import DomainDataModule
 from lightning_merge.models.metrics import classification_metrics
 from lightning_merge.utilities.errors import raise_all
 from lightning_merge.utilities.modules import distinct_names, fit_problems
@@ -22,17 +24,18 @@ Record = dict[str, Any]
 def evaluate_candidates(
     trainer: Trainer,
     module: LightningModule,
-    datamodule: LightningDataModule,
+    datamodule: DomainDataModule,
     candidates: Mapping[str, Mapping[str, Tensor]],
     ensembles: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Record]:
     """Run every candidate on every test loader, reading the data once.
 
     Args:
-        trainer: Runs the pass, on as many processes as it has; the numbers do not depend on how many.
-        module: Maps images to logits; its own weights are not used.
-        datamodule: Its test loaders yield ``(images, labels)``, one loader for each of its ``test_domains``.
-        candidates: Complete weights of the module, by name.
+        trainer: The trainer of the pass, on as many processes as it has; the numbers do not depend on how many.
+        module: A module that maps images ``(N, …)`` to logits ``(N, C)``; its own weights are not used.
+        datamodule: The data. Its test loaders yield images ``(N, …)`` and labels ``(N,)``, one loader for each of its
+            ``test_domains``.
+        candidates: Complete weights of the module, with its shapes ``(…)``, by the candidate's name.
         ensembles: Further rows: candidates whose logits are averaged.
 
     Returns:
@@ -42,8 +45,7 @@ def evaluate_candidates(
         MergeError: If a candidate does not have the module's parameters.
     """
     check_fit(module, candidates)
-    if hasattr(module, "check_classes"):
-        module.check_classes(datamodule.class_names)
+    check_classes(module, datamodule.class_names)
     domains = list(datamodule.test_domains)
     evaluator = CandidateEvaluator(module, candidates, ensembles or {}, domains, len(datamodule.class_names))
     logged: dict[str, float] = {}
@@ -58,23 +60,30 @@ def evaluate_candidates(
 
 
 def check_fit(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raise a :class:`lightning_merge.MergeError` unless every candidate has exactly the module's parameters."""
-    own = open_weights(module.state_dict(), "the model").meta
+    """Raise a :class:`lightning_merge.MergeError` unless each candidate has exactly the module's parameters ``(…)``."""
+    expected = open_weights(module.state_dict(), "the model").meta
     raise_all(
         [
             problem
             for name, weights in candidates.items()
-            for problem in fit_problems(own, weights, f"the candidate {name!r}", "exactly")
+            for problem in fit_problems(expected, weights, f"the candidate {name!r}", "exactly")
         ]
     )
 
 
+def check_classes(module: LightningModule, names: Sequence[str]) -> None:
+    """Raise a :class:`lightning_merge.MergeError` if the module knows its classes and these are others."""
+    check = getattr(module, "check_classes", None)
+    if check is not None:
+        check(names)
+
+
 class CandidateEvaluator(LightningModule):
-    """Puts each candidate's weights into one module in turn, batch by batch, and keeps metrics for each.
+    """Evaluator that puts each candidate's weights into one module in turn, batch by batch, and keeps its metrics.
 
     Args:
-        module: Maps images to logits.
-        candidates: Complete weights of the module, by name.
+        module: A module that maps images ``(N, …)`` to logits ``(N, C)``.
+        candidates: Complete weights of the module, with its shapes ``(…)``, by the candidate's name.
         ensembles: Rows whose logits are the mean of some candidates' logits.
         domains: Names of the test loaders.
         num_classes: Number of classes.
@@ -91,11 +100,12 @@ class CandidateEvaluator(LightningModule):
         super().__init__()
         self.module = module
         self.rows = [*candidates, *ensembles]
-        self.metric_names = list(classification_metrics(num_classes))
+        self.metric_names = [str(name) for name in classification_metrics(num_classes)]
         self._domains = list(domains)
         self._candidates = {name: dict(weights) for name, weights in candidates.items()}
         self._ensembles = ensembles
-        self._metrics = nn.ModuleList(classification_metrics(num_classes) for _ in self.rows for _ in domains)
+        metrics = nn.ModuleList(classification_metrics(num_classes) for _ in self.rows for _ in domains)
+        self._metrics = cast("Sequence[MetricCollection]", metrics)
 
     @property
     def preprocessing(self) -> Any:
@@ -103,7 +113,7 @@ class CandidateEvaluator(LightningModule):
         return getattr(self.module, "preprocessing", None)
 
     def key(self, row: str, domain: str, metric: str) -> str:
-        """Return the name under which a number is logged: by position, because names of rows are free text."""
+        """Build the name under which a number is logged: by position, because names of rows are free text."""
         return f"{self.rows.index(row)}/{self._domains.index(domain)}/{metric}"
 
     def on_test_start(self) -> None:
@@ -115,7 +125,7 @@ class CandidateEvaluator(LightningModule):
         }
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count one batch for every candidate and ensemble."""
+        """Count one batch, images ``(N, …)`` and labels ``(N,)``, for every candidate and ensemble."""
         images, labels = batch
         logits = {
             name: functional_call(self.module, weights, (images,), tie_weights=False).float()
@@ -128,7 +138,7 @@ class CandidateEvaluator(LightningModule):
             self._metrics[i * len(self._domains) + dataloader_idx].update(probabilities, labels)
 
     def on_test_epoch_end(self) -> None:
-        """Log everything that was measured."""
+        """Log every metric of every candidate and ensemble on every domain."""
         for i, metrics in enumerate(self._metrics):
             row, domain = divmod(i, len(self._domains))
             self.log_dict({f"{row}/{domain}/{name}": value for name, value in metrics.compute().items()})

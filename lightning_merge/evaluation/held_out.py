@@ -22,7 +22,7 @@ def is_method(row: str) -> bool:
 
 
 def check_names(rows: Iterable[str]) -> None:
-    """Raise a :class:`MergeError` if a merged model has the name of a row that is there anyway."""
+    """Raise a :class:`MergeError` if a merged model has the name of a row that every table has."""
     for row in rows:
         if not is_method(row):
             raise MergeError(
@@ -38,20 +38,23 @@ def evaluate_domain(
     candidates: Mapping[str, Mapping[str, Tensor]],
     experts: Mapping[str, Mapping[str, Tensor]],
 ) -> list[Record]:
-    """Evaluate on one domain; the data are read once.
+    """Evaluate models on one domain, reading each of its splits once.
 
     Args:
-        trainer: Its settings are used for the evaluation.
-        model: Maps images to logits; its own weights are not used.
-        datamodule: Holds the domain. Where it tests on all of a domain, the domain's own expert, which has seen most of
-            it, is tested on the test split only.
+        trainer: The trainer whose settings are used for the evaluation.
+        model: A module that maps images to logits; its own weights are not used.
+        datamodule: The data module that holds the domain. Where it tests on all of a domain, the domain's own expert,
+            which has seen most of it, is tested on the test split only, in a pass of its own.
         domain: The domain to test on.
-        candidates: Weights by the name of their row.
-        experts: Weights by domain. That of this domain is the row ``own expert``; the others are a row each and
-            together the ``logit ensemble``.
+        candidates: Weights ``(…)``, by the name of their row.
+        experts: Weights ``(…)``, by domain. Those of this domain are the row ``own expert``; the others are a
+            row each and together the ``logit ensemble``.
 
     Returns:
         A record for each row.
+
+    Raises:
+        MergeError: If an expert is not named after a domain.
     """
     strangers = [name for name in experts if name not in datamodule.domains]
     if strangers:
@@ -68,6 +71,6 @@ def evaluate_domain(
     for test_on, rows in passes.items():
         ensembles = {ENSEMBLE: list(others)} if others and test_on == datamodule.test_on else {}
         data = datamodule.only(train=[], test=[domain], test_on=test_on)
-        found = evaluate_candidates(trainer.again(), model, data, rows, ensembles)
-        records += [record | {"test_on": test_on} for record in found]
+        measured = evaluate_candidates(trainer.again(), model, data, rows, ensembles)
+        records += [record | {"test_on": test_on} for record in measured]
     return records

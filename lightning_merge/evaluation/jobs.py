@@ -1,4 +1,4 @@
-"""The jobs of a benchmark. Each leaves a marker when it is done, so that what was interrupted goes on there."""
+"""The jobs of a benchmark; each leaves a marker when it is done, so that an interrupted benchmark goes on there."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _ELSEWHERE = (
     "enable_checkpointing",
     "num_sanity_val_steps",
 )
-"""Arguments of the trainer that say where and how loudly it runs, and not what comes out."""
+"""Arguments of the trainer that say where it runs and what it shows, and do not change the results."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Job:
     """A part of a benchmark that any process can do by itself, as it reads and writes nothing but files.
 
     Args:
-        name: What it is called.
-        work: Does it.
-        done: Whether it is done already.
-        after: The names of the jobs that must be done before.
+        name: The name of the job.
+        work: The function that does it.
+        done: The function that tells whether it is done.
+        after: The names of the jobs that must be done before it.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Job:
 class JobList(ABC):
     """A benchmark as the jobs that it consists of.
 
-    It can be sent to another process, where its trainer is built anew from the same arguments.
+    It can be sent to another process, where its trainer is built again from the same arguments.
     """
 
     trainer: RepeatableTrainer
@@ -77,7 +77,7 @@ class JobList(ABC):
 
     @abstractmethod
     def jobs(self) -> list[Job]:
-        """Return all jobs, those first that others wait for."""
+        """List all jobs, each after those that it waits for."""
 
     def __getstate__(self) -> dict[str, Any]:
         arguments = self.trainer.arguments | {"callbacks": self.trainer.given_callbacks, "logger": False}
@@ -92,7 +92,7 @@ def do_job(job: Job, seed: int) -> float:
     """Do a job that is not done, from a seed, so that it does not depend on those that ran before it in this process.
 
     Returns:
-        The seconds that it took.
+        The time that it took, in seconds.
     """
     seed_everything(seed, workers=True, verbose=False)
     started = time.perf_counter()
@@ -106,7 +106,7 @@ def do_job(job: Job, seed: int) -> float:
 
 
 def names_of(*jobs: Iterable[Job]) -> list[str]:
-    """Return the names of jobs."""
+    """List the names of jobs."""
     return [job.name for job in chain(*jobs)]
 
 
@@ -121,11 +121,11 @@ def fit_expert(
     """Fit a model on domains and write ``expert.ckpt`` into a folder: the best checkpoint if one is monitored.
 
     Args:
-        trainer: Its settings and callbacks are used.
-        model: What is fitted; it is changed.
-        datamodule: Holds the domains.
+        trainer: The trainer whose settings and callbacks are used.
+        model: The model to fit; it is changed.
+        datamodule: The data module that holds the domains.
         domains: The domains to fit on.
-        folder: Where the expert and its logs go.
+        folder: The folder of the expert and its logs.
         arguments: Arguments of the trainer that differ.
     """
     trainer = trainer.again(
@@ -152,17 +152,17 @@ def is_done(folder: Path) -> bool:
 
 
 def mark_done(folder: Path, content: Mapping[str, Any]) -> None:
-    """Say that the job of this folder is done, and what it found."""
+    """Mark the job of this folder as done, and store its results."""
     write_text(folder / _DONE, json.dumps(content) + "\n")
 
 
 def read_done(folder: Path) -> dict[str, Any]:
-    """What the job of this folder found; nothing if it is not done."""
+    """Read the results of the job of this folder; none if it is not done."""
     return json.loads((folder / _DONE).read_text()) if is_done(folder) else {}
 
 
 def settings_of(trainer: RepeatableTrainer, model: LightningModule, datamodule: DomainDataModule) -> dict[str, Any]:
-    """What results depend on: the model and its weights, the data, the trainer and its callbacks."""
+    """Collect what results depend on: the model and its weights, the data, the trainer and its callbacks."""
     positional = {"positional": list(trainer.positional)} if trainer.positional else {}
     return {
         "model": {"class": type(model).__name__, **dict(model.hparams)},
@@ -174,10 +174,10 @@ def settings_of(trainer: RepeatableTrainer, model: LightningModule, datamodule: 
 
 
 def claim_output(output: Path, settings: Mapping[str, Any], write: bool) -> None:
-    """Note the settings in the output folder, or make sure that what is there was made with the same ones.
+    """Write the settings to the output folder, or check that what is there was made with the same ones.
 
     Raises:
-        MergeError: If it was not.
+        MergeError: If the settings differ.
     """
     settings = json.loads(json.dumps(settings, default=str))
     file = output / "settings.json"
@@ -213,7 +213,7 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def _fingerprint(model: LightningModule) -> str:
-    """Return the sha256 of a model's weights."""
+    """Compute the SHA-256 digest of a model's weights, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -222,12 +222,13 @@ def _fingerprint(model: LightningModule) -> str:
 
 
 def _describe_callback(callback: Callback) -> dict[str, Any]:
-    """Return a callback's class and its plain settings."""
+    """Describe a callback by its class and its plain settings."""
     plain = {k: v for k, v in vars(callback).items() if isinstance(v, (bool, int, float, str)) and k[0] != "_"}
     return {"class": type(callback).__name__, **plain}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings, with dots between the keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):

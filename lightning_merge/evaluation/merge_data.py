@@ -22,13 +22,13 @@ def module_and_data(
     method: MergeMethod,
     experts: Iterable[str],
 ) -> dict[str, Any]:
-    """The ``module`` and ``data`` for :func:`lightning_merge.merge`; nothing where the method does not need them.
+    """Build the arguments ``module`` and ``data`` of :func:`lightning_merge.merge`, empty if the method needs no data.
 
-    The data of an expert are the training images of the domain that it is named after, and their labels are not looked
-    at. No other domain is read, so that a domain that is left out of a merge stays unseen.
+    An expert's data are the training images of the domain that it is named after, without their labels. No other domain
+    is read, so that a domain that is left out of a merge stays unseen.
 
     Args:
-        trainer: The model is run on its device.
+        trainer: The trainer on whose device the model is run.
         model: The experts' module.
         datamodule: The data.
         method: The merging method.
@@ -63,15 +63,15 @@ def calibration_images(
     batches: int,
     batch_size: int,
 ) -> dict[str, list[Any]]:
-    """For each expert a few batches of its domain's training images and labels, the same ones on every process.
+    """Read a few batches of training images ``(N, …)`` and labels ``(N,)`` per expert, the same on every process.
 
     Args:
-        who: What needs them, for messages.
-        datamodule: Holds the domains.
+        who: Name of what needs them, for error messages.
+        datamodule: The data module that holds the domains.
         experts: The experts, which are named after their domains.
-        model: What the images are prepared for.
-        batches: The most batches of a domain.
-        batch_size: Images of a batch.
+        model: The model that the images are prepared for.
+        batches: Maximum number of batches per domain.
+        batch_size: Number of images per batch.
     """
     check_named_after_domains(who, datamodule, experts)
     loaders = datamodule.training_images(experts, model, batch_size)
@@ -79,6 +79,6 @@ def calibration_images(
 
 
 def on_device(trainer: Trainer, model: LightningModule) -> LightningModule:
-    """Return the model on the trainer's device: itself if it is there, else a copy."""
+    """Return the model on the trainer's device: itself if it is already there, else a copy."""
     device = trainer.strategy.root_device
     return model if device_of(model) == device else copy.deepcopy(model).to(device)

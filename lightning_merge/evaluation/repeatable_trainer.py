@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _KnowsItsArguments:
-    """Keeps what it was called with: all of it, whatever constructors stand between this class and ``Trainer``'s.
+    """A base that keeps all arguments it was called with, whatever constructors stand between it and ``Trainer``'s.
 
     It is a base class of its own because jsonargparse takes a class that defines ``__new__`` for one whose arguments
     are those of ``__new__``.
@@ -38,16 +38,16 @@ class RepeatableTrainer(_KnowsItsArguments, Trainer):
     @property
     def given_callbacks(self) -> list[Callback]:
         """The callbacks that were given, without those that Lightning or its command line added."""
-        given = self.arguments.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
-        return [callback for callback in given if not isinstance(callback, SaveConfigCallback)]
+        callbacks = self.arguments.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        return [callback for callback in callbacks if not isinstance(callback, SaveConfigCallback)]
 
     @property
     def given_loggers(self) -> list[Logger]:
         """The loggers that were given, without the one that Lightning makes where nothing is said."""
-        given = self.arguments.get("logger")
-        given = given if isinstance(given, (list, tuple)) else [given]
-        return [logger for logger in given if isinstance(logger, Logger)]
+        loggers = self.arguments.get("logger")
+        loggers = loggers if isinstance(loggers, (list, tuple)) else [loggers]
+        return [logger for logger in loggers if isinstance(logger, Logger)]
 
     def again(self, callbacks: Sequence[Callback] = (), **changes: Any) -> Self:
         """Build a new trainer with the same arguments for one job among many.

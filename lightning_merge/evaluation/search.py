@@ -28,14 +28,14 @@ from lightning_merge.utilities.progress import counted
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Result of a search.
 
     Args:
         method: The method with the best values of its fields.
-        setting: These values.
-        merged: The models merged by it.
+        setting: These values, by field.
+        merged: The experts merged with them.
         table: Every setting that was evaluated, a row each, on the validation splits.
-        score: The mean normalized accuracy of the best one.
+        score: The mean normalized accuracy of the best setting; 1 is that of the experts.
     """
 
     method: MergeMethod
@@ -45,7 +45,7 @@ class Found:
     score: float
 
     def summary(self) -> str:
-        """What was chosen, in one line."""
+        """Describe the choice in one line."""
         tried = len(self.table.row_names) - 1  # the own expert
         return f"{row_name(self.setting)}: the best of {tried} settings, normalized accuracy {100 * self.score:.1f} %"
 
@@ -70,9 +70,9 @@ def search_coefficients(
     is read. The outcome does not depend on the number of processes, nor on ``at_once``.
 
     Args:
-        trainer: Its settings are used for the evaluations.
-        model: Maps images to logits; its own weights are not used.
-        datamodule: Holds the experts' domains.
+        trainer: The trainer whose settings are used for the evaluations.
+        model: A module that maps images to logits; its own weights are not used.
+        datamodule: The data module that holds the experts' domains.
         base: The model that the experts started from.
         experts: The experts by the name of their domain.
         method: The method; fields that are not in the grid keep their value.
@@ -109,18 +109,19 @@ def search_coefficients(
             return over
 
         for batch in _batches(sweep(base, experts, method, grid, skip=skip, **options), at_once):
-            found = validation.evaluate({row_name(setting): merged.weights for setting, merged in batch})
+            measured = validation.evaluate({row_name(setting): merged.weights for setting, merged in batch})
             for setting, merged in batch:
                 count.step()
                 if stopping(setting).is_over:  # an earlier one of this batch was the last
                     continue
                 row, chosen = row_name(setting), with_setting(method, setting).describe()
-                mine = [r | {"setting": setting, "method": chosen} for r in found if r["row"] == row]
-                records += mine
-                table = Table([*validation.own_records, *mine])
-                stopping(setting).count(table.mean(row))
-                if best is None or table.normalized(row) > best[0]:
-                    best = table.normalized(row), setting, merged
+                of_row = [r | {"setting": setting, "method": chosen} for r in measured if r["row"] == row]
+                records += of_row
+                table = Table([*validation.own_records, *of_row])
+                stopping(setting).count(_measured(table.mean(row)))
+                score = _measured(table.normalized(row))
+                if best is None or score > best[0]:
+                    best = score, setting, merged
     assert best is not None  # no grid is empty
     score, setting, merged = best
     table = Table([*validation.own_records, *records])
@@ -140,9 +141,9 @@ def greedy_soup_on_validation(
     """Cook the greedy soup of the experts by their mean normalized accuracy on the domains' validation splits.
 
     Args:
-        trainer: Its settings are used for the evaluations.
-        model: Maps images to logits; its own weights are not used.
-        datamodule: Holds the experts' domains.
+        trainer: The trainer whose settings are used for the evaluations.
+        model: A module that maps images to logits; its own weights are not used.
+        datamodule: The data module that holds the experts' domains.
         base: The model that the experts started from.
         experts: The experts by the name of their domain.
         options: What else :func:`lightning_merge.merge` takes, such as ``exclude``.
@@ -163,16 +164,16 @@ def check_search(method: MergeMethod, grid: SearchGrid | None, patience: int | N
 
 
 def row_name(setting: Setting) -> str:
-    """Return the name of a setting's row: ``common_fraction 0.8, scale 1.3``."""
+    """Build the name of a setting's row, such as ``common_fraction 0.8, scale 1.3``."""
     return ", ".join(f"{name} {value}" for name, value in setting.items())
 
 
 @dataclass
 class Patience:
-    """Counts the values in a row that are not above the best one before.
+    """Counter of the values in a row that are not above the best one before.
 
     Args:
-        limit: It is over after so many; None for never.
+        limit: The count at which to stop; None for never.
     """
 
     limit: int | None
@@ -194,10 +195,10 @@ class Validation:
     """The validation splits of the experts' own domains, and how good each expert is on its own.
 
     Args:
-        trainer: Its settings are used for the evaluations.
-        model: Maps images to logits; its own weights are not used.
-        datamodule: Holds the experts' domains.
-        base: What the experts started from.
+        trainer: The trainer whose settings are used for the evaluations.
+        model: A module that maps images to logits; its own weights are not used.
+        datamodule: The data module that holds the experts' domains.
+        base: The model that the experts started from.
         experts: The experts by the name of their domain.
 
     Raises:
@@ -219,7 +220,7 @@ class Validation:
 
     @cached_property
     def own_records(self) -> list[Record]:
-        """Each expert on its own domain, what the others are divided by."""
+        """The records of each expert on its own domain, by which the others are divided."""
         records = []
         for domain, expert in self._experts.items():
             records += self.evaluate({OWN_EXPERT: expert}, [domain])
@@ -233,14 +234,25 @@ class Validation:
     def evaluate(
         self, candidates: Mapping[str, Mapping[str, Tensor]], domains: Sequence[str] | None = None
     ) -> list[Record]:
-        """Evaluate candidates on the validation splits, reading the data once: a record for each on each domain."""
+        """Evaluate candidates, weights ``(…)`` by name, on the validation splits in one pass over the data.
+
+        Returns:
+            A record for each candidate on each domain.
+        """
         data = self._datamodule.only(train=[], test=domains or self.domains, test_on="val")
-        found = evaluate_candidates(self._trainer.again(), self._model, data, candidates)
-        return [record | {"test_on": "val"} for record in found]
+        records = evaluate_candidates(self._trainer.again(), self._model, data, candidates)
+        return [record | {"test_on": "val"} for record in records]
 
     def score(self, weights: Mapping[str, Tensor]) -> float:
-        """Return the mean normalized accuracy of one candidate."""
-        return Table([*self.own_records, *self.evaluate({"candidate": weights})]).normalized("candidate")
+        """Compute the mean normalized accuracy of one candidate, weights ``(…)`` by name."""
+        table = Table([*self.own_records, *self.evaluate({"candidate": weights})])
+        return _measured(table.normalized("candidate"))
+
+
+def _measured(value: float | None) -> float:
+    """Return a number of a row that was measured on every domain, as all rows of a search are."""
+    assert value is not None
+    return value
 
 
 def _check_domains(datamodule: DomainDataModule, experts: Mapping[str, Source]) -> None:
@@ -257,6 +269,6 @@ def _check_domains(datamodule: DomainDataModule, experts: Mapping[str, Source]) 
 
 
 def _batches(settings: Iterator[tuple[Setting, Merged]], size: int) -> Iterator[list[tuple[Setting, Merged]]]:
-    """Take ``size`` at a time."""
+    """Yield ``size`` settings at a time."""
     while batch := list(islice(settings, size)):
         yield batch

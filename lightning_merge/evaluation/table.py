@@ -20,10 +20,10 @@ _LOWER_IS_BETTER = ("calibration_error",)
 
 @dataclass(frozen=True)
 class Table:
-    """One metric for every row on every domain, from the records of an evaluation.
+    """Table of one metric, for every row on every domain, from the records of an evaluation.
 
     Args:
-        records: Each with ``row``, ``domain`` and the metric.
+        records: The measurements, each with ``row``, ``domain`` and the metric.
         metric: The metric to show.
     """
 
@@ -43,28 +43,31 @@ class Table:
     @property
     def row_names(self) -> list[str]:
         """The rows: the base, the methods, the ensemble, the own expert. Single other experts are left out."""
-        found = list(dict.fromkeys(record["row"] for record in self.records))
-        methods = [row for row in found if is_method(row)]
-        return [row for row in (BASE, *methods, ENSEMBLE, OWN_EXPERT) if row in found]
+        names = list(dict.fromkeys(record["row"] for record in self.records))
+        methods = [row for row in names if is_method(row)]
+        return [row for row in (BASE, *methods, ENSEMBLE, OWN_EXPERT) if row in names]
 
     def value(self, row: str, domain: str) -> float | None:
-        """Return the metric of a row on a domain; None if it was not measured."""
+        """Look up the metric of a row on a domain; None if it was not measured."""
         for record in self.records:
             if record["row"] == row and record["domain"] == domain:
                 return record[self.metric]
         return None
 
     def values(self, row: str) -> list[float]:
-        """Return the metric of a row on every domain where it was measured."""
-        return [value for domain in self.domains if (value := self.value(row, domain)) is not None]
+        """List the metric of a row on every domain where it was measured."""
+        return list(self._by_domain(row).values())
+
+    def _by_domain(self, row: str) -> dict[str, float]:
+        return {domain: value for domain in self.domains if (value := self.value(row, domain)) is not None}
 
     def mean(self, row: str) -> float | None:
-        """Return the mean over the domains; None unless the row was measured on all of them, NaN if one of them is."""
+        """Compute the mean over the domains; None unless the row was measured on all of them, NaN if one of them is."""
         values = self.values(row)
         return sum(values) / len(values) if len(values) == len(self.domains) else None
 
     def worst(self, row: str) -> float | None:
-        """The value on the worst domain; None unless the row was measured on all of them, NaN if one of them is."""
+        """Find the value on the worst domain; None unless the row was measured on all of them, NaN if one is."""
         values = self.values(row)
         if len(values) < len(self.domains):
             return None
@@ -72,10 +75,13 @@ class Table:
         return max(values, key=lambda value: (math.isnan(value), sign * value))
 
     def normalized(self, row: str) -> float | None:
-        """The mean over the domains of the value divided by that of the domain's own expert; NaN if one of them is."""
-        accuracies = {domain: self.value(row, domain) for domain in self.domains}
-        experts = {domain: self.value(OWN_EXPERT, domain) for domain in self.domains}
-        if None in accuracies.values() or not all(experts.values()):
+        """Divide the values by those of the domains' own experts and average them; NaN if one of them is.
+
+        Returns:
+            The mean; None unless both were measured on all domains, or if the value of an own expert is 0.
+        """
+        accuracies, experts = self._by_domain(row), self._by_domain(OWN_EXPERT)
+        if not len(accuracies) == len(experts) == len(self.domains) or not all(experts.values()):
             return None
         if any(map(math.isnan, experts.values())):
             return math.nan
@@ -92,18 +98,18 @@ class Table:
         return not self.lower_is_better and self.mean(OWN_EXPERT) is not None
 
     def line(self, row: str) -> list[float | None]:
-        """Return the numbers of a row, in the order of the header, in [0, 1]."""
+        """List the numbers of a row, in the order of the header, as fractions (not in percent)."""
         values = [*(self.value(row, domain) for domain in self.domains), self.mean(row), self.worst(row)]
         return [*values, self.normalized(row)] if self._is_normalized else values
 
     def grid(self) -> Grid:
-        """The table as it is shown, in percent; the best and the second best method of every column have a place."""
+        """Lay out the table as shown, in percent; the best and the second best method of every column have a place."""
         lines = {row: self.line(row) for row in self.row_names}
         methods = [row for row in lines if is_method(row)]
         marked: dict[tuple[str, int], Place | None] = {}
         for i in range(len(self.header) - 1) if len(methods) > 1 else ():
-            found = places([lines[row][i] for row in methods], lower_is_better=self.lower_is_better)
-            marked |= {(row, i): place for row, place in zip(methods, found, strict=True)}
+            ranks = places([lines[row][i] for row in methods], lower_is_better=self.lower_is_better)
+            marked |= {(row, i): place for row, place in zip(methods, ranks, strict=True)}
         rows = [
             [Cell(row), *(Cell(_percent(value), value, marked.get((row, i))) for i, value in enumerate(values))]
             for row, values in lines.items()
@@ -111,16 +117,16 @@ class Table:
         return Grid(self.header, rows, self.caption)
 
     def grids(self) -> list[Grid]:
-        """Return a table for every metric."""
+        """Lay out a table for every metric."""
         return [replace(self, metric=metric).grid() for metric in METRICS]
 
     def markdown(self) -> str:
-        """Return the table in Markdown, in percent; the best method of every column is bold."""
+        """Format the table as Markdown, in percent; the best method of every column is bold."""
         return self.grid().markdown()
 
     @property
     def caption(self) -> str:
-        """What the numbers are, in a line."""
+        """A line that says what the numbers are."""
         text = f"{self.metric.replace('_', ' ').capitalize()} in % on each domain"
         tested_on = {record.get("test_on") for record in self.records}
         if "all" in tested_on:
@@ -132,7 +138,7 @@ class Table:
         return text + "."
 
     def csv(self) -> str:
-        """Return the table as CSV, with unrounded numbers."""
+        """Format the table as CSV, with unrounded numbers."""
         return self.grid().csv()
 
     def save(self, folder: str | Path) -> None:
@@ -149,5 +155,5 @@ class Table:
 
 
 def _percent(value: float | None) -> str:
-    """Return a share in percent; nothing where it was not measured, and ``nan`` where no number came out."""
+    """Format a share in percent; nothing where it was not measured, and ``nan`` where no number came out."""
     return "" if value is None else f"{100 * value:.1f}"

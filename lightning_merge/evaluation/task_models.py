@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_merge.checkpoints.names import matches
 from lightning_merge.data import DomainDataModule
-from lightning_merge.evaluation.candidates import Record
+from lightning_merge.evaluation.candidates import Record, check_classes
 from lightning_merge.evaluation.held_out import BASE, evaluate_domain
 from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.merging.merged import Merged
@@ -30,7 +30,7 @@ def model_of_task(
 
     Args:
         model: The other one.
-        datamodule: Says how many classes the task has.
+        datamodule: The data module, which knows the classes of the task.
         task: The task.
         hparams: Hyper-parameters that differ.
 
@@ -52,16 +52,16 @@ def model_of_task(
 
 
 def start_from(model: LightningModule, weights: Mapping[str, Tensor], private: Sequence[str]) -> None:
-    """Give a model another one's weights, but for its private ones (the head), which stay as they are.
+    """Load another model's weights into a model, except for its private ones (the head), which stay as they are.
 
     Args:
-        model: What is changed.
-        weights: The weights, of the same body.
+        model: The model that is changed.
+        weights: The weights ``(…)`` of the other model, which has the same body, by name.
         private: Shell patterns of the parameters that are left alone.
     """
-    own = model.state_dict()
-    taken = {name: tensor if matches(name, private) else weights[name] for name, tensor in own.items()}
-    model.load_state_dict(taken)
+    state = model.state_dict()
+    mixed = {name: tensor if matches(name, private) else weights[name] for name, tensor in state.items()}
+    model.load_state_dict(mixed)
 
 
 def evaluate_merged(
@@ -74,10 +74,10 @@ def evaluate_merged(
     """Evaluate a merged model on the test domains, and what it is for a task on those that experts are named after.
 
     Args:
-        trainer: Its settings are used.
+        trainer: The trainer whose settings are used.
         model: The experts' module.
         datamodule: The data.
-        base: What the experts were merged onto.
+        base: The weights ``(…)`` that the experts were merged onto, by name.
         merged: The merged model.
 
     Returns:
@@ -88,33 +88,35 @@ def evaluate_merged(
     for domain in datamodule.test_domains:
         is_task = domain in merged.experts
         if not (is_task and any(merged.inventory.private.values())):
-            rest = merged.corrections.get(ALL_TASKS, Correction())
-            rows = {BASE: {**state_of(model, rest.identity()), **base}, "merged": merged.weights}
-            records += evaluate_domain(trainer, insert(model, rest), datamodule, domain, rows, {})
+            correction = merged.corrections.get(ALL_TASKS, Correction())
+            rows = {BASE: {**state_of(model, correction.identity()), **base}, "merged": merged.weights}
+            corrected = cast(LightningModule, insert(model, correction))
+            records += evaluate_domain(trainer, corrected, datamodule, domain, rows, {})
         if is_task and merged.knows_tasks:
             weights = merged.for_task(domain)
             fits = _fits(model, weights) and _has_classes(model, datamodule.class_names_of(domain))
-            own = model if fits else model_of_task(model, datamodule, domain)
-            rest = unfolded(own, merged, domain, weights)
-            rows = {_TASK_KNOWN: weights}
-            records += evaluate_domain(trainer, insert(own, rest), datamodule, domain, rows, {})
+            task_model = model if fits else model_of_task(model, datamodule, domain)
+            correction = unfolded(task_model, merged, domain, weights)
+            corrected = cast(LightningModule, insert(task_model, correction))
+            records += evaluate_domain(trainer, corrected, datamodule, domain, {_TASK_KNOWN: weights}, {})
     return records
 
 
 def unfolded(model: LightningModule, merged: Merged, task: str, weights: Mapping[str, Tensor]) -> Correction:
-    """Return the corrections of a task that its weights do not hold, which have to be inserted into the module."""
+    """Return the corrections of a task that its weights ``(…)`` cannot hold, to be inserted into the module."""
     correction = merged.corrections.get(task) or merged.corrections.get(ALL_TASKS, Correction())
     return fold(model, weights, correction)[1]
 
 
 def _has_classes(model: LightningModule, names: Sequence[str]) -> bool:
+    """Tell whether a model accepts classes of these names."""
     try:
-        if hasattr(model, "check_classes"):
-            model.check_classes(names)
+        check_classes(model, names)
     except MergeError:
         return False
     return True
 
 
 def _fits(model: LightningModule, weights: Mapping[str, Tensor]) -> bool:
+    """Tell whether weights ``(…)`` have the shapes of the model's."""
     return all(weights[name].shape == tensor.shape for name, tensor in model.state_dict().items())

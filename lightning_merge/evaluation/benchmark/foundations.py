@@ -58,14 +58,14 @@ class FoundationsBenchmark(JobList):
     """The jobs of a benchmark over several foundations.
 
     Args:
-        trainer: Fits and evaluates.
+        trainer: The trainer whose settings are used to fit and to evaluate.
         model: The module of foundations and experts, as it is configured; its weights are not used.
         datamodule: The data of all tasks.
         methods: The methods to compare, by name.
         output: The folder for everything.
         domains: The tasks of the experts.
-        options: How.
-        engine: Where the jobs are done.
+        options: Settings of the foundations, and of what is done with their experts.
+        engine: The engine that does the jobs.
     """
 
     trainer: RepeatableTrainer
@@ -94,7 +94,7 @@ class FoundationsBenchmark(JobList):
         return self.write_results()
 
     def jobs(self) -> list[Job]:
-        """For every seed the foundations, the experts, and what becomes of the first two, three, … of them."""
+        """List the jobs: for every seed the foundations, the experts, and the merges of the first two, three, …."""
         return [job for study in self.options.seeds for job in self._jobs(study)]
 
     def _jobs(self, study: int) -> list[Job]:

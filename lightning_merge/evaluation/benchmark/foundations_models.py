@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -61,11 +61,11 @@ class TaskModel:
     """A merged model for one task.
 
     Args:
-        arm: The name of the way that it was made.
+        arm: The name of the way in which it was made.
         method: The name of the merging method.
         task: The task.
-        weights: All of its weights.
-        correction: What the weights cannot hold of its repair, to be inserted into the module.
+        weights: All of its weights ``(…)``, by name.
+        correction: The part of its repair that the weights cannot hold, to be inserted into the module.
     """
 
     arm: str
@@ -134,7 +134,7 @@ def models(
     data = calibration_images("The benchmark", benchmark.datamodule, tasks, module, options.batches, options.batch_size)
     for by in dict.fromkeys(arm.align for arm in options.arms.values()):
         aligned = align(benchmark, by, study, experts, data)
-        known: dict[Any, Known] = {}
+        moments: dict[Any, Known] = {}  # observed once for all arms
         for name, method in benchmark.methods.items():
             merged = merge(aligned.base, aligned.experts, method, exclude=options.private, seed=study)
             for row, arm in options.arms.items():
@@ -142,7 +142,7 @@ def models(
                     continue
                 repaired = merged
                 if arm.repair is not None:
-                    repaired = repair(arm.repair, merged, module, data, seed=study, known=known)
+                    repaired = repair(arm.repair, merged, module, data, seed=study, known=moments)
                 for task in tasks:
                     weights = repaired.for_task(task)
                     yield TaskModel(row, name, task, weights, unfolded(benchmark.model, repaired, task, weights))
@@ -159,7 +159,7 @@ def align(
 
     Args:
         benchmark: The benchmark.
-        by: What channels are matched by; ``nothing`` leaves them where they are.
+        by: The values that channels are matched by; ``nothing`` leaves them where they are.
         study: The seed of its foundations and experts.
         experts: The experts by task.
         data: For every task batches of images ``(N, …)``, to match activations by.
@@ -188,8 +188,8 @@ def _accuracies(
     Args:
         benchmark: The benchmark.
         task: The task.
-        rows: The weights of every model by its row.
-        inserted: What is inserted into the module for any of them; for the others it changes nothing.
+        rows: The weights ``(…)`` of every model by name, by its row.
+        inserted: The corrections that the module needs for any of them; for the others they change nothing.
 
     Returns:
         The accuracy of every row.
@@ -198,5 +198,6 @@ def _accuracies(
     model = model_of_task(benchmark.model, benchmark.datamodule, task)
     neutral = state_of(model, inserted)
     states = {row: {**neutral, **weights} for row, weights in rows.items()}
-    measured = evaluate_candidates(benchmark.trainer.again(), insert(model, inserted), data, states)
+    corrected = cast(LightningModule, insert(model, inserted))
+    measured = evaluate_candidates(benchmark.trainer.again(), corrected, data, states)
     return {record["row"]: record["accuracy"] for record in measured}

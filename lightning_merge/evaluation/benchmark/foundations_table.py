@@ -19,7 +19,7 @@ from lightning_merge.utilities.grid import Cell, Grid, places
 
 @dataclass(frozen=True)
 class Reached:
-    """What one way to merge and one method reach, over the seeds.
+    """Normalized accuracies that one way to merge and one method reach, over the seeds.
 
     Args:
         average: For each seed the accuracy divided by that of the task's expert, averaged over the tasks.
@@ -43,38 +43,38 @@ class Reached:
 
 @dataclass(frozen=True)
 class FoundationsTable:
-    """Normalized accuracies from the records of a benchmark.
+    """Tables of normalized accuracies, from the records of a benchmark.
 
     Args:
-        records: Each with ``seed``, ``merged`` (how many tasks), ``arm``, ``method``, ``task``, ``accuracy`` and
-            ``expert``, the accuracy of the task's own expert.
+        records: The measurements, each with ``seed``, ``merged`` (the number of tasks), ``arm``, ``method``, ``task``,
+            ``accuracy`` and ``expert``, the accuracy of the task's own expert.
     """
 
     records: Sequence[dict[str, Any]]
 
     def names(self, key: str) -> list[Any]:
-        """Return the values of a key, in the order of the records."""
+        """List the values of a key, in the order of the records."""
         return list(dict.fromkeys(record[key] for record in self.records))
 
     def cell(self, merged: int, arm: str, method: str) -> Reached:
-        """Return the numbers of one way and method when so many tasks are merged."""
+        """Normalize the accuracies of one way and method when so many tasks are merged."""
         wanted = [r for r in self.records if (r["merged"], r["arm"], r["method"]) == (merged, arm, method)]
         average, worst = [], []
         for seed in dict.fromkeys(record["seed"] for record in wanted):
-            own = {r["task"]: r for r in wanted if r["seed"] == seed}
-            if any(math.isnan(r["expert"]) for r in own.values()):  # nothing to divide by
+            by_task = {r["task"]: r for r in wanted if r["seed"] == seed}
+            if any(math.isnan(r["expert"]) for r in by_task.values()):  # nothing to divide by
                 average.append(math.nan)
                 worst.append(math.nan)
                 continue
-            found = normalized_accuracy(
-                {task: r["accuracy"] for task, r in own.items()}, {task: r["expert"] for task, r in own.items()}
+            normalized = normalized_accuracy(
+                {task: r["accuracy"] for task, r in by_task.items()}, {task: r["expert"] for task, r in by_task.items()}
             )
-            average.append(found.average)
-            worst.append(found.worst)
+            average.append(normalized.average)
+            worst.append(normalized.worst)
         return Reached(average, worst)
 
     def grids(self) -> list[Grid]:
-        """Return a table for each number of tasks; the best and the second best way of every method have a place."""
+        """Lay out a table for each number of tasks; the best and the second best way of every method have a place."""
         methods, arms = self.names("method"), self.names("arm")
         grids = []
         for merged in self.names("merged"):
@@ -88,12 +88,12 @@ class FoundationsTable:
         return grids
 
     def markdown(self) -> str:
-        """Return a table for each number of tasks, and one caption; the best way of every method is bold."""
+        """Format a table for each number of tasks and one caption as Markdown; the best way of every method is bold."""
         return "\n\n".join([*("\n".join(grid.markdown_lines()) for grid in self.grids()), self.caption])
 
     @property
     def caption(self) -> str:
-        """What the numbers are, in a line."""
+        """A line that says what the numbers are."""
         seeds = len(self.names("seed"))
         over = f" Mean ± standard deviation over {seeds} seeds." if seeds > 1 else ""
         return (
@@ -102,7 +102,7 @@ class FoundationsTable:
         )
 
     def csv(self) -> str:
-        """Return every measurement as CSV, with unrounded numbers."""
+        """Format every measurement as CSV, with unrounded numbers."""
         out = io.StringIO()
         writer = csv.DictWriter(out, list(self.records[0]), lineterminator="\n")
         writer.writeheader()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 
@@ -83,7 +83,7 @@ class Benchmark(JobList):
         return self.write_results()
 
     def jobs(self) -> list[Job]:
-        """Return the base, the experts, what they have in common, their statistics, and every domain held out."""
+        """List the jobs: the base, the experts, their comparison, their statistics, and every domain held out."""
         base = [Job("base", self.fit_base, self._is_done("base"))] if self.pretrain else []
         experts = [
             Job(f"expert {d}", partial(self.fit_expert, d), self._is_done("experts", d), names_of(base))
@@ -115,6 +115,7 @@ class Benchmark(JobList):
         self._fit([domain], self._expert_folder(domain), {})
 
     def _fit(self, domains: Sequence[str], folder: Path, hparams: Mapping[str, Any], **arguments: Any) -> None:
+        """Fit the base, or an expert from it, with hyper-parameters and arguments of the trainer that differ."""
         model = copy.deepcopy(self.model) if not hparams else rebuild(self.model, hparams)
         if self.pretrain and folder != self.output / "base":
             model.load_state_dict(dict(self._base()))
@@ -128,11 +129,11 @@ class Benchmark(JobList):
                 save_comparison(compare_experts(self._base(), experts), self.output)
 
     def collect(self, domain: str) -> None:
-        """Collect the statistics of a domain's expert that the methods need; the file is written when they are done."""
+        """Collect the statistics of a domain's expert that the methods need, and write them to a file at the end."""
         expert = self._expert(domain)
         recipe = replace(self.statistics or Recipe(), kinds=self._needed())
         data = self.datamodule.only(train=[domain], test=[domain])
-        record_statistics(self.trainer, self.model, data, expert, recipe, statistics_file(expert))
+        record_statistics(self.trainer, self.model, data, expert, recipe, _statistics_path(expert))
 
     def hold_out(self, domain: str) -> None:
         """Merge the experts of all other domains by every method and evaluate on this domain."""
@@ -143,14 +144,14 @@ class Benchmark(JobList):
         candidates, seconds, chosen = ({} if done else {BASE: base}), {}, {}
         for name, method in missing.items():
             started = time.perf_counter()
-            given = module_and_data(self.trainer, self.model, self.datamodule, method, others)
+            arguments = module_and_data(self.trainer, self.model, self.datamodule, method, others)
             if name in self.search:
-                found = search_coefficients(
-                    self.trainer, self.model, self.datamodule, base, others, method, self.search[name], **given
+                best = search_coefficients(
+                    self.trainer, self.model, self.datamodule, base, others, method, self.search[name], **arguments
                 )
-                candidates[name], chosen[name] = found.merged.weights, found.setting
+                candidates[name], chosen[name] = best.merged.weights, best.setting
             else:
-                candidates[name] = merge(base, others, method, **given).weights
+                candidates[name] = merge(base, others, method, **arguments).weights
             seconds[name] = time.perf_counter() - started
         measured = evaluate_domain(
             self.trainer, self.model, self.datamodule, domain, candidates, experts={} if done else experts
@@ -164,7 +165,7 @@ class Benchmark(JobList):
         records = [record for record in done if record["row"] not in missing] + measured
         with processes_of_run().together():
             if self.trainer.is_global_zero:
-                kept = {name: own for name, own in self._updates(domain).items() if name not in missing}
+                kept = {name: ratios for name, ratios in self._updates(domain).items() if name not in missing}
                 updates = kept | update_ratios(base, others, {name: candidates[name] for name in missing})
                 mark_done(self.output / "held_out" / domain, {"records": records, "updates": updates})
 
@@ -174,26 +175,27 @@ class Benchmark(JobList):
         return self.output / "experts" / domain
 
     def _needed(self) -> tuple[Kind, ...]:
-        """Return the kinds of statistics that the methods need."""
-        return tuple(dict.fromkeys(kind for method in self.methods.values() for kind in method.needs))
+        """List the kinds of statistics that the methods need."""
+        kinds = dict.fromkeys(kind for method in self.methods.values() for kind in method.needs)
+        return cast(tuple[Kind, ...], tuple(kinds))  # a recipe checks them
 
     def _is_done(self, *folders: str) -> Callable[[], bool]:
         return partial(is_done, self.output.joinpath(*folders))
 
     def _is_collected(self, domain: str) -> bool:
-        path = statistics_file(self._expert(domain))
+        path = _statistics_path(self._expert(domain))
         return path.exists() and set(self._needed()) <= set(open_weights(path).header["statistics"]["kinds"])
 
     def _is_held_out(self, domain: str) -> bool:
         return bool(self._records(domain)) and not self._missing(domain)
 
     def _missing(self, domain: str) -> dict[str, MergeMethod]:
-        """Return the methods that were not measured on a domain."""
-        known = [(record["row"], record["method"], record.get("grid")) for record in self._records(domain)]
+        """Find the methods that were not measured on a domain."""
+        measured = [(record["row"], record["method"], record.get("grid")) for record in self._records(domain)]
         return {
             name: method
             for name, method in self.methods.items()
-            if (name, method.describe(), self.search.get(name)) not in known
+            if (name, method.describe(), self.search.get(name)) not in measured
         }
 
     def _expert(self, domain: str) -> Weights:
@@ -219,9 +221,9 @@ class Benchmark(JobList):
         return table
 
     def updates(self) -> dict[str, dict[str, dict[str, float]]]:
-        """How far every method moved every group of layers, for each domain that was left out."""
-        found = {domain: self._updates(domain) for domain in self.domains}
-        return {d: {name: own[name] for name in self.methods if name in own} for d, own in found.items()}
+        """Read how far every method moved every group of layers, for each domain that was left out."""
+        by_domain = {domain: self._updates(domain) for domain in self.domains}
+        return {d: {name: moved[name] for name in self.methods if name in moved} for d, moved in by_domain.items()}
 
     # Before anything runs
 
@@ -241,7 +243,7 @@ class Benchmark(JobList):
         self.datamodule.check(used)
 
     def _claim_output(self, seed: int) -> None:
-        """Note the settings in the output folder, or make sure that what is there was made with the same ones."""
+        """Write the settings to the output folder, or check that what is there was made with the same ones."""
         settings = {
             **settings_of(self.trainer, self.model, self.datamodule),
             "pretrain": asdict(self.pretrain) if self.pretrain else None,
@@ -250,6 +252,13 @@ class Benchmark(JobList):
             "seed": seed,
         }
         claim_output(self.output, settings, write=self.trainer.is_global_zero)
+
+
+def _statistics_path(expert: Weights) -> Path:
+    """Return the file of an expert's statistics, next to its checkpoint."""
+    path = statistics_file(expert)
+    assert path is not None  # the experts of a benchmark are files
+    return path
 
 
 def _domain_problems(domains: Sequence[str], available: Sequence[str]) -> list[str]:

@@ -17,11 +17,11 @@ from lightning_merge.methods import MergeMethod
 
 @dataclass(frozen=True)
 class Pretrain:
-    """How the common start of all experts is fitted, where there is no pretrained model.
+    """Settings of the fit of the experts' common start, where there is no pretrained model.
 
     Args:
         domains: The domains to fit it on; they are not among those that are left out.
-        max_epochs: Epochs, if not as many as for an expert.
+        max_epochs: Number of epochs, if not that of an expert.
         hparams: Hyper-parameters of the model that differ from an expert's, such as ``learning_rate``.
     """
 
@@ -54,11 +54,11 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to go from experts of several foundations to a model.
+    """A way from experts of several foundations to a model.
 
     Args:
-        align: What the foundations' channels are matched by; ``nothing``: they stay where they are.
-        repair: What is corrected after the merge; null: nothing.
+        align: The values by which the foundations' channels are matched; ``nothing``: they stay where they are.
+        repair: The repair after the merge; null: none.
     """
 
     align: Literal["weights", "activations", "nothing"] = "weights"
@@ -67,20 +67,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Foundations:
-    """How foundations are fitted, and what is done with their experts.
+    """Settings of the fits of foundations, and of what is done with their experts.
 
     Args:
         domains: The tasks that the foundations are fitted on; no expert is of them.
         arms: The ways to be compared, by the name of their rows.
-        merged: How many experts are merged, the first ones of the domains: 2, 3, ….
-        count: How many foundations; the experts are fitted from them in turn.
-        seeds: The whole is done once for each; the numbers are means over them.
-        max_epochs: Epochs of a foundation, if not as many as of an expert.
+        merged: Numbers of experts that are merged, those of the first domains: 2, 3, ….
+        count: Number of foundations; the experts are fitted from them in turn.
+        seeds: The seeds; the benchmark is run once for each, and the numbers are means over them.
+        max_epochs: Number of epochs of a foundation, if not that of an expert.
         hparams: Hyper-parameters of a foundation's model that differ from an expert's.
         private: Shell patterns of the parameters that every expert keeps to itself.
-        batches: The most batches of each task's training images that are looked at to align and to repair.
-        batch_size: Images of such a batch.
-        restarts: Searches of weight matching, of which the best one counts.
+        batches: Maximum number of batches of each task's training images that alignment and repair read.
+        batch_size: Number of images in such a batch.
+        restarts: Number of searches of weight matching, of which the best one counts.
     """
 
     domains: Sequence[str]
@@ -166,7 +166,7 @@ def number_problems(options: Foundations, tasks: Sequence[str]) -> list[str]:
 
 
 def private_problems(options: Foundations, names: Sequence[str]) -> list[str]:
-    """Say if no weight of a model, of these names, is kept private by an expert."""
+    """Report it if no weight of a model, by their names, is kept private by an expert."""
     if any(matches(name, options.private) for name in names):
         return []
     return [
@@ -176,7 +176,7 @@ def private_problems(options: Foundations, names: Sequence[str]) -> list[str]:
 
 
 def _repeated(option: str, values: Sequence[Any]) -> list[str]:
-    """Say if an option holds a value twice."""
+    """Report it if an option holds a value twice."""
     if len(set(values)) == len(values):
         return []
     return [f"{option} holds a value twice: {', '.join(map(str, values))}."]

@@ -15,7 +15,7 @@ from lightning_merge.utilities.processes import Processes
 
 
 class Beside:
-    """One evaluation of other weights, batch by batch beside the module's own.
+    """Evaluation of other weights, batch by batch beside the module's own.
 
     Each of the weights gets a copy of the module, as it is after its hooks for the start of the evaluation. Every copy
     runs on its own copy of each batch, and leaves the random numbers of the run as they are. A sample that Lightning's
@@ -25,7 +25,7 @@ class Beside:
     Args:
         trainer: The trainer, within an evaluation.
         module: Its module, which is not changed.
-        candidates: By name, all of the module's weights, as
+        candidates: All of the module's weights, with its shapes ``(…)``, by the candidate's name, as
             :func:`lightning_merge.evaluation.beside.copies.copy_with_weights` takes them.
         processes: The processes of the run.
     """
@@ -69,7 +69,7 @@ class Beside:
         """End the evaluation; all processes must call it.
 
         Returns:
-            For every candidate the numbers that it logged, by name.
+            The numbers that every candidate logged, by their names.
         """
         with self._processes.together():
             if self._failure is not None:

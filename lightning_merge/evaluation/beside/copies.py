@@ -30,8 +30,8 @@ def copy_with_weights(module: LightningModule, weights: Mapping[str, Tensor]) ->
 
     Args:
         module: The original, which is not changed.
-        weights: All of its weights by their names, without what ``torch.compile`` puts into names. They are moved to
-            the module's device and dtype.
+        weights: All of its weights, with its shapes ``(…)``, by name, without what ``torch.compile`` puts into names.
+            They are moved to the module's device and dtype.
 
     Raises:
         MergeError: If an attribute of the module cannot be copied, or is a function that holds on to its layers.
@@ -45,9 +45,9 @@ def copy_with_weights(module: LightningModule, weights: Mapping[str, Tensor]) ->
                 memo[id(leaf)] = leaf
             elif isinstance(leaf, Tensor) and not leaf.is_leaf:
                 memo[id(leaf)] = leaf.detach().clone()
-    own = {key: value for key, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    for plain, key in plain_names("the module", own).items():
-        memo[id(own[key])] = _like(own[key], weights[plain])
+    tensors = {key: value for key, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    for plain, key in plain_names("the module", tensors).items():
+        memo[id(tensors[key])] = _like(tensors[key], weights[plain])
     state = {}
     for name, value in _state(module).items():
         try:
@@ -76,15 +76,17 @@ def _check_functions(module: LightningModule) -> None:
 
 
 def _holds_weights(cell: CellType) -> bool:
+    """Tell whether a variable of a closure is a module or a tensor."""
     try:
         return isinstance(cell.cell_contents, (nn.Module, Tensor))
     except ValueError:  # it is empty
         return False
 
 
-def _like(own: Tensor, other: Tensor) -> Tensor:
-    other = other.detach().to(own.device, own.dtype)
-    return nn.Parameter(other, requires_grad=False) if isinstance(own, nn.Parameter) else other.clone()
+def _like(original: Tensor, weight: Tensor) -> Tensor:
+    """Turn a weight ``(…)`` into a parameter or a buffer, as the original is, of its device and dtype."""
+    weight = weight.detach().to(original.device, original.dtype)
+    return nn.Parameter(weight, requires_grad=False) if isinstance(original, nn.Parameter) else weight.clone()
 
 
 def _state(module: LightningModule) -> dict[str, Any]:

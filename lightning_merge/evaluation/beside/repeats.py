@@ -7,8 +7,8 @@ from the number of samples on are repeats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
@@ -18,15 +18,29 @@ from torch.utils.data import DistributedSampler
 
 from lightning_merge.utilities.errors import MergeError
 
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+
+
+class _PaddingSampler(Protocol):
+    """A sampler of torch or Lightning that gives some samples out twice."""
+
+    dataset: Sized
+    num_replicas: int
+    num_samples: int
+    rank: int
+
 
 def loaders_of(trainer: Trainer) -> list[Any]:
-    """Return the loaders of the evaluation that a trainer is in."""
-    loops = {
+    """List the loaders of the evaluation that a trainer is in."""
+    loops: dict[TrainerFn | None, _EvaluationLoop] = {
         TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
         TrainerFn.VALIDATING: trainer.validate_loop,  # after a fit, ``trainer.val_dataloaders`` is still the fit's
         TrainerFn.TESTING: trainer.test_loop,
     }
-    return list(loops[trainer.state.fn]._combined_loader.flattened)
+    combined = loops[trainer.state.fn]._combined_loader
+    assert combined is not None  # an evaluation begins with it
+    return list(combined.flattened)
 
 
 def check_enough(loaders: Sequence[Any], who: str) -> None:
@@ -45,11 +59,11 @@ def without_repeats(loader: Any, batch: Any, batch_idx: int) -> tuple[Any, bool]
 
     Args:
         loader: The loader that the batch is from.
-        batch: Tensors and sequences of one entry a sample, in tuples, lists, mappings.
+        batch: Tensors ``(N, …)`` and sequences of one entry per sample, in tuples, lists, mappings.
         batch_idx: Its index.
 
     Returns:
-        What is left, and whether anything is.
+        The samples that are left, and whether there are any.
 
     Raises:
         MergeError: If the samples of the batch cannot be told apart.
@@ -60,8 +74,8 @@ def without_repeats(loader: Any, batch: Any, batch_idx: int) -> tuple[Any, bool]
     batch_size = loader.batch_sampler.batch_size if loader.batch_sampler is not None else 1
     start = batch_idx * batch_size
     size = min(batch_size, sampler.num_samples - start)
-    own = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
-    kept = max(min(own - start, size), 0)
+    distinct = len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))
+    kept = max(min(distinct - start, size), 0)
     if kept in (0, size):
         return batch, kept > 0
     shortened = _first(batch, kept, size)
@@ -73,33 +87,35 @@ def without_repeats(loader: Any, batch: Any, batch_idx: int) -> tuple[Any, bool]
     return shortened, True
 
 
-def _padding_sampler(loader: Any) -> DistributedSampler | None:
-    sampler = getattr(loader, "sampler", None)
+def _padding_sampler(loader: Any) -> _PaddingSampler | None:
+    """Return the sampler of a loader if it repeats samples, and if the size of the batches is known."""
+    sampler: Any = getattr(loader, "sampler", None)
     pads = type(sampler) in (DistributedSampler, DistributedSamplerWrapper) and not sampler.drop_last
-    known = getattr(loader, "batch_sampler", None) is None or hasattr(loader.batch_sampler, "batch_size")
-    return sampler if pads and known else None
+    has_size = getattr(loader, "batch_sampler", None) is None or hasattr(loader.batch_sampler, "batch_size")
+    return sampler if pads and has_size else None
 
 
-def _first(found: Any, kept: int, size: int) -> Any:
+def _first(batch: Any, kept: int, size: int) -> Any:
     """Return the first entries of whatever has one for each sample; the very same object where nothing has."""
-    if isinstance(found, Tensor):
-        return found[:kept] if found.dim() and len(found) == size else found
-    if isinstance(found, Mapping):
-        new = {key: _first(value, kept, size) for key, value in found.items()}
-        same = all(new[key] is value for key, value in found.items())
-        return found if same else new if type(found) is dict else type(found)(new)
-    if not isinstance(found, (list, tuple)):
-        return found
-    if len(found) == size and not all(_length(part) == size for part in found):
-        return found[:kept]
-    parts = [_first(part, kept, size) for part in found]
-    if all(new is part for new, part in zip(parts, found, strict=True)):
-        return found
-    return type(found)(*parts) if hasattr(found, "_fields") else type(found)(parts)
+    kind: Any = type(batch)
+    if isinstance(batch, Tensor):
+        return batch[:kept] if batch.dim() and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        new = {key: _first(value, kept, size) for key, value in batch.items()}
+        same = all(new[key] is value for key, value in batch.items())
+        return batch if same else new if kind is dict else kind(new)
+    if not isinstance(batch, (list, tuple)):
+        return batch
+    if len(batch) == size and not all(_length(part) == size for part in batch):
+        return batch[:kept]
+    parts = [_first(part, kept, size) for part in batch]
+    if all(new is part for new, part in zip(parts, batch, strict=True)):
+        return batch
+    return kind(*parts) if hasattr(batch, "_fields") else kind(parts)
 
 
 def _length(part: Any) -> int | None:
-    """How many samples a part of a batch has, if it can be told."""
+    """Count the samples of a part of a batch, if it can be told how many there are."""
     if isinstance(part, Mapping):
         return next((length for value in part.values() if (length := _length(value)) is not None), None)
     if isinstance(part, Tensor):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,26 +21,27 @@ from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import Processes
 
 _LOG = inspect.signature(LightningModule.log)
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {"sum": sum, "max": max, "min": min}
 
 
 @dataclass
 class _Numbers:
-    """One name under which numbers were logged: ``(value, weight)``, and how they become one number."""
+    """The numbers that were logged under one name, as pairs ``(value, weight)``, and how they become one."""
 
     reduction: str
-    found: list[tuple[Any, float]] = field(default_factory=list)
+    weighted: list[tuple[Any, float]] = field(default_factory=list)
 
     def reduced(self) -> tuple[str, float, float]:
-        """Return the reduction, the numbers of this process reduced, and the sum of their weights."""
-        values = torch.stack([torch.as_tensor(value) for value, _ in self.found]).cpu().double()  # (logged,)
-        weights = torch.tensor([weight for _, weight in self.found], dtype=torch.float64)
+        """Reduce the numbers of this process: return the reduction, its result, and the sum of the weights."""
+        values = torch.stack([torch.as_tensor(value) for value, _ in self.weighted]).cpu().double()  # (logged,)
+        weights = torch.tensor([weight for _, weight in self.weighted], dtype=torch.float64)  # (logged,)
         if self.reduction == "mean":
             return self.reduction, float(values @ weights), float(weights.sum())
         return self.reduction, float(getattr(values, self.reduction)()), 1.0
 
 
 class Shadow:
-    """A module with other weights that goes through the batches of the original's evaluation.
+    """A copy of a module, with other weights, that goes through the batches of the original's evaluation.
 
     What it logs is reduced over batches as Lightning does it, and over all processes, whether or not the module asks
     for it. Numbers that are logged for single steps only are left out.
@@ -48,7 +49,7 @@ class Shadow:
     Args:
         trainer: The original's trainer, within an evaluation.
         module: The original.
-        weights: All of its weights, as :func:`copy_with_weights` takes them.
+        weights: All of its weights, with its shapes ``(…)``, by name, as :func:`copy_with_weights` takes them.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, weights: Mapping[str, Tensor]) -> None:
@@ -89,7 +90,7 @@ class Shadow:
         self._call(f"on_{self.stage}_epoch_end")
 
     def logged(self, processes: Processes) -> dict[str, float]:
-        """What was logged; all processes must call it.
+        """Reduce what was logged, over batches and processes; all processes must call it.
 
         Returns:
             Every number that was logged, by its name.
@@ -97,52 +98,57 @@ class Shadow:
         Raises:
             MergeError: If the processes have not logged the same metrics.
         """
-        mine = {name: found.reduced() if isinstance(found, _Numbers) else None for name, found in self._logged.items()}
-        everywhere = processes.gather(mine)
-        metrics = [sorted(name for name, found in logged.items() if found is None) for logged in everywhere]
+        reduced = {
+            name: numbers.reduced() if isinstance(numbers, _Numbers) else None for name, numbers in self._logged.items()
+        }
+        everywhere = processes.gather(reduced)
+        metrics = [sorted(name for name, part in logged.items() if part is None) for logged in everywhere]
         if any(names != metrics[0] for names in metrics):
             raise MergeError(
                 f"{type(self.module).__name__} has not logged the same metrics in every process (they are "
                 f"{', '.join(sorted(set().union(*metrics)))}); log all of them in each."
             )
         values = _over_processes(everywhere)
-        values |= {name: float(self._logged[name].compute()) for name in metrics[0]}
+        values |= {name: float(cast(Metric, self._logged[name]).compute()) for name in metrics[0]}
         return {name: values[name] for name in dict.fromkeys(name for logged in everywhere for name in logged)}
 
     def _call(self, hook: str, *arguments: Any) -> Any:
+        """Call a hook or the step of the module, under whose name Lightning would log."""
         self.module._current_fx_name = hook  # as Lightning does
         return getattr(self.module, hook)(*arguments)
 
-    def _log(self, *arguments: Any, **keywords: Any) -> None:
+    def _log(self, *args: Any, **kwargs: Any) -> None:
         """Stand in for ``LightningModule.log``, with its arguments."""
-        bound = _LOG.bind(self.module, *arguments, **keywords)
+        bound = _LOG.bind(self.module, *args, **kwargs)
         bound.apply_defaults()
-        given = bound.arguments
-        if given["on_epoch"] is False:  # where it is left to Lightning, an evaluation logs by epoch
+        arguments = bound.arguments
+        if arguments["on_epoch"] is False:  # where it is left to Lightning, an evaluation logs by epoch
             return
-        name, value = given["name"], given["value"]
-        if self._loader is not None and given["add_dataloader_idx"]:
+        name, value = arguments["name"], arguments["value"]
+        if self._loader is not None and arguments["add_dataloader_idx"]:
             name += f"/dataloader_idx_{self._loader}"
         if isinstance(value, Metric):
             self._logged[name] = value
             return
-        reduction = getattr(given["reduce_fx"], "__name__", given["reduce_fx"]).lower().replace("avg", "mean")
+        reduce_fx = arguments["reduce_fx"]
+        reduction = getattr(reduce_fx, "__name__", reduce_fx).lower().replace("avg", "mean")
         weight = 1
         if reduction == "mean" and self._batch is not None:
-            weight = given["batch_size"] or extract_batch_size(self._batch)
+            weight = arguments["batch_size"] or extract_batch_size(self._batch)
         value = value.detach().clone().squeeze() if isinstance(value, Tensor) else value
-        self._logged.setdefault(name, _Numbers(reduction)).found.append((value, weight))
+        numbers = cast(_Numbers, self._logged.setdefault(name, _Numbers(reduction)))
+        numbers.weighted.append((value, weight))
 
 
 def _over_processes(everywhere: list[dict[str, tuple[str, float, float] | None]]) -> dict[str, float]:
     """Reduce what every process has reduced, to numbers of the precision in which Lightning logs."""
     values = {}
-    for name in {name for logged in everywhere for name, found in logged.items() if found is not None}:
-        parts = [found for logged in everywhere if (found := logged.get(name)) is not None]
+    for name in {name for logged in everywhere for name, part in logged.items() if part is not None}:
+        parts = [part for logged in everywhere if (part := logged.get(name)) is not None]
         reduction, totals = parts[0][0], [total for _, total, _ in parts]
         if reduction == "mean":
             value = sum(totals) / (sum(weight for _, _, weight in parts) or float("nan"))
         else:
-            value = {"sum": sum, "max": max, "min": min}[reduction](totals)
+            value = _REDUCTIONS[reduction](totals)
         values[name] = float(torch.tensor(value))
     return values

@@ -15,7 +15,7 @@ __all__ = ["Engine", "EngineName", "Ray", "Sequential", "Slurm", "make_engine"]
 
 
 def make_engine(engine: Engine | EngineName | None) -> Engine:
-    """Return the engine of that name, with its defaults; this process if there is none."""
+    """Build the engine of that name, with its defaults; without a name, the one that runs in this process."""
     if isinstance(engine, Engine):
         return engine
     return {None: Sequential, "ray": Ray, "slurm": Slurm}[engine]()

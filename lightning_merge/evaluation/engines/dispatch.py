@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -15,39 +16,42 @@ from lightning_merge.evaluation.jobs import Job
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.progress import Count, counted
 
+Handle = TypeVar("Handle", bound=Hashable)
+"""What a job is known by once it is handed out."""
+
 _UNSEEN = (
     "it has ended well on {host}, and nothing of it is to be seen here, because the machines do not see the same "
     "output folder; choose one that all of them share under the same name."
 )
 
 
-class Workers(ABC):
+class Workers(ABC, Generic[Handle]):
     """Processes that do jobs."""
 
     @abstractmethod
-    def hand_out(self, parcels: Sequence[Parcel]) -> list[Hashable]:
-        """Give jobs to workers, which begin when there is room; return what each is known by from here on."""
+    def hand_out(self, parcels: Sequence[Parcel]) -> list[Handle]:
+        """Give jobs to workers, which begin when there is room, and return a handle for each."""
 
     @abstractmethod
-    def wait(self, handles: Sequence[Hashable]) -> list[tuple[Hashable, Outcome]]:
-        """Wait until some of these jobs have ended, and say what came of them."""
+    def wait(self, handles: Sequence[Handle]) -> list[tuple[Handle, Outcome]]:
+        """Wait until some of these jobs have ended, and return their outcomes."""
 
     @abstractmethod
-    def take_back(self, handles: Sequence[Hashable]) -> list[Hashable]:
-        """Take back those of these jobs that have not begun, as far as that can be known, and say which."""
+    def take_back(self, handles: Sequence[Handle]) -> list[Handle]:
+        """Take back those of these jobs that have not begun, as far as that can be known, and return them."""
 
     @abstractmethod
-    def stop(self, handles: Sequence[Hashable]) -> None:
+    def stop(self, handles: Sequence[Handle]) -> None:
         """End these jobs, wherever they are."""
 
 
-class Dispatch:
-    """Hands out jobs in the order that what they wait for allows.
+class Dispatch(Generic[Handle]):
+    """Dispatcher that hands out every job once those that it waits for are done.
 
     Args:
-        jobs: All of them; a job stands behind those that it waits for.
-        workers: Who does them.
-        parcel: A job of that name, as it is handed out.
+        jobs: All jobs, each after those that it waits for.
+        workers: The workers that do them.
+        parcel: A function that packs the job of a name.
         retries: How often a job is handed out again when its worker was lost.
         withdraw: Called when a job has failed, so that those that have not begun do not begin.
     """
@@ -57,14 +61,14 @@ class Dispatch:
     def __init__(
         self,
         jobs: Sequence[Job],
-        workers: Workers,
+        workers: Workers[Handle],
         parcel: Callable[[str], Parcel],
         retries: int,
         withdraw: Callable[[], None],
     ) -> None:
         self._workers, self._parcel, self._retries, self._withdraw = workers, parcel, retries, withdraw
         self._waiting = list(jobs)
-        self._running: dict[Hashable, Job] = {}
+        self._running: dict[Handle, Job] = {}
         self._finished: set[str] = set()
         self._lost: Counter[str] = Counter()
         self._failure: Exception | None = None
@@ -96,7 +100,7 @@ class Dispatch:
             raise self._failure
 
     def _take(self) -> list[Job]:
-        """Take the jobs that wait for nothing any more; those that are done already are finished with that."""
+        """Take the jobs that wait for nothing any more; those that are done already are only counted."""
         ready, waiting = [], []
         for job in self._waiting:
             if not self._finished.issuperset(job.after):
@@ -109,16 +113,18 @@ class Dispatch:
         return ready
 
     def _finish(self, job: Job) -> None:
+        """Count a job as done."""
         self._finished.add(job.name)
         self._count.step()
 
     def _hand_out(self, jobs: Sequence[Job]) -> None:
+        """Give jobs to the workers."""
         if jobs:
             handles = self._workers.hand_out([self._parcel(job.name) for job in jobs])
             self._running |= dict(zip(handles, jobs, strict=True))
 
     def _note(self, job: Job, outcome: Outcome) -> None:
-        """Note what came of a job."""
+        """Note the outcome of a job."""
         if outcome.error is None and not self._is_seen(job):
             outcome = replace(outcome, known=True, error=_UNSEEN.format(host=outcome.host or "its worker"))
         if outcome.error is None:
@@ -138,7 +144,7 @@ class Dispatch:
             rank_zero_info(f"benchmark: {job.name} has failed" + (f"; waiting for {running}" if running else ""))
 
     def _is_seen(self, job: Job) -> bool:
-        """Tell whether what a job has written is here; a network's file system may take a while to show it."""
+        """Tell whether what a job has written is visible here; a network file system may take a while to show it."""
         latest = time.monotonic() + self.patience
         while not job.done():
             if time.monotonic() >= latest:
@@ -148,7 +154,7 @@ class Dispatch:
 
 
 def _error(job: Job, outcome: Outcome, attempts: int) -> Exception:
-    """What to raise when a job has failed."""
+    """Build the error to raise when a job has failed."""
     if outcome.lost:
         return MergeError(
             f"The job {job.name!r} has lost its worker {attempts} times, and is not handed out again: {outcome.error}; "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,7 +22,7 @@ from lightning_merge.utilities.errors import MergeError
 
 @dataclass(frozen=True, kw_only=True)
 class Elsewhere(Engine):
-    """Hands every job to a worker process once all that it waits for is done.
+    """Engine that hands every job to a worker process once all that it waits for is done.
 
     Args:
         cpus: CPU cores of a job, and threads of its arithmetic, on which last digits depend; by default as many as
@@ -36,7 +36,7 @@ class Elsewhere(Engine):
     retries: int = 3
 
     package: ClassVar[str]
-    """What must be installed; the extra has the class' name."""
+    """The package that must be installed; the extra has the name of the class."""
 
     @property
     def cores(self) -> int:
@@ -44,10 +44,10 @@ class Elsewhere(Engine):
         return self.cpus or torch.get_num_threads()
 
     def check(self, trainer: RepeatableTrainer) -> None:
-        """Make sure that the engine is installed, and that a job with this trainer is one process.
+        """Check that the engine is installed, and that a job with this trainer is one process.
 
         Raises:
-            MergeError: If not.
+            MergeError: If one of these is not the case.
         """
         name = type(self).__name__
         try:
@@ -69,7 +69,7 @@ class Elsewhere(Engine):
             raise MergeError(f"{name} takes at least 1 for cpus, and at least 0 for gpus and retries.")
 
     def run(self, benchmark: JobList, seed: int) -> None:
-        """Do the jobs, as many at the same time as there is room for."""
+        """Do the jobs, as many at a time as there is room for."""
         folder = (benchmark.output / "engine").absolute()
         clear(folder)
         send(benchmark, folder)
@@ -81,5 +81,5 @@ class Elsewhere(Engine):
             clear(folder)
 
     @abstractmethod
-    def workers(self, output: Path) -> AbstractContextManager[Workers]:
-        """Those who do the jobs, while they are needed."""
+    def workers(self, output: Path) -> AbstractContextManager[Workers[Any]]:
+        """Provide the workers that do the jobs, for as long as they are needed."""

@@ -9,7 +9,7 @@ from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 
 
 class Engine(ABC):
-    """Does the jobs of a benchmark; the numbers do not depend on which engine does them."""
+    """Engine that does the jobs of a benchmark; the numbers do not depend on which one it is."""
 
     @abstractmethod
     def check(self, trainer: RepeatableTrainer) -> None:

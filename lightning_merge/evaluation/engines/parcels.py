@@ -19,12 +19,12 @@ from lightning_merge.utilities.errors import MergeError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job.
+    """Outcome of a job.
 
     Args:
-        seconds: How long it took.
+        seconds: The time that it took, in seconds.
         host: The machine that did it.
-        error: What it failed with: the sentence of a :class:`MergeError`, or else a traceback.
+        error: The error that it failed with: the sentence of a :class:`MergeError`, or else a traceback.
         known: Whether that is a sentence.
         lost: Whether its worker has ended before it; the job itself did not fail, and ``error`` says what is known.
     """
@@ -42,13 +42,13 @@ class Parcel:
 
     Args:
         name: The job's name.
-        seed: It starts from it.
-        threads: Threads of its arithmetic; the last digits depend on them.
-        folder: Holds the benchmark, see :func:`send`; every machine can read it.
+        seed: The seed that it starts from.
+        threads: Number of threads of its arithmetic, on which the last digits depend.
+        folder: The folder of the benchmark, see :func:`send`; every machine can read it.
         withdrawals: Exceptions that say that the worker is taken away, and that nothing is wrong with the job.
         cwd: The current folder, which relative paths refer to.
-        path: Where modules are imported from.
-        precision: Of products of float32 matrices.
+        path: The folders that modules are imported from.
+        precision: The precision of products of float32 matrices.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Parcel:
         return Outcome(seconds, platform.node())
 
     def _job(self) -> Job:
+        """Set up this process as the benchmark's own, and load the job."""
         import cloudpickle
 
         if not self.cwd.is_dir():
@@ -91,7 +92,7 @@ class Parcel:
 
 
 def send(benchmark: JobList, folder: Path) -> None:
-    """Put a benchmark where the workers find it.
+    """Write a benchmark to where the workers find it.
 
     Raises:
         MergeError: If something in it cannot be sent.
@@ -115,7 +116,7 @@ def withdraw(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Take away what was sent."""
+    """Remove what was sent, and the folder if it is empty then."""
     for name in ("benchmark.pickle", "stopped"):
         (folder / name).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_merge.evaluation.engines.dispatch import Workers
 from lightning_merge.evaluation.engines.elsewhere import Elsewhere
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
 from lightning_merge.utilities.errors import MergeError
 
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ray(Elsewhere):
-    """Does the jobs on a Ray cluster, as many at the same time as there is room for.
+    """Engine that does the jobs on a Ray cluster, as many at a time as there is room for.
 
     Ray is an extra: ``pip install 'lightning_merge[ray]'``. All machines must see the current folder, the data and the
     output folder under the same names. A job whose worker has died is handed out again. A job that fails is not: what
@@ -37,12 +41,12 @@ class Ray(Elsewhere):
     package = "ray"
 
     @contextmanager
-    def workers(self, output: Path) -> Iterator[Workers]:
-        """The cluster, which is left as it was found."""
+    def workers(self, output: Path) -> Iterator[Workers[Any]]:
+        """Connect to the cluster, and leave it as it was before."""
         import ray
 
-        found = ray.is_initialized()
-        if not found:
+        was_connected = ray.is_initialized()
+        if not was_connected:
             try:
                 ray.init(self.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError) as error:
@@ -52,10 +56,10 @@ class Ray(Elsewhere):
             self._check_room(ray.nodes())
             yield _RayWorkers(self)
         finally:
-            if not found:
+            if not was_connected:
                 ray.shutdown()
 
-    def _check_room(self, nodes: Sequence[dict]) -> None:
+    def _check_room(self, nodes: Sequence[dict[str, Any]]) -> None:
         """Raise a :class:`MergeError` if no machine has room for a job, for which Ray would wait without end."""
         rooms = [node["Resources"] for node in nodes if node["Alive"]]
         if not any(room.get("CPU", 0) >= self.cores and room.get("GPU", 0) >= self.gpus for room in rooms):
@@ -66,7 +70,7 @@ class Ray(Elsewhere):
             )
 
 
-class _RayWorkers(Workers):
+class _RayWorkers(Workers["ObjectRef[Outcome]"]):
     """Tasks of the cluster that Ray is connected to."""
 
     def __init__(self, options: Ray) -> None:
@@ -74,18 +78,18 @@ class _RayWorkers(Workers):
 
         self._do = ray.remote(num_cpus=options.cores, num_gpus=options.gpus, max_retries=0)(_do)
 
-    def hand_out(self, parcels: Sequence[Parcel]) -> list[Hashable]:
-        """Each is a task."""
+    def hand_out(self, parcels: Sequence[Parcel]) -> list[ObjectRef[Outcome]]:
+        """Start a task for each job."""
         return [self._do.options(name=parcel.name).remote(parcel) for parcel in parcels]
 
-    def wait(self, handles: Sequence[Hashable]) -> list[tuple[Hashable, Outcome]]:
-        """Wait for the next one."""
+    def wait(self, handles: Sequence[ObjectRef[Outcome]]) -> list[tuple[ObjectRef[Outcome], Outcome]]:
+        """Wait for the next one to end."""
         import ray
 
         ended, _ = ray.wait(list(handles))
         return [(handle, self._outcome(handle)) for handle in ended]
 
-    def _outcome(self, handle: Hashable) -> Outcome:
+    def _outcome(self, handle: ObjectRef[Outcome]) -> Outcome:
         import ray
 
         try:
@@ -95,11 +99,11 @@ class _RayWorkers(Workers):
         except ray.exceptions.RayError as error:  # worker or machine has died, or has no memory left
             return Outcome(error=str(error).strip().split("\n")[0].rstrip("."), lost=True)
 
-    def take_back(self, handles: Sequence[Hashable]) -> list[Hashable]:
-        """Ray does not say which have begun; those that have not will end as soon as they do."""
+    def take_back(self, handles: Sequence[ObjectRef[Outcome]]) -> list[ObjectRef[Outcome]]:
+        """Take back none: Ray does not say which have begun, and those that have not end as soon as they do."""
         return []
 
-    def stop(self, handles: Sequence[Hashable]) -> None:
+    def stop(self, handles: Sequence[ObjectRef[Outcome]]) -> None:
         """Kill the workers."""
         import ray
 

@@ -14,7 +14,7 @@ from lightning_merge.utilities.progress import counted
 
 @dataclass(frozen=True)
 class Sequential(Engine):
-    """Does one job after another in this process, or in the several processes of the trainer together."""
+    """Engine that does one job after another in this process, or in the several processes of the trainer together."""
 
     def check(self, trainer: RepeatableTrainer) -> None:
         """Accept every trainer."""

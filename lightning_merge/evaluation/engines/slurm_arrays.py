@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Slurm(Elsewhere):
-    """Does the jobs as SLURM arrays, through submitit.
+    """Engine that does the jobs as SLURM arrays, through submitit.
 
     submitit is an extra: ``pip install 'lightning_merge[slurm]'``. Start the benchmark where ``sbatch`` works and let
     it wait; jobs that become possible at the same time are one array. All machines must see the current folder, the
@@ -32,7 +32,7 @@ class Slurm(Elsewhere):
     launch submits each job once, but two launches into one output folder at the same time know nothing of each other.
 
     Args:
-        folder: Where submitit puts its scripts and the jobs' logs; by default ``slurm`` in the output folder.
+        folder: The folder of submitit's scripts and the jobs' logs; by default ``slurm`` in the output folder.
         partition: The partition, if not SLURM's default.
         account: The account to charge.
         time: The time limit of a job in minutes.
@@ -55,7 +55,7 @@ class Slurm(Elsewhere):
     package = "submitit"
 
     def check(self, trainer: RepeatableTrainer) -> None:
-        """Make sure that there is SLURM, too."""
+        """Check that SLURM is there, too."""
         super().check(trainer)
         missing = [command for command in ("sbatch", "srun", "sacct", "scancel") if shutil.which(command) is None]
         if self.cluster == "slurm" and missing:
@@ -65,8 +65,8 @@ class Slurm(Elsewhere):
             )
 
     @contextmanager
-    def workers(self, output: Path) -> Iterator[Workers]:
-        """SLURM's."""
+    def workers(self, output: Path) -> Iterator[Workers[Any]]:
+        """Set up the executor that submits the jobs."""
         import submitit
 
         executor = submitit.AutoExecutor(Path(self.folder or output / "slurm").absolute(), cluster=self.cluster)
@@ -84,7 +84,7 @@ class Slurm(Elsewhere):
         yield _SlurmWorkers(executor)
 
 
-class _SlurmWorkers(Workers):
+class _SlurmWorkers(Workers["Job[Outcome]"]):
     """Jobs of an executor."""
 
     poll = 1.0  # s
@@ -92,8 +92,8 @@ class _SlurmWorkers(Workers):
     def __init__(self, executor: AutoExecutor) -> None:
         self._executor = executor
 
-    def hand_out(self, parcels: Sequence[Parcel]) -> list[Hashable]:
-        """Submit an array."""
+    def hand_out(self, parcels: Sequence[Parcel]) -> list[Job[Outcome]]:
+        """Submit the jobs as an array."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
         withdrawals = (UncompletedJobError,)  # submitit raises it within the job when its time is up
@@ -102,8 +102,8 @@ class _SlurmWorkers(Workers):
         except (FailedJobError, FailedSubmissionError) as error:
             raise MergeError(f"SLURM does not take the jobs: {error}") from error
 
-    def wait(self, handles: Sequence[Job[Outcome]]) -> list[tuple[Hashable, Outcome]]:
-        """Look every second; what SLURM says of jobs without a result is asked for less often."""
+    def wait(self, handles: Sequence[Job[Outcome]]) -> list[tuple[Job[Outcome], Outcome]]:
+        """Look for results every second, and ask SLURM about jobs without one less often."""
         while not (ended := [handle for handle in handles if handle.done()]):
             time.sleep(self.poll)
         return [(handle, self._outcome(handle)) for handle in ended]
@@ -117,13 +117,13 @@ class _SlurmWorkers(Workers):
             lost=True,
         )
 
-    def take_back(self, handles: Sequence[Job[Outcome]]) -> list[Hashable]:
-        """Cancel those that are pending."""
+    def take_back(self, handles: Sequence[Job[Outcome]]) -> list[Job[Outcome]]:
+        """Cancel the jobs that are pending."""
         pending = [handle for handle in handles if handle.get_info().get("State") == "PENDING"]
         self.stop(pending)
         return pending
 
     def stop(self, handles: Sequence[Job[Outcome]]) -> None:
-        """Cancel them."""
+        """Cancel the jobs."""
         for handle in handles:
             handle.cancel(check=False)

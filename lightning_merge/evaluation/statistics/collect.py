@@ -6,12 +6,12 @@ See :mod:`lightning_merge.checkpoints.statistics_files` for the kinds and their 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ Kind = Literal["fisher", "gram", "gram_out", "moments"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is collected, and how.
+    """Settings of the collection: what is collected, and how.
 
     Args:
         kinds: ``fisher``: the diagonal Fisher information of every floating-point parameter. ``gram``: the Gram matrix
@@ -55,7 +55,7 @@ class Recipe:
             for a batch as ``example`` needs for an example, but an estimate that depends on the batch size.
         labels: The label whose log-probability is differentiated: ``expected`` (every class, weighted by its
             probability), ``true`` (the data's), or ``argmax`` (the predicted one).
-        batches: How many batches; by default all.
+        batches: Number of batches; by default all.
     """
 
     kinds: tuple[Kind, ...] = ("fisher", "gram")
@@ -65,27 +65,27 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kinds", tuple(self.kinds))
-        for name, given, allowed in (
+        for name, values, allowed in (
             ("kinds", self.kinds or ("",), get_args(Kind)),
             ("fisher", (self.fisher,), ("example", "batch")),
             ("labels", (self.labels,), ("expected", "true", "argmax")),
         ):
-            if not set(given) <= set(allowed):
+            if not set(values) <= set(allowed):
                 raise MergeError(f"Statistics: {name} must be of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.batches is not None and self.batches < 1:
             raise MergeError(f"Statistics: batches must be at least 1, got {self.batches}.")
 
 
 class StatisticsCollector:
-    """Add up the statistics of one expert over batches.
+    """Sums of the statistics of one expert over batches.
 
     The module is put into evaluation mode for each batch and back; its weights, gradients and hooks stay as they are.
 
     Args:
-        module: Maps inputs ``(N, …)`` to logits ``(N, C)``.
-        weights: The weights of the expert; by default those of the module.
+        module: A module that maps inputs ``(N, …)`` to logits ``(N, C)``.
+        weights: The weights ``(…)`` of the expert by name; by default those of the module.
         recipe: What to collect.
-        processes: Who adds batches. With ``fisher="batch"`` every process must add its part of each batch.
+        processes: The processes that add batches. With ``fisher="batch"`` each must add its part of every batch.
     """
 
     def __init__(
@@ -95,13 +95,13 @@ class StatisticsCollector:
         recipe: Recipe = Recipe(),
         processes: Processes = Processes(),  # noqa: B008, this one alone: never changed
     ) -> None:
-        own = open_weights(module.state_dict(), "the module")
-        state = {name: (weights or own)[name].to(own[name]) for name in own if name not in own.tied}
+        default = open_weights(module.state_dict(), "the module")
+        state = {name: (weights or default)[name].to(default[name]) for name in default if name not in default.tied}
         self.recipe = recipe
         self._module, self._processes = module, processes
         self._parameters = {name: tensor for name, tensor in state.items() if _is_parameter(name, tensor)}
         self._buffers = {name: tensor for name, tensor in state.items() if name not in self._parameters}
-        self._tied = {alias: own.tied[alias] for alias in distinct_names(module) if alias in own.tied}
+        self._tied = {alias: default.tied[alias] for alias in distinct_names(module) if alias in default.tied}
         device = next(iter(state.values())).device
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # examples, batches
         zeros = {name: torch.zeros_like(wide(tensor)) for name, tensor in self._parameters.items()}
@@ -113,15 +113,16 @@ class StatisticsCollector:
         self._inputs = {name: weight.new_zeros(2 * weight.shape[1:]) for name, weight in matrices.items()}
         self._outputs = {name: matrices[name].new_zeros(2 * matrices[name].shape[:1]) for name in self._layers}
         self._sites: list[Site] = []
-        self._moments: dict[Site, Moments] = {}
+        self._moments: dict[Hashable, Moments] = {}  # by site
 
     def _logits(self, parameters: State, inputs: Tensor) -> Tensor:
+        """Compute the logits of inputs: ``(N, …) -> (N, C)``."""
         state = parameters | self._buffers
         state |= {alias: state[owner] for alias, owner in self._tied.items()}
         return functional_call(self._module, state, (inputs,), tie_weights=False)
 
     def update_all(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Add all batches (of this process, if there are several).
+        """Add all batches of inputs ``(N, …)`` and labels ``(N,)`` (of this process, if there are several).
 
         Raises:
             MergeError: On every process, if one of them fails.
@@ -141,7 +142,7 @@ class StatisticsCollector:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """What a process does by itself within a step of all processes."""
+        """Run what a process does by itself within a step of all processes, so that an error stops all of them."""
         with self._processes.together() if self._in_step else nullcontext():
             yield
 
@@ -166,7 +167,7 @@ class StatisticsCollector:
             self._fisher[name] += total
 
     def _add_batch_fisher(self, inputs: Tensor, ys: Labelled) -> None:
-        """``Σ_y (mean_x √p(y | x) ∂ log p(y | x) / ∂θ)²``: of a batch of one example, what ``example`` gives."""
+        """Add ``Σ_y (mean_x √p(y | x) ∂ log p(y | x) / ∂θ)²``; for one example that is what ``example`` adds."""
         count = self._processes.sum(torch.tensor(len(inputs), device=inputs.device))
         for labels, weights in ys:
 
@@ -174,9 +175,9 @@ class StatisticsCollector:
                 return (weights.sqrt() * pick_log_likelihood(self._logits(parameters, inputs), labels)).sum()
 
             with self._alone():
-                found = gradient(score, self._parameters)
-            for name, gradients in found.items():
-                self._fisher[name] += (self._processes.sum(wide(gradients)) / count).square()
+                gradients = gradient(score, self._parameters)
+            for name, tensor in gradients.items():
+                self._fisher[name] += (self._processes.sum(wide(tensor)) / count).square()
 
     def _add_moments(self, inputs: Tensor) -> None:
         def add(site: Site, activation: Tensor) -> None:
@@ -194,7 +195,7 @@ class StatisticsCollector:
         def add_output(name: str, gradients: Tensor) -> None:
             self._outputs[name] += gram(gradients)
 
-        def hook(layer: nn.Module, args: tuple, output: Tensor, name: str) -> Tensor:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor, name: str) -> Tensor:
             output.register_hook(partial(add_output, name))
             return output.clone()  # what follows may work in place
 
@@ -215,15 +216,17 @@ class StatisticsCollector:
 
     @property
     def num_examples(self) -> int:
-        """How many examples were added by all processes; every process must ask."""
+        """The number of examples that all processes have added; every process must ask for it."""
         return int(self._processes.sum(self._counts)[0])
 
     def compute(self) -> State:
-        """Return the means over everything that all processes added; every process must ask.
+        """Compute the means over everything that all processes have added; every process must call it.
 
         Returns:
-            A tensor for every ``kind.<parameter>``, in float32 (float64 of double weights), and of every site that
-            TACT corrects ``mean.<site>``, ``var.<site>``, ``count.<site>`` and ``axis.<site>``, on every process.
+            On every process: ``fisher.<parameter>``, of the parameter's shape, and of weights ``(out, in)``
+            ``gram.<parameter>`` ``(in, in)`` and ``gram_out.<parameter>`` ``(out, out)``, in float32 (float64 of double
+            weights); of every site that TACT corrects ``mean.<site>`` and ``var.<site>`` ``(channels,)``,
+            ``count.<site>`` and ``axis.<site>`` ``()``.
 
         Raises:
             MergeError: If nothing was added, or if an activation was not finite.
@@ -231,29 +234,29 @@ class StatisticsCollector:
         examples = self.num_examples
         if not examples:
             raise MergeError("There are no batches to collect statistics of; check the training data.")
-        found = {}
+        means = {}
         for name, total in self._fisher.items():
             if self.recipe.fisher == "example":
-                found[f"fisher.{name}"] = self._processes.sum(total) / examples
+                means[f"fisher.{name}"] = self._processes.sum(total) / examples
             else:
-                found[f"fisher.{name}"] = total / int(self._counts[1])  # the same on every process
+                means[f"fisher.{name}"] = total / int(self._counts[1])  # the same on every process
         for name in self._inputs:
             tokens = self._processes.sum(self._tokens[name])
             for kind, sums in (("gram", self._inputs), ("gram_out", self._outputs)):
                 if kind in self.recipe.kinds and name in sums and tokens > 0:
-                    found[f"{kind}.{name}"] = self._processes.sum(sums[name]) / tokens
-        return found | self._all_moments()
+                    means[f"{kind}.{name}"] = self._processes.sum(sums[name]) / tokens
+        return means | self._all_moments()
 
     def _all_moments(self) -> State:
-        found = gather_moments(self._moments, self._processes)
+        by_site = cast(dict[Site, Moments], gather_moments(self._moments, self._processes))
         raise_all(
             [
                 f"The activations at {site.name} are not finite; look for NaN and infinity in data and weights."
-                for site, moments in found.items()
+                for site, moments in by_site.items()
                 if not moments.is_finite
             ]
         )
-        return to_tensors(found)
+        return to_tensors(by_site)
 
 
 def collect_statistics(
@@ -261,19 +264,23 @@ def collect_statistics(
     batches: Iterable[tuple[Tensor, Tensor]],
     recipe: Recipe = Recipe(),
 ) -> State:
-    """Collect the statistics of a module over batches of inputs ``(N, …)`` and labels ``(N,)``, on one process."""
+    """Collect the statistics of a module over batches of inputs ``(N, …)`` and labels ``(N,)``, on one process.
+
+    Returns:
+        The means, with the shapes that :meth:`StatisticsCollector.compute` says.
+    """
     collector = StatisticsCollector(module, recipe=recipe)
     collector.update_all(islice(batches, recipe.batches))
     return collector.compute()
 
 
 def _is_parameter(name: str, tensor: Tensor) -> bool:
-    """Tell whether it is merged as a task vector: BatchNorm's running statistics and integers are not."""
+    """Tell whether a tensor is merged as a task vector: BatchNorm's running statistics and integers are not."""
     return tensor.is_floating_point() and not is_running_statistic(name)
 
 
 def _matrices(module: nn.Module, parameters: State) -> list[str]:
-    """The weights of linear layers and of attention, whose inputs can be seen. Kernels of convolutions are left out."""
+    """List the weights of linear layers and of attention, whose inputs can be seen; no kernels of convolutions."""
     return [name for name in watchable(module) if name in parameters and parameters[name].ndim == 2]
 
 

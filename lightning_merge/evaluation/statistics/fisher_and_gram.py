@@ -1,4 +1,4 @@
-"""The formulas of the statistics that are collected of an expert's data: sums over the examples of a batch.
+"""The formulas of the statistics that are collected from an expert's data: sums over the examples of a batch.
 
 In all of them, ``log p(y | x)`` is the log-softmax of the module's logits, and the label y is, by choice,
 
@@ -11,7 +11,6 @@ In all of them, ``log p(y | x)`` is the log-softmax of the module's logits, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,12 +35,12 @@ def label(logits: Tensor, targets: Tensor, labels: str) -> Labelled:
 
 
 def pick_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """``log p(y | x)`` of every example: ``(N, C), (N,) -> (N,)``."""
+    """Pick ``log p(y | x)`` for the label of every example: ``(N, C), (N,) -> (N,)``."""
     return logits.log_softmax(dim=1).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def example_fisher(logits_of: Callable[[State, Tensor], Tensor], parameters: State, x: Tensor, ys: Labelled) -> State:
-    """``Σ_x Σ_y p(y | x) (∂ log p(y | x) / ∂θ)²`` over the examples x of a batch ``(N, …)``; a tensor like each θ."""
+    """Compute ``Σ_x Σ_y p(y | x) (∂ log p(y | x) / ∂θ)²`` over the x of a batch ``(N, …)``, for each θ ``(…)``."""
 
     def log_likelihood(parameters: State, x: Tensor, y: Tensor) -> Tensor:  # of one example
         return pick_log_likelihood(logits_of(parameters, x.unsqueeze(0)), y.unsqueeze(0)).squeeze(0)
@@ -49,31 +48,42 @@ def example_fisher(logits_of: Callable[[State, Tensor], Tensor], parameters: Sta
     size = max(1, _MOST_GRADIENTS // sum(tensor.numel() for tensor in parameters.values()))
     total = {name: torch.zeros_like(wide(tensor)) for name, tensor in parameters.items()}
     for labels, weights in ys:
-        for some in zip(x.split(size), labels.split(size), weights.split(size), strict=True):
-            for name, gradients in example_gradients(log_likelihood, parameters, *some[:2]).items():
-                total[name] += torch.einsum("n,n...->...", wide(some[2]), wide(gradients).square())
+        for xs, ls, ws in zip(x.split(size), labels.split(size), weights.split(size), strict=True):
+            for name, gradients in example_gradients(log_likelihood, parameters, xs, ls).items():
+                total[name] += torch.einsum("n,n...->...", wide(ws), wide(gradients).square())
     return total
 
 
 def example_gradients(
     function: Callable[[State, Tensor, Tensor], Tensor], parameters: State, x: Tensor, y: Tensor
 ) -> State:
-    """The gradient of ``function(parameters, x, y)`` for every example: ``(N, …)`` for each parameter ``(…)``."""
+    """Compute the gradient of ``function(parameters, x, y)`` of every example: ``(N, …)`` for a parameter ``(…)``.
+
+    Args:
+        function: A function of the parameters, one input ``(…)`` and one label ``()``, with a scalar ``()``.
+        parameters: The parameters ``(…)`` by name.
+        x: Inputs ``(N, …)``.
+        y: Labels ``(N,)``.
+    """
     try:
         return vmap(grad(function), in_dims=(None, 0, 0))(parameters, x, y)
     except RuntimeError:  # the module does what vmap cannot follow
-        each = [gradient(partial(function, x=a, y=b), parameters) for a, b in zip(x, y, strict=True)]
+
+        def of_example(x: Tensor, y: Tensor) -> State:
+            return gradient(lambda parameters: function(parameters, x, y), parameters)
+
+        each = [of_example(*example) for example in zip(x, y, strict=True)]
         return {name: torch.stack([gradients[name] for gradients in each]) for name in parameters}
 
 
 def gradient(function: Callable[[State], Tensor], parameters: State) -> State:
-    """Return the gradient of ``function(parameters)``, of zeros for parameters that it does not depend on."""
+    """Compute the gradient ``(…)`` of ``function(parameters)`` for each parameter ``(…)``; zeros where it has none."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in parameters.items()}
-    found = torch.autograd.grad(function(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    gradients = torch.autograd.grad(function(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``Σ x xᵀ`` over all tokens x: ``(…, n) -> (n, n)``."""
+    """Compute the Gram matrix ``Σ x xᵀ`` over all tokens x: ``(…, n) -> (n, n)``."""
     rows = wide(rows.detach()).reshape(-1, rows.shape[-1])
     return rows.mT @ rows

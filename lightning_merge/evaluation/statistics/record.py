@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_merge import __version__
 from lightning_merge.checkpoints import Weights
@@ -39,7 +39,9 @@ def statistics_batches(datamodule: LightningDataModule | None, loaders: Any = No
     make_loader = getattr(datamodule, "statistics_dataloader", None)
     if make_loader is not None:
         return make_loader()
-    return each_once(datamodule.train_dataloader() if loaders is None else loaders)
+    if loaders is None:
+        loaders = cast(LightningDataModule, datamodule).train_dataloader()  # one of the two is given
+    return each_once(loaders)
 
 
 def record(
@@ -50,24 +52,25 @@ def record(
     recipe: Recipe,
     path: Path | None,
 ) -> None:
-    """Collect the statistics of an expert within a run; every process must take part, and returns when it is done.
+    """Collect the statistics of an expert within a run, in which every process must take part until the end.
 
     Args:
-        trainer: Moves batches to the device of this process.
-        module: Maps inputs to logits; its own weights are not used, and it is as before afterwards.
-        batches: This process's part of the data.
-        expert: The weights of the expert; the first process's count.
+        trainer: The trainer, which moves batches to the device of this process.
+        module: A module that maps inputs to logits; its own weights are not used, and it is unchanged afterwards.
+        batches: This process's part of the data: inputs ``(N, …)`` and labels ``(N,)``.
+        expert: The weights of the expert; only those of the first process are read.
         recipe: What to collect.
-        path: The file that the first process writes; none if it is None.
+        path: The file that the first process writes; None to write no file.
 
     Raises:
         MergeError: On every process, if one of them fails.
     """
     processes, device = processes_of_run(), module.device
+    first_expert = cast(Weights, expert)  # only the first process reads it, and has it
     with isolate_rng(), torch.inference_mode(False):
         with processes.together():
-            read = dict(expert) if processes.is_first else None
-        weights = processes.from_first(read)
+            tensors = dict(first_expert) if processes.is_first else None
+        weights = processes.from_first(tensors)
         try:
             with processes.together():
                 module.to(trainer.strategy.root_device)
@@ -79,7 +82,7 @@ def record(
         with processes.together():
             if processes.is_first and path is not None:
                 about = {"examples": examples, **asdict(recipe), "lightning_merge": __version__}
-                save_statistics(path, statistics, expert, about)
+                save_statistics(path, statistics, first_expert, about)
 
 
 def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
@@ -92,13 +95,13 @@ def _prepared(trainer: Trainer, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 class _Nothing:
-    """The one batch that the test loop steps over, which no hook of the data module sees."""
+    """The only batch of the test loop, which no hook of the data module sees."""
 
 
 class TrainingData(LightningDataModule):
     """The training data of a data module within Lightning's test loop, which itself is given nothing to test.
 
-    Lightning's calls are passed on, to a copy of the data module, which is prepared for a fit.
+    Lightning's calls are passed on to a copy of the data module, which is prepared for a fit.
 
     Args:
         original: The data module; it is not changed.
@@ -110,7 +113,7 @@ class TrainingData(LightningDataModule):
         self.prepare_data_per_node = original.prepare_data_per_node
 
     def prepare_data(self) -> None:
-        """Download, on one process of a node or of all."""
+        """Download the data, on one process of each node or one of all."""
         self.original.trainer = self.trainer
         self.original.prepare_data()
 
@@ -120,21 +123,22 @@ class TrainingData(LightningDataModule):
         self.original.setup("fit")
 
     def test_dataloader(self) -> DataLoader:
-        """Return what the test loop steps over."""
-        return DataLoader([_Nothing()], collate_fn=lambda samples: samples[0])
+        """Build the loader of the test loop's only batch."""
+        samples = cast("Dataset[_Nothing]", [_Nothing()])  # any sequence will do
+        return DataLoader(samples, collate_fn=lambda samples: samples[0])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch before it is moved."""
+        """Apply the data module's own hook to a batch before it is moved."""
         return batch if isinstance(batch, _Nothing) else self.original.on_before_batch_transfer(batch, dataloader_idx)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch."""
+        """Move a batch to a device."""
         if isinstance(batch, _Nothing):
             return batch
         return self.original.transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch on its device."""
+        """Apply the data module's own hook to a batch on its device."""
         return batch if isinstance(batch, _Nothing) else self.original.on_after_batch_transfer(batch, dataloader_idx)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -142,7 +146,7 @@ class TrainingData(LightningDataModule):
         self.original.on_exception(exception)
 
     def teardown(self, stage: str) -> None:
-        """Clean up."""
+        """Clean up after the run."""
         self.original.teardown(stage)
 
 
@@ -150,7 +154,7 @@ class StatisticsRecorder(LightningModule):
     """Recorder of statistics at the start of Lightning's test loop, whose own data do not matter.
 
     Args:
-        module: Maps inputs to logits; its own weights are not used.
+        module: A module that maps inputs to logits; its own weights are not used.
         expert: The weights of the expert.
         recipe: What to collect.
         path: The file to write.
@@ -167,9 +171,10 @@ class StatisticsRecorder(LightningModule):
         return getattr(self.module, "preprocessing", None)
 
     def on_test_start(self) -> None:
-        """Collect, and write the file."""
+        """Collect the statistics and write the file."""
         with processes_of_run().together():
-            batches = statistics_batches(self.trainer.datamodule.original)
+            data: TrainingData = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning does not declare it
+            batches = statistics_batches(data.original)
         record(self.trainer, self.module, batches, self._expert, self._recipe, self._path)
 
     def test_step(self, batch: _Nothing, batch_idx: int) -> None:
@@ -187,7 +192,7 @@ def record_statistics(
     """Collect the statistics of an expert on the training data and write them to a file.
 
     Args:
-        trainer: Its settings are used.
+        trainer: The trainer whose settings are used.
         module: The expert's module; its own weights are not used.
         datamodule: The expert's data, see :func:`statistics_batches`.
         expert: The weights of the expert.
