@@ -8,10 +8,13 @@ import os
 import pickle
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 
 import lightning_merge as lm
 from lightning_merge.evaluation import jobs
@@ -19,15 +22,43 @@ from lightning_merge.evaluation.jobs import Job, JobList
 from tests.toys import quiet_trainer, tiny_expert
 
 
+class Noted(Callback):
+    """A callback with a setting."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class Positional(lm.MergeTrainer):
+    """A trainer with an argument that has no name when it is called."""
+
+    def __init__(self, epochs: int, **arguments) -> None:
+        super().__init__(max_epochs=epochs, **arguments)
+
+
 @dataclass
-class Empty(JobList):
-    """A benchmark without a job."""
+class Two(JobList):
+    """A benchmark of two jobs that write their names, the second after the first."""
 
     trainer: lm.MergeTrainer
     output: Path
+    names: tuple[str, ...] = ("first", "second")
 
     def jobs(self) -> list[Job]:
-        return []
+        first, second = self.names
+        return [
+            Job(first, partial(self.write, first), (self.output / first).exists),
+            Job(second, partial(self.write, second), (self.output / second).exists, [first]),
+        ]
+
+    def write(self, name: str) -> None:
+        self.output.mkdir(exist_ok=True)
+        (self.output / name).write_text(f"{name}, {self.trainer.max_epochs} epochs")
+
+
+def send(benchmark: JobList) -> JobList:
+    """Send a benchmark as to another process."""
+    return pickle.loads(pickle.dumps(benchmark))
 
 
 def test_a_marker_says_what_was_found():
@@ -86,11 +117,49 @@ def test_settings_follow_weights_and_arguments_and_not_where_it_runs():
     assert first["weights"] != settings(quiet_trainer(max_epochs=3), other)["weights"]
 
 
-def test_a_benchmark_takes_its_trainer_to_another_process():
-    sent = pickle.loads(pickle.dumps(Empty(quiet_trainer(max_epochs=3), Path("out"))))
-    assert sent.output == Path("out")
-    assert isinstance(sent.trainer, lm.MergeTrainer)
-    assert sent.trainer.max_epochs == 3
+class TestSent:
+    """A benchmark that is sent to another process."""
+
+    def test_its_trainer_is_built_again_from_the_same_arguments(self):
+        trainer = quiet_trainer(max_epochs=3, gradient_clip_val=0.5, limit_val_batches=2)
+        sent = send(Two(trainer, Path("out"))).trainer
+        assert sent is not trainer
+        assert type(sent) is lm.MergeTrainer
+        assert sent.arguments == trainer.arguments | {"callbacks": []}
+        assert (sent.max_epochs, sent.gradient_clip_val, sent.limit_val_batches) == (3, 0.5, 2)
+
+    def test_its_trainer_keeps_its_class_and_positional_arguments(self):
+        sent = send(Two(Positional(4, accelerator="cpu", devices=1, logger=False), Path("out"))).trainer
+        assert type(sent) is Positional
+        assert sent.positional == (4,)
+        assert sent.max_epochs == 4
+
+    def test_callbacks_go_along_and_loggers_do_not(self):
+        callback, logger = Noted("kept"), CSVLogger("logs")
+        trainer = quiet_trainer(callbacks=[callback], logger=logger)
+        sent = send(Two(trainer, Path("out"))).trainer
+        (copied,) = sent.given_callbacks
+        assert isinstance(copied, Noted)
+        assert copied is not callback
+        assert copied.text == "kept"
+        assert copied in sent.callbacks
+        assert sent.given_loggers == []
+        assert sent.loggers == []
+        assert trainer.given_callbacks == [callback]  # the one that was sent is as before
+        assert trainer.loggers == [logger]
+
+    def test_its_fields_and_jobs_are_the_same(self):
+        benchmark = Two(quiet_trainer(max_epochs=3), Path("out"), ("a", "b"))
+        sent = send(benchmark)
+        assert (sent.output, sent.names) == (Path("out"), ("a", "b"))
+        assert [(job.name, list(job.after)) for job in sent.jobs()] == [("a", []), ("b", ["a"])]
+
+    def test_its_jobs_are_done_there_and_seen_here(self):
+        benchmark = Two(quiet_trainer(max_epochs=3), Path("out"))
+        for job in send(benchmark).jobs():
+            jobs.do_job(job, seed=0)
+        assert all(job.done() for job in benchmark.jobs())
+        assert Path("out/second").read_text() == "second, 3 epochs"
 
 
 def test_lightning_is_quiet_during_a_job_only():
