@@ -198,14 +198,14 @@ class _Models:
         base = self._base[name]
         blocks = self._blocks(name, self._experts.stack(name, base, self._scratch))
         names = [name] if len(blocks) == 1 else [f"{name}[{i}]" for i in range(len(blocks))]
-        experts = [ExpertMatrices(block, rule) for block in blocks]
+        by_block = [ExpertMatrices(block, rule) for block in blocks]
         merged: list[dict[str, MergedMatrix]] = [{} for _ in blocks]
         for model, update in self._updates(name, base):
-            for matrices, by_model, block in zip(experts, merged, self._blocks(name, update), strict=True):
+            for matrices, by_model, block in zip(by_block, merged, self._blocks(name, update), strict=True):
                 by_model[model] = matrices.compare_merged(block[0])
         return [
             matrices.record(block_name, by_model)
-            for matrices, block_name, by_model in zip(experts, names, merged, strict=True)
+            for matrices, block_name, by_model in zip(by_block, names, merged, strict=True)
         ]
 
 

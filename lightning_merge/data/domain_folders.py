@@ -121,20 +121,20 @@ class DomainFolders(DomainDataModule):
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of the backbone, with what was set here instead."""
         module = self.model or (self.trainer.lightning_module if self.trainer is not None else None)
-        backbone: Preprocessing | None = getattr(module, "preprocessing", None)
-        if backbone is None:
+        default: Preprocessing | None = getattr(module, "preprocessing", None)
+        if default is None:
             if self.size is None or self.mean is None or self.std is None:
                 raise MergeError(
                     "The model does not say how its images are prepared; set data.size, data.mean and data.std."
                 )
-            backbone = Preprocessing(self.size, self.mean, self.std)
+            default = Preprocessing(self.size, self.mean, self.std)
         return Preprocessing(
-            size=cast("tuple[int, int]", tuple(self.size or backbone.size)),
-            mean=tuple(self.mean or backbone.mean),
-            std=tuple(self.std or backbone.std),
-            interpolation=backbone.interpolation,
-            crop=backbone.crop,
-            resize=backbone.resize,
+            size=cast("tuple[int, int]", tuple(self.size or default.size)),
+            mean=tuple(self.mean or default.mean),
+            std=tuple(self.std or default.std),
+            interpolation=default.interpolation,
+            crop=default.crop,
+            resize=default.resize,
         )
 
     def check(self, domains: Sequence[str]) -> None:

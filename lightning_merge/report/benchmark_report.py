@@ -125,8 +125,8 @@ def _answers(table: Table) -> Iterator[str]:
     ranked_by_domain = {domain: _ranked(table, partial(table.value, domain=domain)) for domain in table.domains}
     firsts = [(domain, *ranked[0]) for domain, ranked in ranked_by_domain.items() if ranked]
     if len({row for _, row, _ in firsts}) > 1:
-        where = listed([f"{row} on {domain} ({percent(value)} %)" for domain, row, value in firsts])
-        yield f"No method is the best everywhere: {where}."
+        leaders = listed([f"{row} on {domain} ({percent(value)} %)" for domain, row, value in firsts])
+        yield f"No method is the best everywhere: {leaders}."
 
 
 def _foundation_answers(table: FoundationsTable) -> Iterator[str]:
