@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class FreezeBatchNorm(Callback):
-    """Training with BatchNorm in evaluation mode, so that all experts share the base's running statistics.
+    """Callback that trains with BatchNorm in evaluation mode, so that all experts share the base's running statistics.
 
     Scale and shift of the layers are still trained.
     """

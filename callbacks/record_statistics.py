@@ -90,7 +90,7 @@ class RecordStatistics(Callback):
             self._record(trainer, pl_module, self._training_batches(trainer), checkpoint)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to validate weights of no checkpoint where no output says where to write."""
+        """Refuse to validate weights that are of no checkpoint, unless ``output`` says where to write."""
         nowhere = self.output is None and trainer.ckpt_path is None and not trial_batches(trainer)
         if self._is_validated(trainer) and nowhere:
             raise MergeError(

@@ -101,7 +101,7 @@ class _Space:
         return total
 
     def gradients(self, mixtures: Sequence[Mixtures]) -> list[Mixtures]:
-        """Compute the derivatives ``(n, n)`` of the value by every matrix."""
+        """Compute the derivatives ``(n, n)`` of the value with respect to every matrix."""
         gradients: list[Mixtures] = [{} for _ in mixtures]
         for name in self._entries:
             mixed = self._mixed_all(name, mixtures)

@@ -96,7 +96,7 @@ class Trial:
 
 
 class _Precision(TorchDispatchMode):
-    """Dispatch mode that notes what is computed in less than double precision: some layers convert their inputs."""
+    """Dispatch mode that notes whether anything has less than double precision: some layers convert their inputs."""
 
     rounded = False
 

@@ -24,7 +24,7 @@ def embed(
         module: The model's module.
         weights: The model; parameters that it lacks are the module's own.
         batches: Images ``(N, …)`` or ``(images, labels)``, in the same order for all models that are compared.
-        site: The site.
+        site: The site whose activations are computed.
 
     Returns:
         The features ``(N, channels)`` and the labels ``(N,)``, or None if the data have none.

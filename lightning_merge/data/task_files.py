@@ -29,7 +29,7 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classe
 
 @dataclass(frozen=True)
 class Task:
-    """Content of the file of a task.
+    """The content of a task's file.
 
     Args:
         classes: The names of the classes, in the order of the labels.

@@ -40,7 +40,7 @@ def eval_transform(preprocessing: Preprocessing) -> Transform:
 
 
 def train_transform(preprocessing: Preprocessing, crop_scale: float, flip: bool) -> Transform:
-    """Build the transform for training: a random crop of at least ``crop_scale`` of the area, a flip, normalise."""
+    """Build the training transform: crop at random at least ``crop_scale`` of the area, flip half, normalise."""
     from torchvision.transforms import v2
 
     return v2.Compose(

@@ -52,7 +52,7 @@ class ConsensusTA(Wrapper):
 
     @property
     def min_experts(self) -> int:  # type: ignore[override]  # at least k
-        """The fewest experts: k, or nothing would be left."""
+        """The fewest experts that can be merged: k at least, or nothing would be left."""
         return max(self.k, self.inside.min_experts)
 
     @property

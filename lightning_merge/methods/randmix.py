@@ -29,7 +29,7 @@ def randmix(deltas: Tensor, choice: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandMix(MergeMethod):
-    """A random choice of the expert, entry by entry, all equally likely. It shows what MagMax's selection is worth.
+    """A random choice among the experts, entry by entry, all equally likely. It shows what MagMax's selection is worth.
 
     Args:
         scale: Scaling coefficient; 1 in the paper.

@@ -52,7 +52,7 @@ class SLERP(WeightSpaceMethod):
 
     @property
     def order_matters(self) -> bool:  # type: ignore[override]  # follows the arguments
-        """True but for the middle of the arc, which is the same from both ends."""
+        """Whether the order matters: everywhere but in the middle of the arc, which is the same from both ends."""
         return self.t != 0.5
 
     def combine(self, weights: Tensor) -> Tensor:

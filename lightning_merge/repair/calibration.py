@@ -20,7 +20,7 @@ from lightning_merge.utilities.processes import Processes
 from lightning_merge.utilities.sites import Act, Site, at_sites
 
 NewMoments = Callable[[], Moments]
-"""Makes what accumulates the batches; ``Moments`` pools them."""
+"""A function that makes what accumulates the batches; ``Moments`` pools them."""
 
 
 @dataclass(frozen=True)

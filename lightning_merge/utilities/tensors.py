@@ -29,7 +29,7 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether no entry ``(…)`` is NaN or infinite; needs no memory besides the tensor."""
+    """Tell whether no entry of a tensor ``(…)`` is NaN or infinite; needs no memory besides the tensor."""
     if not tensor.numel() or not tensor.is_floating_point():
         return True
     if tensor.element_size() == 1:

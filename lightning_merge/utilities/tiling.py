@@ -43,7 +43,7 @@ def in_pieces(rule: Callable[[Tensor], Tensor], stack: Tensor, as_matrix: bool =
 
 
 def indicator(compare: Callable[..., Tensor], values: Tensor, other: Tensor | float) -> Tensor:
-    """Compare ``(…)`` entry by entry (by ``torch.ge`` and the like) to 1 and 0 of the values' dtype.
+    """Compare ``(…)`` entry by entry, by ``torch.ge`` and the like; return 1 and 0 in the dtype of the values.
 
     Sums and products of these are several times faster on a CPU than those of boolean masks.
     """

@@ -40,7 +40,7 @@ def _matmul(x: Dims, y: Dims) -> Dims:
 
 @rule("einsum")
 def einsum(call: Call) -> Result:
-    """Tie the dimensions that have one letter."""
+    """Unify the dimensions that share a letter."""
     inputs, arrow, output = call["equation"].replace(" ", "").partition("->")
     if not arrow or "." in inputs:
         raise Unsupported

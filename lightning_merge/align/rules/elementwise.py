@@ -32,7 +32,7 @@ def prelu(call: Call) -> Result:
 
 @rule("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
 def layer_norm(call: Call) -> Result:
-    """Normalize over the last dimensions."""
+    """Normalise over the last dimensions."""
     x = call["input"]
     normalized = x[-len(call["normalized_shape"]) :]
     for dims in (call["weight"], call["bias"]):
@@ -43,7 +43,7 @@ def layer_norm(call: Call) -> Result:
 
 @rule("group_norm", "native_group_norm")
 def group_norm(call: Call) -> Result:
-    """Normalize each group of channels."""
+    """Normalise each group of channels."""
     x, groups = call.first, call["num_groups"] or call["group"]
     factor(x[1], [groups, x[1].size // groups])
     for dims in (call["weight"], call["bias"]):
@@ -57,7 +57,7 @@ def group_norm(call: Call) -> Result:
     *("_native_batch_norm_legit_no_training", "_native_batch_norm_legit"),
 )
 def batch_norm(call: Call) -> Result:
-    """Normalize each channel."""
+    """Normalise each channel."""
     x = call["input"]
     for name in ("weight", "bias", "running_mean", "running_var"):
         broadcast(call[name] or [], x[1:2])

@@ -15,7 +15,7 @@ from lightning_merge.utilities.modules import device_of, evaluating, plain, seed
 
 
 class TaskData:
-    """The experts' module and the data of their tasks. It is run with any weights, and is afterwards as it was.
+    """The experts' module and the data of their tasks; the module runs with any weights, and is as before afterwards.
 
     Everything is computed on the module's device, in float32 (float64 if the merged weights are).
 

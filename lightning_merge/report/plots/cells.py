@@ -64,7 +64,7 @@ def name_cells(axes: Axes, rows: list[str], columns: list[str], room: float) -> 
 
 
 def scale_of(values: np.ndarray, limits: tuple[float, float] | None = None) -> Normalize:
-    """Scale from the smallest to the largest finite value, or between limits; from 0 to 100 where all are equal."""
+    """Build a scale from the least to the largest finite value, or between limits; 0 to 100 where all are equal."""
     finite = values[np.isfinite(values)]
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.0, 0.0))
     return Normalize(low, high) if high > low else Normalize(0, 100)

@@ -39,7 +39,7 @@ _IMAGES = 64
 
 @dataclass(frozen=True)
 class AlignAndRepair:
-    """Sections ``align`` and ``repair`` of the verb ``merge``.
+    """The sections ``align`` and ``repair`` of the verb ``merge``.
 
     Args:
         trainer: The model is run on its device.
