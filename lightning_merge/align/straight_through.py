@@ -87,7 +87,8 @@ def refine_straight_through(
     with seeded(seed, device), evaluating(module):
         best = current = seen = permutation
         smallest = total(best)
-        owners = {id(tensor): tensor.clone().requires_grad_() for tensor in a.values() if tensor.is_floating_point()}
+        trained = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        owners = {id(tensor): tensor.clone().requires_grad_() for name, tensor in a.items() if name in trained}
         guide = {name: owners[id(tensor)] for name, tensor in a.items() if id(tensor) in owners}
         optimizer = torch.optim.SGD(owners.values(), lr=learning_rate, momentum=momentum)
         for _ in range(epochs):

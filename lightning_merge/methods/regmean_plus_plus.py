@@ -34,7 +34,7 @@ class _Enough(Exception):
 
 
 def find_layers(tasks: TaskData, weights: Mapping[str, Tensor], images: Tensor) -> dict[str, list[str]]:
-    """Find the layers in the order in which they run on images ``(N, …)``, and the weights in each, as often as used."""
+    """Find the layers in the order in which they run on images ``(N, …)``, and the weights in each, use by use."""
     layers: dict[str, list[str]] = {}
     with watch_inputs(tasks.module, weights, lambda name, rows: layers.setdefault(layer_of(name), []).append(name)):
         tasks.logits(tasks.experts[0], weights, images)

@@ -144,8 +144,9 @@ class Processes:
         """Send the tensors of the first process to every process; the others give None."""
         if self.count == 1:
             return dict(tensors or {})
-        meta = self.gather({n: torch.empty_like(t, device="meta") for n, t in tensors.items()} if tensors else None)[0]
-        received = dict(tensors or {}) if self.is_first else {}
+        here = tensors or {}
+        meta = self.gather({name: torch.empty_like(tensor, device="meta") for name, tensor in here.items()})[0]
+        received = dict(here) if self.is_first else {}
         names = [list(meta), *([] for _ in range(self.count - 1))]
         self.exchange(received, names, like=lambda name: torch.empty_like(meta[name], device="cpu"))
         return received

@@ -95,3 +95,24 @@ def test_refusals(digits):
     wrong = {**b, "2.bias": torch.zeros(31)}
     with pytest.raises(MergeError, match=r"'2.bias' has shape \(31,\) in the other model"):
         refine_straight_through(network(), a, wrong, symmetries, [(x, y)], start)
+
+
+def test_running_statistics_are_no_weights_to_train():
+    """A network with BatchNorm: its statistics are halfway, too, and have no gradient."""
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
+    a, b = ({name: tensor.clone() for name, tensor in net.state_dict().items()} for net in nets)
+    names = {f"1.{name}": ["A"] for name in ("weight", "bias", "running_mean", "running_var")}
+    axes = {"0.weight": ["A", None], "0.bias": ["A"], "3.weight": [None, "A"], **names}
+    symmetries = Symmetries.from_axes(axes, {name: tensor.shape for name, tensor in a.items()})
+    batches = [(torch.randn(32, 6), torch.randint(3, (32,))) for _ in range(3)]
+    start = match_weights(a, b, symmetries)
+    refined = refine_straight_through(nets[0], a, b, symmetries, batches, start, epochs=3, learning_rate=0.5)
+
+    def halfway(permutation):
+        weights = {name: (a[name] + tensor) / 2 for name, tensor in permutation.apply(b).items()}
+        weights["1.num_batches_tracked"] = a["1.num_batches_tracked"]
+        net = nets[0].eval()
+        return sum(float(F.cross_entropy(functional_call(net, weights, (x,)), y)) for x, y in batches)
+
+    assert halfway(refined) <= halfway(start)

@@ -152,6 +152,14 @@ def test_values_that_are_not_finite_are_found_whoever_looks_at_them():
     assert all(name in error for error in errors for name in names)
 
 
+@pytest.mark.parametrize("sent", [{}, {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.int64)}])
+def test_tensors_of_the_first_process_reach_all(sent):
+    def work(rank: int) -> bool:
+        return same(Processes(True).from_first(sent if rank == 0 else None), sent)
+
+    assert on_processes(2, work) == ([True, True], [None, None])
+
+
 def test_without_a_process_group_there_is_nobody_to_share_with():
     with pytest.raises(lm.MergeError, match="init_process_group"):
         lm.merge({"w": torch.ones(2)}, [{"w": torch.ones(2)}], TaskArithmetic(), distributed=True)
