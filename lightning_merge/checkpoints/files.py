@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_merge.utilities.errors import MergeError
 
 _BLOCK = 1 << 20  # bytes that are hashed at a time
-_DIGESTS: dict[tuple[str, int, int, int], str] = {}  # (path, size, mtime_ns, inode) -> sha256
+_DIGESTS: dict[tuple[str, int, int, int, int], str] = {}  # (path, size, mtime_ns, inode, ctime_ns) -> sha256
 
 
 class InputFile:
@@ -67,37 +67,53 @@ class InputFile:
         return buffer
 
     def check_unchanged(self) -> None:
-        """Raise a :class:`MergeError` if the file is not the one that was opened (size, time of change, inode)."""
+        """Raise a :class:`MergeError` if the file is not the one that was opened.
+
+        Size, inode and time of change must be the same. Where the system notes that something was done to the file
+        (another name, other rights, or a content whose time was set back), its content is hashed again and compared.
+        """
         with self._failing_clearly():
             self._compare(os.stat(self._absolute))
 
     def fingerprint(self) -> str:
         """Compute the sha256 of the file, once for as long as the file does not change."""
         self.check_unchanged()
-        key = self._key
-        if key not in _DIGESTS:
-            digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
-            with self._failing_clearly(), open(self._absolute, "rb", buffering=0) as file:
-                while count := file.readinto(buffer):
-                    digest.update(memoryview(buffer)[:count])
-                self._compare(os.fstat(file.fileno()))
-            _DIGESTS[key] = digest.hexdigest()
-        return _DIGESTS[key]
+        if self._key not in _DIGESTS:
+            digest, status = self._hash()
+            self._compare(status)
+            _DIGESTS[self._key] = digest
+        return _DIGESTS[self._key]
+
+    def _hash(self) -> tuple[str, os.stat_result]:
+        """Compute the sha256 of the content, and look at the file once more."""
+        digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
+        with self._failing_clearly(), open(self._absolute, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+            return digest.hexdigest(), os.fstat(file.fileno())
 
     def note_fingerprint(self, digest: str) -> None:
         """Take over the sha256 that another process has computed."""
         _DIGESTS[self._key] = digest
 
     @property
-    def _key(self) -> tuple[str, int, int, int]:
+    def _key(self) -> tuple[str, int, int, int, int]:
         return str(self._absolute), *self._identity
 
     def _compare(self, status: os.stat_result) -> None:
-        if _identity(status) != self._identity:
-            raise MergeError(
-                f"{self.path} was changed while it was read; nothing that was read of it can be relied on, so start "
-                "again once no one writes to it."
-            )
+        identity = _identity(status)
+        if identity == self._identity:
+            return
+        if identity[:-1] == self._identity[:-1] and self._key in _DIGESTS:
+            digest, status = self._hash()
+            if digest == _DIGESTS[self._key] and _identity(status) == identity:
+                self._identity = identity
+                _DIGESTS[self._key] = digest
+                return
+        raise MergeError(
+            f"{self.path} was changed while it was read; nothing that was read of it can be relied on, so start again "
+            "once no one writes to it."
+        )
 
     @contextmanager
     def _failing_clearly(self) -> Iterator[None]:
@@ -109,8 +125,10 @@ class InputFile:
             raise MergeError(f"{self.path} cannot be read: {error.strerror or error}.") from error
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ino
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return size, time of change, inode, and when anything was last done to the file, which nobody can set."""
+    changed = 0 if os.name == "nt" else status.st_ctime_ns  # on Windows the time of creation
+    return status.st_size, status.st_mtime_ns, status.st_ino, changed
 
 
 def first_line(error: Exception) -> str:

@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.checkpoints import Experts, Source, Weights, open_experts, open_statistics, open_weights
+from lightning_merge.checkpoints.hyper_parameters import without_code
 from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.checkpoints.weights import widest
@@ -220,11 +222,17 @@ def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tu
         inventory=inventory,
         manifest=manifest,
         experts=experts,
-        hyper_parameters=base.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {},
+        hyper_parameters=_hyper_parameters(base, first, options.module),
         paths=paths,
         computation=computation if method.per_task or options.keep_update else None,
     )
     return merged, computation
+
+
+def _hyper_parameters(base: Weights, first: Weights, module: nn.Module | None) -> dict[str, Any]:
+    """Return the hyper-parameters of the base, else of the first expert, but for those that name code."""
+    stated = base.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {}
+    return without_code(stated, getattr(module, "hparams", None))
 
 
 def _task_data(inputs: _Inputs, options: MergeOptions) -> TaskData:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_merge.checkpoints.hyper_parameters import SAFE, unsafe_arguments
 from lightning_merge.models.backbones import (
     Preprocessing,
     image_tower,
@@ -21,12 +23,14 @@ from lightning_merge.models.backbones import (
     split_name,
     timm_backbone,
 )
+from lightning_merge.models.from_file import class_problem, expert_arguments, load_checkpoint, read_hyper_parameters
 from lightning_merge.models.heads import LinearHead, ZeroShotHead, zero_shot_head
 from lightning_merge.models.metrics import classification_metrics
-from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.errors import MergeError, raise_all
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+    from typing_extensions import Self
 
 
 class Expert(LightningModule):
@@ -84,12 +88,53 @@ class Expert(LightningModule):
             self.load_weights(weights)
         self.metrics = classification_metrics(self.num_classes)
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | os.PathLike[str] | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | os.PathLike[str] | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **said: Any,
+    ) -> Self:
+        """Build the expert that a checkpoint describes, with its weights. No other weights are loaded or downloaded.
+
+        The checkpoint chooses no code: it may name backbones of timm, open_clip and this package. A backbone of your
+        own (``python/…``) is named here: ``load_from_checkpoint("a.ckpt", backbone="python/my.Net")``.
+
+        Args:
+            checkpoint_path: A file of ``fit`` or ``merge``, or an open one.
+            map_location: Where the weights are loaded to, as for ``torch.load``; by default the CPU.
+            hparams_file: Hyper-parameters in YAML in place of those of the checkpoint.
+            strict: Whether the parameters must be exactly those of the model; by default they must.
+            weights_only: True, or None, which is the same here.
+            said: Hyper-parameters that count more than those of the checkpoint.
+
+        Raises:
+            MergeError: If the checkpoint names code, a place to load from, or less safety, or cannot be read.
+        """
+        if weights_only is False:
+            raise MergeError(
+                "weights_only=False would run code that is stored in a file; leave it out, and save the state_dict "
+                "alone where a file holds more than weights and plain values."
+            )
+        content = load_checkpoint(checkpoint_path, map_location or "cpu")
+        stated = content.get("hyper_parameters") or {} if hparams_file is None else read_hyper_parameters(hparams_file)
+        raise_all(class_problem(checkpoint_path, stated.get("_class_path"), cls))
+        model = cls(**{**expert_arguments(checkpoint_path, stated, said, cls), **said})
+        model.on_load_checkpoint(content)
+        model.load_state_dict(content["state_dict"], strict=model.strict_loading if strict is None else strict)
+        device = next((tensor.device for tensor in content["state_dict"].values()), model.device)
+        return model.to(device)
+
     def _build(
         self, backbone: str, pretrained: bool | str, head: str, templates: Sequence[str]
     ) -> tuple[nn.Module, LinearHead | ZeroShotHead, Preprocessing]:
         """Build backbone and head; return them and the preprocessing of the images."""
         library, name = split_name(backbone)
         arguments = self.hparams["backbone_args"] or {}
+        raise_all([f"backbone_args has {argument}; {SAFE}" for argument in unsafe_arguments(arguments)])
         if library != "open_clip":
             if head == "zero_shot":
                 raise MergeError(f"{backbone} has no text tower to build a zero-shot head from; use open_clip/….")

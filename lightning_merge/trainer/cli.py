@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch.distributed as dist
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.multiprocessing import ProcessRaisedException
 
 from lightning_merge.checkpoints import open_weights
+from lightning_merge.checkpoints.hyper_parameters import SAFE, unsafe_arguments
+from lightning_merge.trainer.model_of_checkpoint import model_of_checkpoint
 from lightning_merge.trainer.trainer import MergeTrainer
-from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.errors import MergeError, raise_all
 
+_VERBS = ("merge", "search", "statistics", "evaluate", "benchmark", "analyze")
+"""The verbs that Lightning lacks; none of them reads ``--ckpt_path``."""
 _REPORTING = ("merge", "search", "benchmark", "analyze")
 """The verbs that write reports, with the YAML that they were given."""
 
@@ -72,8 +78,7 @@ class MergeCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """List Lightning's verbs and those of :class:`lightning_merge.trainer.MergeTrainer`."""
-        verbs = ("merge", "search", "statistics", "evaluate", "benchmark", "analyze")
-        more = {verb: {"model", "datamodule"} for verb in verbs}
+        more = {verb: {"model", "datamodule"} for verb in _VERBS}
         return {**LightningCLI.subcommands(), **more}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -100,8 +105,22 @@ class MergeCLI(LightningCLI):
             ]
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's hyper-parameters from ``--ckpt_path`` as Lightning does, but let the file choose no code."""
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb and verb not in _VERBS else None
+        if not path or not Path(path).is_file():
+            return
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_validation=True))
+        said = config[verb].get("model") or {}
+        model = model_of_checkpoint(path, said, self._model_class, self.subclass_mode_model)
+        if model:
+            self.config = self.parser.parse_object({verb: {"model": model}}, self.config)
+
     def before_instantiate_classes(self) -> None:
-        """Check that there is a model where the verb needs one."""
+        """Check that there is a model where the verb needs one, and that no loader's safety is switched off."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        raise_all([f"The configuration has {argument}; {SAFE}" for argument in unsafe_arguments(config.as_dict())])
         has_model = self.model_class is not None or self._get(self.config, "model") is not None
         if not has_model and self.subcommand not in (None, "merge", "analyze"):
             raise MergeError(f"`{self.subcommand}` needs a model; give --model, or a --config that names one.")
