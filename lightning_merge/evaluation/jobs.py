@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from lightning_merge.checkpoints import open_weights, save_weights, write_text
@@ -27,6 +28,7 @@ from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.models.fitted import best_checkpoint
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.terminal import visible
 
 _DONE = "done"
 _ELSEWHERE = (
@@ -103,6 +105,11 @@ def do_job(job: Job, seed: int) -> float:
     finally:
         os.environ["PL_GLOBAL_SEED"] = str(seed)  # a job may have seeded with another number
     return time.perf_counter() - started
+
+
+def tell(line: str) -> None:
+    """Log a line of the first process, which may hold names."""
+    rank_zero_info(visible(line))
 
 
 def names_of(*jobs: Iterable[Job]) -> list[str]:

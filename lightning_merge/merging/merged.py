@@ -21,6 +21,7 @@ from lightning_merge.merging.repair_result import RepairResult
 from lightning_merge.repair.corrections import Correction
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.terminal import visible
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -120,7 +121,7 @@ class Merged:
             parts += [f"{len(names)} {what}"] if names else []
         method = self.manifest["method"]["class_path"]
         count = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'}"
-        return f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}"
+        return visible(f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}")
 
     def save(self, path: str | os.PathLike[str], shard_size: int = SHARD_SIZE) -> Path:
         """Write the merged model, completely or not at all.

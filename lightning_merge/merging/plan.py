@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.utilities.grid import Cell, Grid
+from lightning_merge.utilities.terminal import visible
 
 _SHOWN = 6
 """How many names of a list are shown."""
@@ -69,7 +70,7 @@ class Plan:
 
     def text(self) -> str:
         """Write the plan as Markdown that reads well in a terminal."""
-        experts = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'} ({', '.join(self.experts)})"
+        experts = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'} ({', '.join(map(visible, self.experts))})"
         blocks = [f"# Plan: {self.method['class_path']} of {experts}", self._headline()]
         if self.inventory is not None:
             blocks += [
@@ -78,13 +79,13 @@ class Plan:
             ]
         if self.costs is not None:
             blocks.append(Grid(("it costs about", ""), list(_cost_rows(self.costs, self.output))).markdown())
-        return "\n\n".join([*blocks, *self.notes])
+        return "\n\n".join([*blocks, *map(visible, self.notes)])
 
     def _headline(self) -> str:
         if not self.problems:
             return "Nothing stands in its way."
         count = "One thing stands" if len(self.problems) == 1 else f"{len(self.problems)} things stand"
-        return "\n".join([f"**{count} in its way:**\n", *(f"- {problem}" for problem in self.problems)])
+        return "\n".join([f"**{count} in its way:**\n", *(f"- {visible(problem)}" for problem in self.problems)])
 
     def _rows(self, inventory: Inventory) -> Iterator[list[Cell]]:
         """Yield a row for each thing that happens to parameters."""
@@ -105,19 +106,19 @@ class Plan:
             shapes = ", ".join(f"{count} x ({m}, {n})" for count, m, n in self.matrices)
             yield f"Matrices: {shapes}."
         for expert, prefix in self.renamed.items():
-            yield f"Names of {expert}, matched by their prefix: `{prefix}`."
+            yield visible(f"Names of {expert}, matched by their prefix: `{prefix}`.")
         for names in dict.fromkeys(names for names in inventory.private.values() if names):
             owners = [expert for expert, private in inventory.private.items() if private == names]
-            yield f"Left out, and only in what `for_task` gives for {' or '.join(owners)}: {_some(names)}."
+            yield visible(f"Left out, and only in what `for_task` gives for {' or '.join(owners)}: {_some(names)}.")
         if inventory.tied:
-            yield f"Tied: {_some([f'{alias} = {name}' for alias, name in inventory.tied.items()])}."
+            yield visible(f"Tied: {_some([f'{alias} = {name}' for alias, name in inventory.tied.items()])}.")
 
 
 def _cost_rows(costs: Costs, output: str | None) -> Iterator[list[Cell]]:
     """Yield a row for each kind of cost; a path is shown as it is typed."""
     least = "at least " if costs.open_ended else ""
     passes = "once" if costs.passes == 1 else f"{costs.passes} times"
-    written = f"{size(costs.write)} to {output}" if output else "nothing"
+    written = f"{size(costs.write)} to {visible(output)}" if output else "nothing"
     yield [Cell("to read"), Cell(f"{least}{size(costs.read)}: every file {passes}")]
     yield [Cell("to write"), Cell(written, markdown=written)]
     yield [Cell("memory"), Cell(f"{least}{size(costs.memory)} at the peak, besides Python and torch")]

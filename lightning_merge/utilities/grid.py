@@ -6,9 +6,11 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from lightning_merge.utilities.terminal import visible
 
 Place = Literal[1, 2]
 """The place of a cell in its column: the best, or the second."""
@@ -26,6 +28,8 @@ _LATEX = {
     "|": r"\textbar{}",
     "`": r"\textasciigrave{}",
 }
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
+"""What a formula of a spreadsheet may begin with."""
 _PREAMBLE = r"% needs \usepackage{booktabs}; for letters other than Latin XeLaTeX or LuaLaTeX, and a font with them"
 
 
@@ -122,11 +126,8 @@ class Grid:
 
     def csv(self) -> str:
         """Write the table as CSV, with unrounded numbers."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows([cell.text if cell.value is None else cell.value for cell in row] for row in self.rows)
-        return out.getvalue()
+        rows = ([cell.text if cell.value is None else cell.value for cell in row] for row in self.rows)
+        return as_csv([self.header, *rows])
 
 
 def places(values: Sequence[float | None], *, lower_is_better: bool = False) -> list[Place | None]:
@@ -149,8 +150,33 @@ def as_latex(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Put a text on one line, without what cannot be printed."""
-    return "".join(character for character in " ".join(text.split()) if character.isprintable())
+    """Put a text on one line, with a space for a line break, and other characters that cannot be printed escaped."""
+    return visible(" ".join(text.split()))
+
+
+def as_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Write rows of numbers and texts as CSV; what a spreadsheet would execute has an apostrophe before it.
+
+    Spreadsheets take a text for a formula, which may call other programs, if it begins with one of a few characters.
+    """
+    return "".join(map(_csv_line, rows))
+
+
+def _csv_line(cells: Iterable[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\r\n").writerow([f"'{cell}" if _is_formula(cell) else cell for cell in cells])
+    return line.getvalue().removesuffix("\r\n") + "\n"  # a line that ends in both quotes either within a cell
+
+
+def _is_formula(cell: Any) -> bool:
+    """Tell whether a spreadsheet would execute a cell: a text that begins like a formula and is no number."""
+    if not isinstance(cell, str) or not cell.lstrip(" \n").startswith(_FORMULA):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def _markdown(cell: Cell) -> str:

@@ -57,15 +57,14 @@ class Processes:
             yield
         except Exception as error:
             failure = error
-        failures = self.gather(failure if failure is None else (isinstance(failure, MergeError), str(failure)))
+        failures = self.gather(failure if failure is None or isinstance(failure, MergeError) else str(failure))
         if failure is not None:
             raise failure
         for rank, other in enumerate(failures):
+            if isinstance(other, MergeError):
+                raise other
             if other is not None:
-                is_merge_error, message = other
-                raise MergeError(
-                    message if is_merge_error else f"Process {rank} has failed, and the others stop: {message}"
-                )
+                raise MergeError(f"Process {rank} has failed, and the others stop: {other}")
 
     def in_step(self, items: Iterable[Any], what: str) -> Iterator[Any]:
         """Yield this process's items, one after another, while all processes have one.

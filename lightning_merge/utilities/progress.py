@@ -17,6 +17,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib import DummyTqdmFile
 
+from lightning_merge.utilities.terminal import visible
+
 _PATIENCE = 10.0  # s; work that is done by then leaves no line in a log
 _DELAY = 1.0  # s; and by then no bar on a terminal
 _WIDTH = 79  # of a bar where the terminal does not say how wide it is
@@ -99,7 +101,7 @@ class _Bar(Count):
 
     def note(self, now: str) -> None:
         with self._lock:
-            self._now = f", {now}"
+            self._now = f", {visible(now)}"
             self.bar.set_postfix_str(f"{self}{self._now}")
 
     def _show(self, cost: float) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -14,7 +12,7 @@ from typing import Any
 
 from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
-from lightning_merge.utilities.grid import Cell, Grid, places
+from lightning_merge.utilities.grid import Cell, Grid, as_csv, places
 
 
 @dataclass(frozen=True)
@@ -103,11 +101,8 @@ class FoundationsTable:
 
     def csv(self) -> str:
         """Format every measurement as CSV, with unrounded numbers."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(self.records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.records)
-        return out.getvalue()
+        columns = list(self.records[0])
+        return as_csv([columns, *([record.get(column) for column in columns] for record in self.records)])
 
     def save(self, folder: str | Path) -> None:
         """Write ``results.jsonl``, ``table.md``, ``table.tex`` and ``table.csv`` (every measurement) to a folder."""

@@ -9,10 +9,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from lightning_merge.evaluation.engines.parcels import Outcome, Parcel
-from lightning_merge.evaluation.jobs import Job
+from lightning_merge.evaluation.jobs import Job, tell
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.progress import Count, counted
 
@@ -94,7 +92,7 @@ class Dispatch(Generic[Handle]):
             except BaseException as error:
                 self._workers.stop(list(self._running))
                 if isinstance(error, KeyboardInterrupt):
-                    rank_zero_info("benchmark: interrupted; the same command goes on with the jobs that are not done")
+                    tell("benchmark: interrupted; the same command goes on with the jobs that are not done")
                 raise
         if self._failure is not None:
             raise self._failure
@@ -129,11 +127,11 @@ class Dispatch(Generic[Handle]):
             outcome = replace(outcome, known=True, error=_UNSEEN.format(host=outcome.host or "its worker"))
         if outcome.error is None:
             self._finish(job)
-            rank_zero_info(f"benchmark: {job.name}, {outcome.seconds:.1f} s on {outcome.host} ({self._count})")
+            tell(f"benchmark: {job.name}, {outcome.seconds:.1f} s on {outcome.host} ({self._count})")
         elif outcome.lost and self._failure is None and self._lost[job.name] < self._retries:
             self._lost[job.name] += 1
             again = f"{self._lost[job.name]} of {self._retries}"
-            rank_zero_info(f"benchmark: {job.name} has lost its worker and is handed out again ({again})")
+            tell(f"benchmark: {job.name} has lost its worker and is handed out again ({again})")
             self._hand_out([job])
         elif self._failure is None:
             self._failure = _error(job, outcome, self._lost[job.name] + 1)
@@ -141,7 +139,7 @@ class Dispatch(Generic[Handle]):
             for handle in self._workers.take_back(list(self._running)):
                 del self._running[handle]
             running = ", ".join(other.name for other in self._running.values())
-            rank_zero_info(f"benchmark: {job.name} has failed" + (f"; waiting for {running}" if running else ""))
+            tell(f"benchmark: {job.name} has failed" + (f"; waiting for {running}" if running else ""))
 
     def _is_seen(self, job: Job) -> bool:
         """Tell whether what a job has written is visible here; a network file system may take a while to show it."""

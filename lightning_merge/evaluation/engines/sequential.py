@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from lightning_merge.evaluation.engines.engine import Engine
-from lightning_merge.evaluation.jobs import JobList, do_job
+from lightning_merge.evaluation.jobs import JobList, do_job, tell
 from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.utilities.progress import counted
 
@@ -28,7 +26,7 @@ class Sequential(Engine):
                 try:
                     seconds = do_job(job, seed)
                 except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first within a fit
-                    rank_zero_info(f"benchmark: interrupted in {job.name}; the same command goes on there")
+                    tell(f"benchmark: interrupted in {job.name}; the same command goes on there")
                     raise
                 count.step()
-                rank_zero_info(f"benchmark: {job.name}, {seconds:.1f} s ({count})")
+                tell(f"benchmark: {job.name}, {seconds:.1f} s ({count})")
