@@ -11,7 +11,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,8 @@ from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.models.fitted import best_checkpoint
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.locking import locked
+from lightning_merge.utilities.processes import processes_of_run
 from lightning_merge.utilities.terminal import visible
 
 _DONE = "done"
@@ -147,10 +149,10 @@ def fit_expert(
         raise KeyboardInterrupt
     best = best_checkpoint(trainer)
     weights = model.state_dict() if best is None else open_weights(best)
-    if trainer.is_global_zero:
-        save_weights(folder / "expert.ckpt", weights, hyper_parameters=model.hparams)
-        mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
-    trainer.strategy.barrier()
+    with processes_of_run().together():
+        if trainer.is_global_zero:
+            save_weights(folder / "expert.ckpt", weights, hyper_parameters=model.hparams)
+            mark_done(folder, {"domains": list(domains), "seconds": time.perf_counter() - started})
 
 
 def is_done(folder: Path) -> bool:
@@ -178,6 +180,24 @@ def settings_of(trainer: RepeatableTrainer, model: LightningModule, datamodule: 
         "callbacks": [_describe_callback(callback) for callback in trainer.given_callbacks],
         "weights": _fingerprint(model),
     }
+
+
+@contextmanager
+def claimed(trainer: RepeatableTrainer, output: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Have the output folder of a benchmark to this run alone within the block, for results of these settings.
+
+    Workers of an engine belong to the run that has handed them their jobs.
+
+    Raises:
+        MergeError: On every process, if another run works there, or if what is there is of other settings.
+    """
+    trainer.join_processes()
+    with ExitStack() as stack:
+        with processes_of_run().together():
+            if trainer.is_global_zero:
+                stack.enter_context(locked(output))
+                claim_output(output, settings, write=True)
+        yield
 
 
 def claim_output(output: Path, settings: Mapping[str, Any], write: bool) -> None:

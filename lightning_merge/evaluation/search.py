@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +24,7 @@ from lightning_merge.merging.merged import Merged
 from lightning_merge.merging.sweeping import SearchGrid, Setting, list_settings, sweep, with_setting
 from lightning_merge.methods import MergeMethod
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 from lightning_merge.utilities.progress import counted
 
 
@@ -120,13 +122,18 @@ def search_coefficients(
                 table = Table([*validation.own_records, *of_row])
                 stopping(setting).count(_measured(table.mean(row)))
                 score = _measured(table.normalized(row))
-                if best is None or score > best[0]:
+                if score > (-math.inf if best is None else best[0]):  # NaN is above nothing
                     best = score, setting, merged
-    assert best is not None  # no grid is empty
+    if best is None:
+        raise MergeError(
+            "No setting of the search has a number for an accuracy, and neither is the best; see whether the experts' "
+            "validation data hold images, and whether their accuracies are numbers."
+        )
     score, setting, merged = best
     table = Table([*validation.own_records, *records])
-    if output is not None and trainer.is_global_zero:
-        table.save(output)
+    with processes_of_run().together():
+        if output is not None and trainer.is_global_zero:
+            table.save(output)
     return Found(with_setting(method, setting), setting, merged, table, score)
 
 

@@ -70,7 +70,8 @@ class Plan:
 
     def text(self) -> str:
         """Write the plan as Markdown that reads well in a terminal."""
-        experts = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'} ({', '.join(map(visible, self.experts))})"
+        names = ", ".join(map(visible, self.experts))
+        experts = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'} ({names})"
         blocks = [f"# Plan: {self.method['class_path']} of {experts}", self._headline()]
         if self.inventory is not None:
             blocks += [

@@ -18,6 +18,9 @@ from lightning_merge.checkpoints.hyper_parameters import SAFE, unsafe_arguments
 from lightning_merge.trainer.model_of_checkpoint import model_of_checkpoint
 from lightning_merge.trainer.trainer import MergeTrainer
 from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.processes import connected
+from lightning_merge.utilities.signals import asked_end, end_children, ended_by_sigterm
+from lightning_merge.utilities.terminal import visible
 
 _VERBS = ("merge", "search", "statistics", "evaluate", "benchmark", "analyze")
 """The verbs that Lightning lacks; none of them reads ``--ckpt_path``."""
@@ -65,13 +68,22 @@ class MergeCLI(LightningCLI):
         try:
             _check_trainer_class(trainer_class)
             _make_known(model_class is None, datamodule_class is None)
-            super().__init__(*classes, *args, **kwargs)
+            with ended_by_sigterm(), connected():
+                super().__init__(*classes, *args, **kwargs)
         except (ValueError, ProcessRaisedException) as error:
             sentence = _merge_error(error)
             if sentence is None:
                 raise
             sys.stderr.write(f"lightning-merge: {sentence}\n")
             sys.exit(1)
+        except (KeyboardInterrupt, SystemExit) as error:
+            end = asked_end(error)
+            if end is None:
+                raise
+            status, how = end
+            end_children()
+            sys.stderr.write(f"lightning-merge: {how}; no file is half-written, and the same command begins again.\n")
+            sys.exit(status)
 
     trainer: MergeTrainer
 
@@ -136,7 +148,7 @@ class MergeCLI(LightningCLI):
         """Say what was merged, and show the evaluation of the merged model if there was one; or show the plan."""
         if self.trainer.plan is not None:
             if self.trainer.is_global_zero:
-                sys.stdout.write(f"{self.trainer.plan.text()}\n")
+                _say(self.trainer.plan.text())
             sys.exit(1 if self.trainer.plan.problems else 0)
         merged, output = self.trainer.merged, self._get(self.config, "output")
         if self.trainer.is_global_zero and merged is not None:
@@ -144,7 +156,7 @@ class MergeCLI(LightningCLI):
             more = f", and the tasks' {beside[0]} beside it" if beside else ""
             card = self._get(self.config, "card")
             more += f", and its card {card}" if card is not None else ""
-            sys.stdout.write(f"{merged.summary()}; wrote {output}{more}\n")
+            _say(f"{merged.summary()}; wrote {output}{more}")
         self._show_table()
         self._show_report()
 
@@ -154,14 +166,14 @@ class MergeCLI(LightningCLI):
         if self.trainer.is_global_zero and recorded is not None:
             about = open_weights(recorded).header["statistics"]
             kinds = ", ".join(about["kinds"])
-            sys.stdout.write(f"{kinds} of {about['examples']} examples; wrote {recorded}\n")
+            _say(f"{kinds} of {about['examples']} examples; wrote {recorded}")
 
     def after_search(self) -> None:
         """Show the settings that were tried, and say which was chosen and merged."""
         self._show_table()
         result, output = self.trainer.found, self._get(self.config, "output")
         if self.trainer.is_global_zero and result is not None:
-            sys.stdout.write(f"\n{result.summary()}\n{result.merged.summary()}; wrote {output}\n")
+            _say(f"\n{result.summary()}\n{result.merged.summary()}; wrote {output}")
 
     def after_evaluate(self) -> None:
         """Show the table."""
@@ -179,11 +191,16 @@ class MergeCLI(LightningCLI):
 
     def _show_table(self) -> None:
         if self.trainer.is_global_zero and self.trainer.table is not None:
-            sys.stdout.write(f"\n{self.trainer.table}\n")
+            _say(f"\n{self.trainer.table}")
 
     def _show_report(self) -> None:
         if self.trainer.is_global_zero and self.trainer.report is not None:
-            sys.stdout.write(f"\nThe report is {self.trainer.report}\n")
+            _say(f"\nThe report is {self.trainer.report}")
+
+
+def _say(text: str) -> None:
+    """Write lines to the terminal."""
+    sys.stdout.write(visible(f"{text}\n", keep="\n"))
 
 
 def _merge_error(error: BaseException | None) -> MergeError | None:
@@ -191,7 +208,7 @@ def _merge_error(error: BaseException | None) -> MergeError | None:
     while error is not None and not isinstance(error, MergeError):
         if isinstance(error, ProcessRaisedException):
             _, name, sentence = str(error).rpartition(f"{MergeError.__module__}.{MergeError.__name__}: ")
-            return MergeError(sentence.strip()) if name else None
+            return MergeError(sentence.strip(), sentence.strip().splitlines()) if name else None
         error = error.__cause__ or error.__context__
     return error
 

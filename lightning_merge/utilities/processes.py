@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
 from lightning_merge.utilities.errors import MergeError
+
+_LOST = re.compile(
+    r"ProcessExitedException|Dist(Network|Store)Error|gloo/gloo/|remote process exited|NCCL communicator was aborted"
+)
+"""What errors are called, or say, where another process cannot be reached; most back ends have no class for it."""
 
 
 class Processes:
@@ -42,7 +49,8 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        with connected():
+            dist.all_gather_object(values, value)
         return values
 
     @contextmanager
@@ -57,9 +65,11 @@ class Processes:
             yield
         except Exception as error:
             failure = error
-        failures = self.gather(failure if failure is None or isinstance(failure, MergeError) else str(failure))
-        if failure is not None:
-            raise failure
+        try:
+            failures = self.gather(failure if failure is None or isinstance(failure, MergeError) else str(failure))
+        finally:
+            if failure is not None:
+                raise failure
         for rank, other in enumerate(failures):
             if isinstance(other, MergeError):
                 raise other
@@ -94,7 +104,8 @@ class Processes:
         if self.count == 1:
             return tensor
         total = tensor.detach().to(self._through or tensor.device, copy=True)
-        dist.all_reduce(total)
+        with connected():
+            dist.all_reduce(total)
         return total.to(tensor.device)
 
     @property
@@ -135,7 +146,8 @@ class Processes:
                 wanted = like(name) if computed is None else computed
                 sent = wanted.detach().to(through).contiguous().reshape(-1)
                 if sent.numel():
-                    dist.broadcast(sent.view(torch.uint8), src=rank)  # not every backend knows every dtype
+                    with connected():
+                        dist.broadcast(sent.view(torch.uint8), src=rank)  # not every backend knows every dtype
                 if computed is None:
                     tensors[name] = sent.reshape(wanted.shape).to(wanted.device)
 
@@ -149,6 +161,25 @@ class Processes:
         names = [list(meta), *([] for _ in range(self.count - 1))]
         self.exchange(received, names, like=lambda name: torch.empty_like(meta[name], device="cpu"))
         return received
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Say it in a sentence if another process of the run was lost while this one exchanged something with it.
+
+    Raises:
+        MergeError: If a process was lost.
+    """
+    try:
+        yield
+    except (RuntimeError, ProcessException) as error:
+        if not _LOST.search(f"{type(error).__name__}: {error}"):
+            raise
+        raise MergeError(
+            "Another process of this run has ended or cannot be reached any more, and this one cannot go on without "
+            "it; see what that one has said, and whether its machine had enough memory, then give the same command "
+            "again."
+        ) from error
 
 
 def processes_of_run() -> Processes:

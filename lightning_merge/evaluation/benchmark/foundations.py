@@ -38,7 +38,7 @@ from lightning_merge.evaluation.engines import Engine, Sequential
 from lightning_merge.evaluation.jobs import (
     Job,
     JobList,
-    claim_output,
+    claimed,
     fit_expert,
     is_done,
     mark_done,
@@ -51,6 +51,7 @@ from lightning_merge.evaluation.task_models import model_of_task, start_from
 from lightning_merge.merging.aligning import find_groups
 from lightning_merge.methods import MergeMethod
 from lightning_merge.utilities.errors import raise_all
+from lightning_merge.utilities.processes import processes_of_run
 
 
 @dataclass
@@ -89,9 +90,9 @@ class FoundationsBenchmark(JobList):
             "seed": seed,
         }
         del settings["weights"]
-        claim_output(self.output, settings, write=self.trainer.is_global_zero)
-        self.engine.run(self, seed)
-        return self.write_results()
+        with claimed(self.trainer, self.output, settings):
+            self.engine.run(self, seed)
+            return self.write_results()
 
     def jobs(self) -> list[Job]:
         """List the jobs: for every seed the foundations, the experts, and the merges of the first two, three, …."""
@@ -160,9 +161,9 @@ class FoundationsBenchmark(JobList):
     def measure(self, study: int, count: int) -> None:
         """Merge the first experts in every way and test the models on every task."""
         records = measure(self, study, self.used[:count])
-        if self.trainer.is_global_zero:
-            mark_done(self._folder(study) / "merged" / str(count), {"records": records})
-        self.trainer.strategy.barrier()
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                mark_done(self._folder(study) / "merged" / str(count), {"records": records})
 
     # What is on disk
 
@@ -184,8 +185,9 @@ class FoundationsBenchmark(JobList):
             for count in self.options.merged:
                 records += read_done(self._folder(study) / "merged" / str(count))["records"]
         table = FoundationsTable(records)
-        if self.trainer.is_global_zero:
-            table.save(self.output)
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                table.save(self.output)
         return table
 
     def _check(self) -> None:

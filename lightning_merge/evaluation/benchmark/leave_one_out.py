@@ -37,7 +37,7 @@ from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_doma
 from lightning_merge.evaluation.jobs import (
     Job,
     JobList,
-    claim_output,
+    claimed,
     fit_expert,
     is_done,
     mark_done,
@@ -78,9 +78,9 @@ class Benchmark(JobList):
         """Do every job that is not done, and write the results."""
         self._check()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self._claim_output(seed)
-        self.engine.run(self, seed)
-        return self.write_results()
+        with claimed(self.trainer, self.output, self._settings(seed)):
+            self.engine.run(self, seed)
+            return self.write_results()
 
     def jobs(self) -> list[Job]:
         """List the jobs: the base, the experts, their comparison, their statistics, and every domain held out."""
@@ -216,8 +216,9 @@ class Benchmark(JobList):
         position = {name: i for i, name in enumerate(self.methods)}
         kept = [record for record in records if record["method"] is None or record["row"] in position]
         table = Table(sorted(kept, key=lambda record: position.get(record["row"], -1)))
-        if self.trainer.is_global_zero:
-            table.save(self.output)
+        with processes_of_run().together():
+            if self.trainer.is_global_zero:
+                table.save(self.output)
         return table
 
     def updates(self) -> dict[str, dict[str, dict[str, float]]]:
@@ -242,16 +243,15 @@ class Benchmark(JobList):
             self.datamodule.split(domain, "test")
         self.datamodule.check(used)
 
-    def _claim_output(self, seed: int) -> None:
-        """Write the settings to the output folder, or check that what is there was made with the same ones."""
-        settings = {
+    def _settings(self, seed: int) -> dict[str, Any]:
+        """Collect what the results depend on."""
+        return {
             **settings_of(self.trainer, self.model, self.datamodule),
             "pretrain": asdict(self.pretrain) if self.pretrain else None,
             "statistics": asdict(self.statistics) if self.statistics else None,
             "domains": list(self.domains),
             "seed": seed,
         }
-        claim_output(self.output, settings, write=self.trainer.is_global_zero)
 
 
 def _statistics_path(expert: Weights) -> Path:

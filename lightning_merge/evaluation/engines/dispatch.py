@@ -159,5 +159,6 @@ def _error(job: Job, outcome: Outcome, attempts: int) -> Exception:
             "give it more memory or time, then the same command goes on with the jobs that are not done."
         )
     if outcome.known:
-        return MergeError(f"The job {job.name!r} has failed: {outcome.error}")
+        text = f"The job {job.name!r} has failed: {outcome.error}"
+        return MergeError(text, text.splitlines())
     return RuntimeError(f"The job {job.name!r} has failed on {outcome.host}:\n{outcome.error}")

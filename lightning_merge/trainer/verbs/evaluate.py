@@ -15,6 +15,7 @@ from lightning_merge.evaluation.held_out import BASE, check_names
 from lightning_merge.report.loggers import log_to_loggers
 from lightning_merge.trainer.verbs.reporting import ReportingTrainer
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 
 
 class EvaluateVerb(ReportingTrainer):
@@ -60,10 +61,11 @@ class EvaluateVerb(ReportingTrainer):
         rows |= {name: open_expert(path, origin, name) for name, path in (candidates or {}).items()}
         by_domain = {domain: open_expert(path, origin, f"expert {domain}") for domain, path in (experts or {}).items()}
         self.table = self._evaluate(model, datamodule, rows, by_domain)
-        if output is not None and self.is_global_zero:
-            self.table.save(output)
-        if self.is_global_zero:
-            log_to_loggers(self.given_loggers, self.table, {})
+        with processes_of_run().together():
+            if output is not None and self.is_global_zero:
+                self.table.save(output)
+            if self.is_global_zero:
+                log_to_loggers(self.given_loggers, self.table, {})
         return self.table
 
     def _evaluate(

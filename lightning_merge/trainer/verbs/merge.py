@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lightning_merge.checkpoints import write_text
 from lightning_merge.checkpoints.folders import CARD, is_folder
@@ -139,7 +137,7 @@ class MergeVerb(ReportingTrainer):
             self.plan = make_plan(source, sources, method, **options)
             return self.plan
         self.plan = None
-        processes = Processes(self._join_processes())
+        processes = Processes(self.join_processes())
         weights, opened = several.open(source, experts, processes)
         options |= module_and_data(self, model, domains, method, opened)
         if repair is not None:
@@ -174,14 +172,3 @@ class MergeVerb(ReportingTrainer):
                 figures = report_merge(merged, report, self.table, self.configuration, workers).figures
             self.report = Path(report)
         log_to_loggers(self.given_loggers, self.table, figures)
-
-    def _join_processes(self) -> bool:
-        """Start the other processes of this run, or join them; tell whether there are any to share work with.
-
-        Processes that are forked for one call and end with it (``ddp_spawn``, ``ddp_fork``) are not started for it.
-        """
-        launcher = self.strategy.launcher
-        if self.world_size == 1 or not isinstance(launcher, _SubprocessScriptLauncher):
-            return False
-        launcher.launch(self.strategy.setup_environment)
-        return torch.distributed.is_initialized()

@@ -14,6 +14,7 @@ from lightning_merge.merging.plan import Plan
 from lightning_merge.report.loggers import log_to_loggers
 from lightning_merge.report.page import Page
 from lightning_merge.report.writing import REPORT
+from lightning_merge.utilities.processes import processes_of_run
 from lightning_merge.utilities.progress import show_progress
 
 
@@ -41,9 +42,10 @@ class ReportingTrainer(RepeatableTrainer):
 
     def _publish(self, report: Callable[..., Page] | None, folder: Path) -> None:
         """Write the report of a table into its folder, and both to the loggers that were given."""
-        if self.is_global_zero:
-            figures = {}
-            if report is not None:
-                figures = report(self.table, folder, configuration=self.configuration).figures
-                self.report = folder / REPORT
-            log_to_loggers(self.given_loggers, self.table, figures)
+        with processes_of_run().together():
+            if self.is_global_zero:
+                figures = {}
+                if report is not None:
+                    figures = report(self.table, folder, configuration=self.configuration).figures
+                    self.report = folder / REPORT
+                log_to_loggers(self.given_loggers, self.table, figures)

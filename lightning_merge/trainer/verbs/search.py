@@ -18,6 +18,7 @@ from lightning_merge.report.writing import (
 )
 from lightning_merge.trainer.verbs.reporting import ReportingTrainer
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.processes import processes_of_run
 
 GridValue = int | float | bool | str
 
@@ -99,8 +100,9 @@ class SearchVerb(ReportingTrainer):
                 workers=workers,
             )
         self.merged, self.table = self.found.merged, self.found.table
-        if self.is_global_zero:
-            self.merged.save(output)
+        with processes_of_run().together():
+            if self.is_global_zero:
+                self.merged.save(output)
         setting, name = row_name(self.found.setting), type(self.found.method).__name__
         self._publish(partial(report_search, chosen=setting, method=name), Path(results))
         return self.found
