@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -142,6 +143,30 @@ class TestEarlyStopping:
         rows = [f"smooth {s}, scale {x}" for s in (0.0, 1.0) for x in SCALES[:6]]
         assert found.table.row_names == [*rows, "own expert"]
         assert found.setting == {"smooth": 0.0, "scale": 0.5}  # the first of equal ones
+
+
+@pytest.fixture
+def not_a_number(monkeypatch):
+    """Give the accuracies of some rows as NaN."""
+    rows: set[str] = set()
+
+    def evaluate(*args):
+        return [r | {"accuracy": math.nan} if r["row"] in rows else r for r in evaluate_candidates(*args)]
+
+    monkeypatch.setattr(search, "evaluate_candidates", evaluate)
+    return rows
+
+
+@pytest.mark.parametrize("lost", [["scale 0.3"], ["scale 0.3", "scale 0.4"], ["scale 0.7"]])
+def test_what_has_no_number_is_not_the_best(not_a_number, lost):
+    not_a_number.update(lost)
+    assert run(grid={"scale": SCALES}, patience=None).setting == {"scale": 0.5}
+
+
+def test_a_search_without_any_number(not_a_number):
+    not_a_number.update(f"scale {scale}" for scale in SCALES)
+    with pytest.raises(lm.MergeError, match="No setting of the search has a number"):
+        run(grid={"scale": SCALES}, patience=None)
 
 
 def test_one_merge_serves_all_coefficients(monkeypatch):
