@@ -35,13 +35,16 @@ class Dense(Change):
 
     Args:
         stored: Reads the difference, in the parameter's number of entries.
+        scaling: Its coefficient.
     """
 
     stored: Callable[[], Tensor]
+    scaling: float = 1.0
 
     def delta(self, shape: torch.Size) -> Tensor:
         """Read the difference ``(…)``."""
-        return wide(self.stored()).reshape(shape)
+        difference = wide(self.stored()).reshape(shape)
+        return difference if self.scaling == 1 else self.scaling * difference.double()
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,51 @@ class Product(Change):
         """Compute the product ``(…)`` in float64."""
         left, right = self.factors()
         return (self.scaling * (left.double() @ right.double())).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Rows(Change):
+    """A change of single rows to others (the tokens of an embedding that were trained by themselves).
+
+    Args:
+        rows: Reads the new rows ``(k, …)``.
+        before: Reads the parameter ``(n, …)`` that is changed.
+        indices: Which k rows they replace.
+    """
+
+    rows: Callable[[], Tensor]
+    before: Callable[[], Tensor]
+    indices: Sequence[int]
+
+    def delta(self, shape: torch.Size) -> Tensor:
+        """Compute the difference ``(n, …)`` in float64, zero in all other rows."""
+        before, rows = self.before().cpu(), torch.tensor(self.indices)
+        delta = torch.zeros(shape, dtype=torch.float64)
+        delta[rows] = self.rows().double() - before[rows].double()
+        return delta
+
+
+@dataclass(frozen=True)
+class Decomposed(Change):
+    """A change to magnitude times direction of ``before + scaling · B A`` (DoRA).
+
+    Args:
+        product: The change ``scaling · B A`` that gives the directions.
+        magnitude: Reads the norms of the outputs, ``(out,)`` in any shape.
+        before: Reads the parameter that is changed, ``(out, in, …)``, or its transpose as in the product.
+    """
+
+    product: Product
+    magnitude: Callable[[], Tensor]
+    before: Callable[[], Tensor]
+
+    def delta(self, shape: torch.Size) -> Tensor:
+        """Compute the difference ``(…)`` in float64."""
+        before = self.before().cpu().double()
+        moved = before + self.product.delta(shape)
+        inputs = (0,) if self.product.transposed else tuple(range(1, len(shape)))
+        norms = torch.linalg.vector_norm(moved, dim=inputs, keepdim=True)
+        return self.magnitude().double().reshape(norms.shape) / norms * moved - before
 
 
 class Difference(Weights):
