@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.prefixes import Prefix, find_prefix
 from lightning_merge.checkpoints.weights import Weights
-from lightning_merge.utilities.tensors import wide
+from lightning_merge.utilities.tensors import mean, wide
 
 
 class View(Weights):
@@ -142,7 +142,7 @@ def mean_of(name: str, base: Weights, experts: Mapping[str, Weights]) -> Tensor:
     """
     like = base[name]
     copies = [wide(expert[name]).to(like.device) for expert in experts.values()]
-    return torch.stack(copies).mean(dim=0).to(like)
+    return mean(torch.stack(copies)).to(like)
 
 
 def as_named(expert: Weights, base: Weights) -> Weights:

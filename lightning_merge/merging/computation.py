@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +16,8 @@ from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
-from lightning_merge.utilities.tensors import Scratch
+from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.tensors import Scratch, is_finite, largest_magnitude
 from lightning_merge.utilities.workers import run_each
 
 
@@ -31,6 +34,7 @@ class Computation:
         inventory: What happens to every parameter.
         workers: Parameters that are computed at the same time.
         updates: Where the updates are kept once they are computed; None to forget them.
+        allow_non_finite: Whether the inputs were not looked at and may hold NaN or infinity.
         scratch: Where the task vectors of a parameter stand while it is merged.
     """
 
@@ -42,12 +46,18 @@ class Computation:
     inventory: Inventory
     workers: int = 1
     updates: dict[str, Tensor] | None = None
+    allow_non_finite: bool = False
     scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def parameter(self, name: str) -> Tensor:
-        """Compute a parameter or buffer ``(…)`` of the model: ``base + scale * update``, a mean, or the base's own."""
+        """Compute a parameter or buffer ``(…)`` of the model: ``base + scale * update``, a mean, or the base's own.
+
+        Raises:
+            NonFiniteError: If finite inputs give NaN or infinity, or numbers that the base's dtype does not hold.
+        """
         if name in self.inventory.averaged:
-            return mean_of(name, self.base, self.experts)
+            mean = mean_of(name, self.base, self.experts)
+            return self._checked(name, mean, mean)
         if name in self.inventory.copied:
             return self.base[name].clone()
         return self._merged(name, self._update)
@@ -113,5 +123,57 @@ class Computation:
         base = self.base[name]
         context = self.task_vectors.context(name, self.survey, base)
         scratch = self.scratch if self.updates is None else None  # an update that is kept may be a part of them
-        change = update(lambda: self.task_vectors.stack(name, base, scratch), context)
-        return torch.add(context.base, change, alpha=self.method.scale).to(base)
+        with in_sentences(self.method, repr(name)):
+            change = update(lambda: self.task_vectors.stack(name, base, scratch), context)
+        merged = torch.add(context.base, change, alpha=self.method.scale)
+        return self._checked(name, merged.to(base), merged)
+
+    def _checked(self, name: str, rounded: Tensor, exact: Tensor) -> Tensor:
+        """Return a parameter ``(…)`` unless it is not finite where it should be, in the base's dtype or before."""
+        if is_finite(rounded):
+            return rounded
+        base = self.base[name]
+        odd = ~rounded.isfinite() & ~base.isinf()  # a mask stays infinite
+        if not odd.any() or (self.allow_non_finite and not all(map(is_finite, self._inputs(name)))):
+            return rounded
+        largest, scale = largest_magnitude(exact.masked_select(odd.to(exact.device))), f"{self.method.scale:g}"
+        what = f"{name!r}, merged by {type(self.method).__name__},"
+        if math.isfinite(largest):
+            wider = "float32" if base.dtype.itemsize < 4 else "float64"
+            raise NonFiniteError(
+                f"{what} reaches {largest:.3g}, and {base.dtype}, the base's type, ends at "
+                f"{torch.finfo(base.dtype).max:.3g}; give the base in {wider}, or a smaller scale than {scale}, or "
+                f"keep the base's with exclude: [{name}]."
+            )
+        precise = "" if exact.dtype == torch.float64 else "compute with merge(…, dtype=torch.float64), "
+        raise NonFiniteError(
+            f"{what} is not finite in {int(odd.sum())} of {odd.numel()} entries, though all inputs are; {precise}give "
+            f"another method, or a smaller scale than {scale}, or keep the base's with exclude: [{name}]."
+        )
+
+    def _inputs(self, name: str) -> Iterator[Tensor]:
+        """Read everything that goes into a parameter, and then, since a survey looks at the whole, into the others."""
+        for other in (name, *self.inventory.merged):
+            yield from (model[other] for model in (self.base, *self.experts.values()))
+            if other in self.inventory.merged:
+                yield from self.task_vectors.context(other).statistics.values()
+
+
+class NonFiniteError(MergeError):
+    """An error about merged values that are not finite though the inputs are."""
+
+
+@contextmanager
+def in_sentences(method: MergeMethod, what: str = "a matrix") -> Iterator[None]:
+    """Say in a sentence that LAPACK has failed within the block.
+
+    Raises:
+        MergeError: If it has.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise MergeError(
+            f"{type(method).__name__} cannot factorize {what}: its values are not finite, or too far apart; give "
+            "another method, or leave such parameters to the base with exclude."
+        ) from error

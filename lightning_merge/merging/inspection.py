@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
+from lightning_merge.merging.inventory import Inventory
 from lightning_merge.utilities.errors import raise_all
 from lightning_merge.utilities.processes import Processes
-from lightning_merge.utilities.tensors import is_finite
+from lightning_merge.utilities.tensors import LARGE, largest_magnitude
 from lightning_merge.utilities.workers import run_each
 
 
@@ -33,41 +36,113 @@ def fingerprint_all(models: Sequence[Weights], processes: Processes, workers: in
             files[path].note_fingerprint(digest)
 
 
-def check_finite(
-    models: Mapping[str, Weights], names: Mapping[str, Sequence[str]], processes: Processes, workers: int
-) -> None:
-    """Raise one error that lists every parameter that holds NaN or infinity; reads every tensor once.
+@dataclass(frozen=True)
+class Values:
+    """Values of the inputs, as far as a merge must know them before it computes.
 
     Args:
-        models: The models, by what to call them in the sentence: ``the base``, ``the expert photo``.
-        names: The parameters to look at, by model.
+        infinite: The parameters that are infinite in places, in all models alike (attention masks); None if nobody has
+            looked.
+        large: Whether there are finite numbers whose squares float32 may not hold, where the models differ.
+    """
+
+    infinite: frozenset[str] | None = None
+    large: bool = False
+
+
+def inspect_values(
+    base: Weights,
+    experts: Mapping[str, Weights],
+    statistics: Sequence[Weights],
+    kinds: Sequence[str],
+    inventory: Inventory,
+    processes: Processes,
+    workers: int,
+) -> Values:
+    """Look at every value that goes into a merge; each process reads a part of the tensors once.
+
+    Args:
+        base: The base.
+        experts: The experts by name.
+        statistics: The statistics of each expert's data.
+        kinds: The kinds of statistics that are used.
+        inventory: What happens to every parameter.
         processes: Who shares the work.
         workers: Tensors that are read at the same time.
 
     Raises:
-        MergeError: If there is any.
+        MergeError: If there is NaN, or infinity that not all models have in the same place; every parameter is listed.
     """
-    jobs = {
-        f"{i}/{name}": (what, name) for i, what in enumerate(models) for name in names[what] if name in models[what]
+    models = {f"the expert {name}": expert for name, expert in experts.items()}
+    weights = {"the base": base, **models}
+    sources = {**weights, **{source.name: source for source in statistics}}
+    shared = [*inventory.merged, *inventory.averaged]
+    names = {
+        "the base": [*shared, *inventory.copied],
+        **dict.fromkeys(models, shared),
+        **{source.name: [f"{kind}.{name}" for kind in kinds for name in inventory.merged] for source in statistics},
     }
+    jobs = {
+        f"{i}/{name}": (what, name) for i, what in enumerate(names) for name in names[what] if name in sources[what]
+    }
+    copied = set(inventory.copied)
     problems: dict[str, str] = {}
+    infinite: set[str] = set()
+    large: set[str] = set()
 
     def look(job: str) -> None:
         what, name = jobs[job]
-        tensor = models[what][name]
-        if not is_finite(tensor):
-            problems[job] = (
-                f"{name!r} of {what} holds values that are not finite ({int((~torch.isfinite(tensor)).sum())} of "
-                f"{tensor.numel()}); was its training diverging? Give another checkpoint, or merge all the same with "
-                "allow_non_finite: true."
-            )
+        tensor = sources[what][name]
+        if not tensor.is_floating_point() or (largest := largest_magnitude(tensor)) <= LARGE:
+            return
+        others = [] if name in copied else experts.values() if what == "the base" else [base] if what in models else []
+        differences = [difference(tensor, other[name]) for other in others]
+        if not math.isfinite(largest):
+            odd = ~tensor.isfinite() if what not in weights else tensor.isnan()
+            for differing in differences:
+                odd |= ~differing.isfinite() & ~tensor.isfinite()
+            if odd.any():
+                problems[job] = _sentence(name, what, tensor, odd, what in weights)
+                return
+            infinite.add(name)
+        # Statistics are added up, but not squared.
+        sizes = map(largest_magnitude, differences) if what in weights else [largest / LARGE]
+        if any(size > LARGE for size in sizes):
+            large.add(name)
 
     def entries(job: str) -> float:
         what, name = jobs[job]
-        return float(models[what].meta[name].numel())
+        return float(sources[what].meta[name].numel())
 
     shares = processes.share(list(jobs), entries)
     with processes.together():
         run_each(look, shares[processes.rank], workers, "checking", entries, "tensors")
-    gathered = {job: problem for part in processes.gather(problems) for job, problem in part.items()}
+    found = processes.gather((problems, infinite, large))
+    gathered = {job: problem for part, _, _ in found for job, problem in part.items()}
     raise_all([gathered[job] for job in jobs if job in gathered])
+    return Values(
+        frozenset().union(*(part for _, part, _ in found)),
+        any(bool(part) for _, _, part in found),
+    )
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Compute ``a - b`` in float64, ``(…), (…) -> (…)``; 0 where both are infinite and equal."""
+    a, b = a.double(), b.to(a.device).double()
+    return (a - b).masked_fill_(a == b, 0)
+
+
+def _sentence(name: str, what: str, tensor: Tensor, odd: Tensor, is_weight: bool) -> str:
+    """Say which values of a tensor ``(…)`` cannot be merged, those that ``odd (…)`` marks, and what to do."""
+    nan, count = int(tensor.isnan().sum()), int(odd.sum())
+    kinds = [f"{nan} NaN"] if nan else []
+    kinds += [f"{count - nan} infinite"] if count > nan else []
+    remedies = ["Give another checkpoint"]
+    if is_weight and count > nan:
+        remedies.append("make it the same in all models if it is a mask")
+    if is_weight and not (nan and what == "the base"):
+        remedies.append(f"keep the base's with exclude: [{name}]")
+    return (
+        f"{name!r} of {what} holds values that are not finite ({count} of {tensor.numel()}: {' and '.join(kinds)}); "
+        f"was its training diverging? {', '.join(remedies)}, or merge all the same with allow_non_finite: true."
+    )

@@ -17,8 +17,8 @@ from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.checkpoints.weights import widest
 from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
-from lightning_merge.merging.computation import Computation
-from lightning_merge.merging.inspection import check_finite, fingerprint_all
+from lightning_merge.merging.computation import Computation, in_sentences
+from lightning_merge.merging.inspection import Values, fingerprint_all, inspect_values
 from lightning_merge.merging.inventory import Inventory, take_inventory
 from lightning_merge.merging.manifest import make_manifest
 from lightning_merge.merging.merged import Merged
@@ -122,8 +122,8 @@ def merge(
     )
     processes = Processes(distributed)
     inputs = _open(base, experts, options.scaled(method), options, processes)
-    _inspect(inputs, options, processes)
-    merged, computation = _prepare(inputs, options, processes)
+    values = _inspect(inputs, options, processes)
+    merged, computation = _prepare(inputs, values, options, processes)
     return _compute(merged, computation, inputs.home, options, processes)
 
 
@@ -170,22 +170,18 @@ def _open(base: Source, experts: Experts, method: MergeMethod, options: MergeOpt
     return _Inputs(method, base, opened, statistics, inventory, home, device, workers)
 
 
-def _inspect(inputs: _Inputs, options: MergeOptions, processes: Processes) -> None:
-    """Hash every file, and check that every value that goes in is finite; each process does a part of it."""
-    models = {"the base": inputs.base} | {f"the expert {name}": expert for name, expert in inputs.experts.items()}
-    statistics = {source.name: source for source in inputs.statistics}
-    fingerprint_all([*models.values(), *statistics.values()], processes, inputs.workers)
+def _inspect(inputs: _Inputs, options: MergeOptions, processes: Processes) -> Values:
+    """Hash every file, and look at every value that goes in; each process does a part of it."""
+    base, experts, statistics = inputs.base, inputs.experts, inputs.statistics
+    fingerprint_all([base, *experts.values(), *statistics], processes, inputs.workers)
     if options.allow_non_finite:
-        return
-    inventory = inputs.inventory
-    shared = [*inventory.merged, *inventory.averaged]
-    kinds = [f"{kind}.{name}" for kind in inputs.method.needs for name in inventory.merged]
-    names = dict.fromkeys(models, shared) | dict.fromkeys(statistics, kinds)
-    names["the base"] = [*shared, *inventory.copied]
-    check_finite(models | statistics, names, processes, inputs.workers)
+        return Values()
+    return inspect_values(base, experts, statistics, inputs.method.needs, inputs.inventory, processes, inputs.workers)
 
 
-def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tuple[Merged, Computation]:
+def _prepare(
+    inputs: _Inputs, values: Values, options: MergeOptions, processes: Processes
+) -> tuple[Merged, Computation]:
     """Have the method look at the whole model once.
 
     Returns:
@@ -197,14 +193,15 @@ def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tu
             base,
             list(experts.values()),
             inventory.merged,
-            options.dtype or precision_of(method, base, experts.values()),
+            options.dtype or (torch.float64 if values.large else precision_of(method, base, experts.values())),
             inputs.device,
             options.rule,
             options.seed,
             statistics=inputs.statistics,
             tasks=_task_data(inputs, options) if method.needs_data else None,
+            infinite=values.infinite,
         )
-        with paths_taken() as paths, nullcontext() if method.needs_data else one_thread():
+        with paths_taken() as paths, nullcontext() if method.needs_data else one_thread(), in_sentences(method):
             survey = method.survey(task_vectors)
         manifest = make_manifest(
             method,
@@ -214,7 +211,9 @@ def _prepare(inputs: _Inputs, options: MergeOptions, processes: Processes) -> tu
             dict(zip(experts, inputs.statistics, strict=False)),
         )
     updates: dict[str, Tensor] | None = {} if options.keep_update else None
-    computation = Computation(method, base, experts, task_vectors, survey, inventory, inputs.workers, updates)
+    computation = Computation(
+        method, base, experts, task_vectors, survey, inventory, inputs.workers, updates, options.allow_non_finite
+    )
     first = next(iter(experts.values()))
     merged = Merged(
         weights={},

@@ -20,6 +20,7 @@ from lightning_merge.repair.tact import OWN_DATA
 from lightning_merge.utilities.batches import TaskBatches, data_problems
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.processes import Processes
+from lightning_merge.utilities.tensors import is_finite
 
 ALL_TASKS = "all tasks"
 """The name of a correction that serves every task."""
@@ -109,11 +110,12 @@ def repair(
     repairs = processes.gather(repairs)[0]
     if options.by == "tact":
         changes = {
-            task: partial(corrected_weights, module, correction=correction) for task, correction in repairs.items()
+            task: _finite(partial(corrected_weights, module, correction=correction))
+            for task, correction in repairs.items()
         }
         return replace(merged, repair=RepairResult(changes, corrections=repairs))
     if options.by == "probe":
-        changes = {task: partial(_replaced, renewed=head) for task, head in repairs.items()}
+        changes = {task: _finite(partial(_replaced, renewed=head)) for task, head in repairs.items()}
         return replace(merged, repair=RepairResult(changes, heads=repairs))
     if options.by == "batch_norm":
         return _for_all_tasks(merged, partial(_replaced, renewed=repairs))
@@ -153,11 +155,36 @@ def _repairs(
 def _for_all_tasks(merged: Merged, change: Change, unfolded: Correction | None = None) -> Merged:
     """Repair a model in one way for all tasks; of the corrections, those that its weights do not hold are noted."""
     result = RepairResult(
-        changes=dict.fromkeys(merged.experts, change),
+        changes=dict.fromkeys(merged.experts, _finite(change)),
         unrepaired=merged.weights,
         corrections={ALL_TASKS: unfolded} if unfolded else {},
     )
-    return replace(merged, weights=change(dict(merged.weights)), repair=result)
+    return replace(merged, weights=_finite(change)(dict(merged.weights)), repair=result)
+
+
+def _finite(change: Change) -> Change:
+    """Refuse what a change of weights makes of finite numbers, unless it is finite, too."""
+    return partial(_changed, change)
+
+
+def _changed(change: Change, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Change weights ``(…)``.
+
+    Raises:
+        MergeError: If what was finite is so no more, such as a gain that float16 does not hold; all are listed.
+    """
+    changed = change(weights)
+    raise_all(
+        [
+            f"{name!r} is not finite any more after the repair, in {tensor.dtype}; give the base in a wider type, or a "
+            "smaller repair.max_gain."
+            for name, tensor in changed.items()
+            if tensor is not weights.get(name)
+            and not is_finite(tensor)
+            and (name not in weights or is_finite(weights[name]))
+        ]
+    )
+    return changed
 
 
 def _replaced(weights: Mapping[str, Tensor], renewed: Mapping[str, Tensor]) -> dict[str, Tensor]:

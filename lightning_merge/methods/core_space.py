@@ -16,7 +16,7 @@ from lightning_merge.methods.base.blocks import Blocks
 from lightning_merge.methods.base.coordinate_wrapper import CoordinateWrapper, Rule
 from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.tsv_m import TSVM
-from lightning_merge.utilities.linalg import isotropize, svd
+from lightning_merge.utilities.linalg import above, isotropize, svd
 
 
 class Survey(NamedTuple):
@@ -52,11 +52,12 @@ def balanced_factors(deltas: Tensor, threshold: float = 1e-5) -> list[tuple[Tens
 
     Args:
         deltas: ``(T, m, n)``.
-        threshold: Singular values up to this one (an absolute number) are dropped.
+        threshold: Singular values up to this one (an absolute number) are dropped, see
+            :func:`lightning_merge.utilities.linalg.above`.
     """
     factors = []
-    for U, s, Vt in zip(*svd(deltas), strict=True):
-        kept = s > threshold
+    triplets = svd(deltas)
+    for U, s, Vt, kept in zip(*triplets, above(triplets[1], threshold), strict=True):
         root = s[kept].sqrt()
         factors.append((U[:, kept] * root, root.unsqueeze(-1) * Vt[kept]))
     return factors
@@ -76,7 +77,8 @@ class CoreSpace(CoordinateWrapper):
         isotropize: Give every merged core matrix a flat spectrum, as Iso-C does.
         per_layer: Let the method inside survey every core matrix by itself, as the authors' code does; otherwise all
             of them together, so that a threshold is that of the whole model.
-        sv_threshold: Singular values of dense experts up to this one (an absolute number) are dropped; not negative.
+        sv_threshold: Singular values of dense experts up to this one (an absolute number) are dropped, or, where that
+            would be all of a matrix, up to this share of the largest; not negative.
         scale: Scaling coefficient of the update; by default that of the method inside.
     """
 
@@ -114,7 +116,7 @@ class CoreSpace(CoordinateWrapper):
             task_vectors,
             sizes,
             read=lambda name: core(name, task_vectors[name]),
-            read_base=lambda name: core(name, task_vectors.context(name).base[None])[0],
+            read_base=lambda name: core(name, task_vectors.context(name).finite_base[None])[0],
         )
         if self.per_layer:
             inner: Any = {name: self.inside.survey(blocks.only(name)) for name in blocks}

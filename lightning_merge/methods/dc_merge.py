@@ -15,6 +15,7 @@ from lightning_merge.methods.base import Context, MergeMethod, Paper, check_rang
 from lightning_merge.methods.ties import disjoint_merge, trim
 from lightning_merge.methods.tsv_c import truncate
 from lightning_merge.methods.tsv_m import task_singular_basis
+from lightning_merge.utilities.tensors import mean
 
 
 def dc_merge(deltas: Tensor, keep_fraction: float = 1e-3) -> Tensor:
@@ -29,7 +30,7 @@ def dc_merge(deltas: Tensor, keep_fraction: float = 1e-3) -> Tensor:
     """
     T, r = len(deltas), min(deltas.shape[1:])
     if r < T:
-        return deltas.mean(dim=0)
+        return mean(deltas)
     q = r // T
     U, _, Vt = task_singular_basis(deltas)  # (m, qT), (qT, n)
     projections = U.mT @ truncate(deltas, q) @ Vt.mT  # (T, qT, qT)

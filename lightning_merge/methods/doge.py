@@ -15,6 +15,7 @@ from lightning_merge.methods.base import Context, MergeMethod, Paper, check_rang
 from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.utilities.linalg import svd
 from lightning_merge.utilities.order_statistics import kth_magnitude
+from lightning_merge.utilities.tensors import norm
 
 
 def shared_subspace(deltas: Tensor, subspace: int) -> Tensor:
@@ -102,7 +103,7 @@ class DOGE(MergeMethod):
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a matrix, ``(T, m, n) -> (m, n)``: modify, trim, sum."""
-        norms = torch.linalg.matrix_norm(deltas)
+        norms = norm(deltas, dim=(-2, -1))
         weights = torch.where(norms > 0, self.eta / norms, 0)  # (T,)
         basis = shared_subspace(deltas, self.subspace)
         change = modification(deltas, weights, basis, self.iterations, self.lr)

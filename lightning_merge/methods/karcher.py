@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Paper, check_range
 from lightning_merge.methods.base.weight_space import WeightSpaceMethod
+from lightning_merge.utilities.tensors import norm
 
 
 def karcher_mean(vectors: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
@@ -23,7 +24,7 @@ def karcher_mean(vectors: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tens
     Returns:
         ``(d,)``.
     """
-    norms = torch.linalg.vector_norm(vectors, dim=1)  # (T,)
+    norms = norm(vectors, dim=1)  # (T,)
     directions = vectors[norms > tol] / norms[norms > tol].unsqueeze(1)
     if len(directions) == 0:
         return vectors.mean(dim=0)

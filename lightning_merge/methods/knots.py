@@ -15,7 +15,7 @@ from lightning_merge.methods.base.blocks import Blocks
 from lightning_merge.methods.base.coordinate_wrapper import CoordinateWrapper, Rule
 from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.methods.ties import TIES
-from lightning_merge.utilities.linalg import sign_of_largest, svd
+from lightning_merge.utilities.linalg import above, sign_of_largest, svd
 
 
 class Layer(NamedTuple):
@@ -46,7 +46,7 @@ def common_basis(matrices: Tensor, threshold: float = 1e-5, span: Tensor | None 
 
     Args:
         matrices: ``(T, m, n)``.
-        threshold: An absolute number.
+        threshold: An absolute number, see :func:`lightning_merge.utilities.linalg.above`.
         span: ``(m, R)``, columns that span all others, if they are known: then R rows are decomposed instead of m.
 
     Returns:
@@ -57,7 +57,7 @@ def common_basis(matrices: Tensor, threshold: float = 1e-5, span: Tensor | None 
         U = Q @ common_basis(Q.mT @ matrices, threshold)
         return U * sign_of_largest(U)
     U, s, _ = svd(torch.cat(list(matrices), dim=1))
-    return U[:, s > threshold]
+    return U[:, above(s, threshold)]
 
 
 def join(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,7 +97,8 @@ class KnOTS(CoordinateWrapper):
         layers: ``official`` follows the authors' code: a weight and its bias are one matrix, the scale of a
             normalization is a diagonal one, and parameters without a weight (class token, positional embeddings,
             projections) stay the base's. ``matrices`` sees every matrix by itself and averages the rest.
-        sv_threshold: Singular values up to this one (an absolute number) are dropped; not negative.
+        sv_threshold: Singular values up to this one (an absolute number) are dropped, or, where that would be all of a
+            layer, up to this share of the largest; not negative.
         concat_across_output: Put the experts' matrices side by side, so that they share a basis of their outputs;
             otherwise one above the other, and a basis of their inputs.
         scale: Scaling coefficient of the update; by default that of the method inside.
@@ -136,7 +137,7 @@ class KnOTS(CoordinateWrapper):
             task_vectors,
             sizes,
             read=lambda key: coordinates(key, task_vectors.__getitem__),
-            read_base=lambda key: coordinates(key, lambda name: task_vectors.context(name).base[None])[0],
+            read_base=lambda key: coordinates(key, lambda name: task_vectors.context(name).finite_base[None])[0],
         )
         return Survey(layers, bases, blocks, self.inside.survey(blocks) if sizes else None)
 

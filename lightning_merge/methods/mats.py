@@ -103,6 +103,6 @@ class MaTS(MergeMethod):
             "average": matrices.mean(dim=0),
             "pretrained": torch.zeros_like(matrices[0]),
         }[self.initialization]
-        tolerance = self.rtol * images(matrices + context.base.flatten(1)).norm()
+        tolerance = self.rtol * images(matrices + context.finite_base.flatten(1)).norm()
         solution = conjugate_gradients(images, start, images(matrices - start), self.iterations, tolerance)
         return solution.reshape(deltas.shape[1:])

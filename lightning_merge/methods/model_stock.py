@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper
+from lightning_merge.utilities.tensors import mean, norm
 
 
 def model_stock(deltas: Tensor) -> Tensor:
@@ -22,13 +23,13 @@ def model_stock(deltas: Tensor) -> Tensor:
         return deltas[0].clone()
     cosine = mean_cosine(deltas).clamp(min=0)
     ratio = T * cosine / (1 + (T - 1) * cosine)
-    return ratio.unsqueeze(-1) * deltas.mean(dim=0)
+    return ratio.unsqueeze(-1) * mean(deltas)
 
 
 def mean_cosine(deltas: Tensor) -> Tensor:
     """Average the cosines of all pairs of experts along the last dimension: ``(T, …, d) -> (…)``; 0 for zeros."""
     T = len(deltas)
-    norms = torch.linalg.vector_norm(deltas, dim=-1, keepdim=True)
+    norms = norm(deltas, dim=-1, keepdim=True)
     directions = deltas / torch.where(norms > 0, norms, 1)
     # The square of the sum of the directions is the sum of all cosines, each pair twice and each expert with itself.
     pairs = directions.sum(dim=0).square().sum(dim=-1) - (norms > 0).sum(dim=0).squeeze(-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, Paper, check_choice, check_weight_count, check_weights
 from lightning_merge.methods.base.weight_space import WeightSpaceMethod
+from lightning_merge.utilities.tensors import norm
 
 
 def multi_slerp(vectors: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:
@@ -26,7 +27,7 @@ def multi_slerp(vectors: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:
     Returns:
         ``(d,)``.
     """
-    norms = torch.linalg.vector_norm(vectors, dim=1)  # (T,)
+    norms = norm(vectors, dim=1)  # (T,)
     mean = weights @ (vectors / (norms + eps).unsqueeze(1))
     length = torch.linalg.vector_norm(mean)
     if length < eps:

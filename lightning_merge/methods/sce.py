@@ -11,8 +11,10 @@ from torch import Tensor
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.methods.magnitude import largest
 from lightning_merge.methods.ties import per_expert
+from lightning_merge.utilities.tensors import homogeneous
 
 
+@homogeneous
 def sce(deltas: Tensor, select_topk: float = 1.0) -> Tensor:
     """Select the entries that vary most, calculate weights by energy, erase the minority's signs.
 
@@ -28,7 +30,8 @@ def sce(deltas: Tensor, select_topk: float = 1.0) -> Tensor:
         count = int(variances.count_nonzero() * select_topk)
         deltas = deltas * largest(variances.flatten(), count).view_as(variances)
     weights = deltas.square().reshape(len(deltas), -1).mean(dim=1)
-    weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    size = weights.sum()
+    weights = weights / torch.where(size > 0, size, 1)
     positive = deltas.sum(dim=0) >= 0
     agreeing = torch.where(positive, deltas > 0, deltas < 0) * per_expert(weights, deltas)
     total = agreeing.sum(dim=0)

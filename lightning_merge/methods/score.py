@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.tsv_m import task_singular_basis
+from lightning_merge.utilities.tensors import homogeneous, mean
 
 Mode = Literal["trimmed", "diagonal", "off_diagonal", "full"]
 Threshold = Literal["code", "paper"]
 
 
+@homogeneous
 def score(
     deltas: Tensor,
     mode: Mode = "trimmed",
@@ -27,7 +29,7 @@ def score(
     A matrix of rank below the number of experts has no direction to give to each of them; it is averaged.
     """
     if len(deltas) > min(deltas.shape[1:]):
-        return deltas.mean(dim=0)
+        return mean(deltas)
     U, _, Vt = task_singular_basis(deltas)  # (m, r), (r, n)
     return U @ resolve(project(deltas, U, Vt), mode, z, divide_by_num_tasks, threshold) @ Vt
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Paper, check_range
 from lightning_merge.methods.base.weight_space import WeightSpaceMethod
+from lightning_merge.utilities.tensors import norm
 
 
 def slerp(a: Tensor, b: Tensor, t: float, colinear: float = 0.9995, eps: float = 1e-8) -> Tensor:
@@ -22,7 +23,7 @@ def slerp(a: Tensor, b: Tensor, t: float, colinear: float = 0.9995, eps: float =
         colinear: Vectors whose cosine is larger than this in magnitude are interpolated on the straight line.
         eps: Vectors shorter than this are not normalised.
     """
-    norms = [torch.linalg.vector_norm(vector) for vector in (a, b)]
+    norms = [norm(vector, dim=0) for vector in (a, b)]
     cosine = (a / torch.where(norms[0] > eps, norms[0], 1)) @ (b / torch.where(norms[1] > eps, norms[1], 1))
     if abs(cosine) > colinear:
         return (1 - t) * a + t * b

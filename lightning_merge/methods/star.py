@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_range
 from lightning_merge.utilities.linalg import svd
+from lightning_merge.utilities.tensors import mean
 
 
 def star(deltas: Tensor, eta: float = 40.0) -> Tensor:
@@ -26,7 +27,8 @@ def star(deltas: Tensor, eta: float = 40.0) -> Tensor:
     norm = s.sum(dim=-1, keepdim=True)  # (T, 1)
     before = s.cumsum(dim=-1) - s  # what the larger singular values sum up to already
     kept = s * (before < norm * (eta / 100))
-    rescale = norm / kept.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(s.dtype).tiny)
+    left = kept.sum(dim=-1, keepdim=True)
+    rescale = norm / torch.where(left > 0, left, 1)
     return (U * (kept * rescale).unsqueeze(-2)) @ Vt
 
 
@@ -53,4 +55,4 @@ class STAR(MergeMethod):
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a matrix, ``(T, m, n) -> (m, n)``: the mean of what :func:`star` leaves of every expert."""
-        return star(deltas, self.eta).mean(dim=0)
+        return mean(star(deltas, self.eta))

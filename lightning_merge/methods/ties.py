@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from threading import Lock
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice, check_range
 from lightning_merge.methods.base.task_vectors import TaskVectors
+from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.order_statistics import kth_magnitude, moments, norm_fraction_magnitude
+from lightning_merge.utilities.tensors import mean
 from lightning_merge.utilities.tiling import indicator, pieces
 
 Majority = Callable[[], Tensor]
@@ -37,6 +39,9 @@ def elect(trimmed: Tensor, majority: Majority, rule: str = "mass", norms: Tensor
 
     Returns:
         ``(…)``.
+
+    Raises:
+        MergeError: If there is no such rule, or if it lacks its norms.
     """
     sign = vote(trimmed, rule, norms)
     undecided = indicator(torch.eq, sign, 0) * trimmed.abs().amax(dim=0)
@@ -45,14 +50,24 @@ def elect(trimmed: Tensor, majority: Majority, rule: str = "mass", norms: Tensor
 
 def vote(trimmed: Tensor, rule: str = "mass", norms: Tensor | None = None) -> Tensor:
     """Elect a sign per entry, 0 where nobody wins, see :func:`elect`: ``(T, …) -> (…)``."""
-    votes = trimmed
-    if rule != "mass":
-        assert norms is not None  # the shares need them
-        shares = trimmed.square() / per_expert(norms.square().clamp(min=torch.finfo(norms.dtype).tiny), trimmed)
-        votes = shares * trimmed.sign()
+    _check_rule("election", rule, ("mass", "normmass", "normfrac"))
+    if rule == "mass":
+        return trimmed.sum(dim=0).sign_()
+    if norms is None or norms.shape != trimmed.shape[:1]:
+        given = "none" if norms is None else f"shape {tuple(norms.shape)}"
+        raise MergeError(f"The election {rule!r} needs the norms ({len(trimmed)},) of the experts, got {given}.")
+    norms = norms.double()  # where squares stay in range
+    shares = trimmed.double().square() / per_expert(norms.where(norms > 0, 1).square(), trimmed)
+    votes = shares * trimmed.sign()
     if rule == "normfrac":
         votes = votes.gather(0, shares.argmax(dim=0, keepdim=True))
-    return votes.sum(dim=0).sign_()
+    return votes.sum(dim=0).sign_().to(trimmed)
+
+
+def _check_rule(what: str, rule: str, rules: Sequence[str]) -> None:
+    """Raise a MergeError unless a rule is one of those that there are."""
+    if rule not in rules:
+        raise MergeError(f"There is no {what} {rule!r}; give one of {', '.join(rules)}.")
 
 
 def agreeing_entries(trimmed: Tensor, sign: Tensor) -> Tensor:
@@ -67,17 +82,23 @@ def disjoint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") ->
     Args:
         trimmed: ``(T, …)``.
         sign: ``(…)``, the elected signs; where it is 0, negative entries count (as in the official code). None: all do.
-        merge: ``mean`` over the agreeing non-zero entries, their ``sum``, or the ``max`` in magnitude.
+        merge: ``mean`` over the agreeing non-zero entries, their ``sum``, or the ``max`` in magnitude, which gets the
+            elected sign.
 
     Returns:
         ``(…)``.
+
+    Raises:
+        MergeError: If there is no such merge, or no sign for the ``max``.
     """
+    _check_rule("disjoint merge", merge, ("mean", "sum", "max"))
     agreeing = trimmed if sign is None else agreeing_entries(trimmed, sign)
     if merge == "mean":
         return agreeing.sum(dim=0) / indicator(torch.ne, agreeing, 0).sum(dim=0).clamp_(min=1)
     if merge == "sum":
         return agreeing.sum(dim=0)
-    assert sign is not None  # which the largest magnitude gets
+    if sign is None:
+        raise MergeError("The largest magnitude gets the elected sign: give the signs, or merge by mean or sum.")
     return agreeing.abs().amax(dim=0) * sign
 
 
@@ -91,13 +112,17 @@ def joint_merge(trimmed: Tensor, sign: Tensor | None, merge: str = "mean") -> Te
 
     Returns:
         ``(…)``.
+
+    Raises:
+        MergeError: If there is no such merge.
     """
+    _check_rule("joint merge", merge, ("mean", "sum", "median", "magnitude"))
     if merge == "magnitude":
         merged = trimmed.gather(0, trimmed.abs().argmax(dim=0, keepdim=True)).squeeze(0)
     elif merge == "median":
         merged = trimmed.median(dim=0).values
     else:
-        merged = trimmed.mean(dim=0) if merge == "mean" else trimmed.sum(dim=0)
+        merged = mean(trimmed) if merge == "mean" else trimmed.sum(dim=0)
     return merged if sign is None else merged.abs() * sign
 
 

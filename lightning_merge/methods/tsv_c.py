@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper
 from lightning_merge.utilities.linalg import svd
+from lightning_merge.utilities.tensors import mean
 
 
 def truncate(matrices: Tensor, rank: int) -> Tensor:
@@ -40,7 +41,7 @@ class TSVC(MergeMethod):
 
     def matrix(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a matrix, ``(T, m, n) -> (m, n)``: the mean of the compressed experts."""
-        return truncate(deltas, min(deltas.shape[1:]) // len(deltas)).mean(dim=0)
+        return mean(truncate(deltas, min(deltas.shape[1:]) // len(deltas)))
 
     def task_update(self, deltas: Tensor, expert: int, context: Context) -> Tensor:
         """Compress one expert's update: ``(T, …) -> (…)``."""

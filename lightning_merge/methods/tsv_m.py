@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choice
 from lightning_merge.utilities.linalg import polar, svd
+from lightning_merge.utilities.tensors import mean
 
 Variant = Literal["svd", "eig", "lossless", "low_rank"]
 
@@ -60,7 +61,7 @@ def tsv_m(deltas: Tensor, variant: Variant = "svd") -> Tensor:
     r = min(deltas.shape[1:])
     q = r if variant == "lossless" else r // len(deltas)
     if q == 0:
-        return deltas.mean(dim=0)
+        return mean(deltas)
     U, s, Vt = task_singular_vectors(deltas, q)
     if variant == "eig":
         U, Vt = whiten_by_gram(U), whiten_by_gram(Vt.mT).mT

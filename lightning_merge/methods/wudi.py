@@ -14,6 +14,7 @@ from lightning_merge.methods.base import Context, MergeMethod, Paper, check_choi
 from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.linalg import svd
+from lightning_merge.utilities.tensors import mean, norm
 
 _OPENCLIP = ("*in_proj_weight", "*out_proj.weight", "*c_fc.weight", "*c_proj.weight")
 _TIMM = ("*attn.qkv.weight", "*attn.proj.weight", "*mlp.fc1.weight", "*mlp.fc2.weight")
@@ -55,8 +56,8 @@ def wudi_closed_form(deltas: Tensor) -> Tensor:
 
 def normalized(deltas: Tensor) -> Tensor:
     """Divide every expert's matrix by its Frobenius norm: ``(T, m, n) -> (T, m, n)``; zero where it is zero."""
-    norm = deltas.square().sum(dim=(-2, -1), keepdim=True).sqrt()
-    return torch.where(norm > 0, deltas / norm, 0)
+    size = norm(deltas, dim=(-2, -1), keepdim=True)
+    return torch.where(size > 0, deltas / size, 0)
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,4 @@ class WUDI(MergeMethod):
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter, ``(T, …) -> (…)``: zeros, or the mean."""
-        return torch.zeros_like(deltas[0]) if self.others == "base" else deltas.mean(dim=0)
+        return torch.zeros_like(deltas[0]) if self.others == "base" else mean(deltas)

@@ -10,10 +10,14 @@ How a matrix is decomposed is decided here and nowhere else; :func:`paths_taken`
   more exact than an SVD in float32; of float64 input those below 1e-4 of the largest, and then
 * ``svd``: the SVD of LAPACK or cuSOLVER, in float64;
 * ``products``: on a GPU, polar factors of float32 input from matrix products alone, where they converge.
+
+Matrices of very large or very small numbers are brought to the size of 1 by a power of two, and their singular values
+back, so that nothing overflows on the way.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.utilities.factorization_cache import _factorize
-from lightning_merge.utilities.tensors import is_finite
+from lightning_merge.utilities.tensors import largest_magnitude, norm, times_power, unit_exponent
 
 _FLOOR = {torch.float64: 1e-4, torch.float32: 1e-6}
 """The share of the largest singular value down to which a Gram matrix in float64 determines one as well as the input
@@ -46,25 +50,31 @@ def svd(matrices: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tens
         ``U (…, m, k)``, ``s (…, k)`` in descending order, ``Vt (…, k, n)``. The entry of largest magnitude in every
         column of ``U`` is positive. Where a singular value is zero to working precision, so are its vectors.
     """
-    if matrices.ndim > 2 and matrices.device.type == "cpu":  # one after another: no faster in a batch, and smaller
-        parts = [svd(matrix, rank) for matrix in matrices]
+    *batch, m, n = matrices.shape
+    k = min(m, n) if rank is None else min(m, n, rank)
+    if not k or not matrices.numel():
+        return matrices.new_zeros(*batch, m, k), matrices.new_zeros(*batch, k), matrices.new_zeros(*batch, k, n)
+    if batch and matrices.device.type == "cpu":  # one after another: no faster in a batch, and smaller
+        parts = [svd(matrix, k) for matrix in matrices]
         U, s, Vt = (torch.stack(part) for part in zip(*parts, strict=True))
         return U, s, Vt
-    m, n = matrices.shape[-2:]
     if m < n:
-        U, s, Vt = svd(matrices.mT, rank)
+        U, s, Vt = svd(matrices.mT, k)
         U, Vt = Vt.mT, U.mT
     else:
-        U, s, Vt = _tall_svd(matrices, n if rank is None else rank)
+        U, s, Vt = _tall_svd(matrices, k)
     sign = sign_of_largest(U)  # (…, 1, k)
     return U * sign, s, Vt * sign.mT
 
 
 def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the leading triplets of ``(…, m, n)`` with ``m >= n``; NaN where an entry is not finite."""
-    if not is_finite(matrices):
+    largest = largest_magnitude(matrices)
+    if not math.isfinite(largest):
         nan = torch.full_like(matrices, torch.nan)
         return nan[..., :rank], nan[..., 0, :rank], nan[..., :rank, :]
+    exponent = unit_exponent(largest)
+    matrices = times_power(matrices, exponent)
     eigenvalues, V = _factorize(_gram_eigh, matrices)
     s, V = eigenvalues.flip(-1)[..., :rank].clamp(min=0).sqrt(), V.flip(-1)[..., :rank]
     there = s > _FLOOR[matrices.dtype] * s[..., :1]
@@ -75,7 +85,7 @@ def _tall_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     else:
         U, Vt = matrices.double() @ (V / torch.where(there, s, 1).unsqueeze(-2)), V.mT
     U, s, Vt = (part.to(matrices.dtype) for part in (U * there.unsqueeze(-2), s * there, Vt * there.unsqueeze(-1)))
-    return U, s, Vt
+    return U, times_power(s, -exponent), Vt
 
 
 def polar(matrices: Tensor) -> Tensor:
@@ -108,9 +118,13 @@ def _polar(matrices: Tensor) -> tuple[Tensor, Tensor]:
     if m < n:
         factor, mean = _polar(matrices.mT)
         return factor.mT, mean
-    if not is_finite(matrices):
+    largest = largest_magnitude(matrices)
+    if not math.isfinite(largest):
         nan = torch.full_like(matrices, torch.nan)
         return nan, nan[..., 0, 0]
+    if exponent := unit_exponent(largest):
+        factor, mean = _polar(times_power(matrices, exponent))
+        return factor, times_power(mean, -exponent)
     exact = not matrices.is_cuda or torch.get_float32_matmul_precision() == "highest"  # products are not in TF32
     if matrices.dtype == torch.float32 and matrices.is_cuda and exact:
         factor, converged = polar_by_products(matrices)
@@ -142,8 +156,8 @@ def polar_by_products(matrices: Tensor, steps: int = 12) -> tuple[Tensor, bool]:
     Returns:
         ``(…, m, n)``, and whether its columns are orthonormal to rounding.
     """
-    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
-    X = matrices / torch.where(norm > 0, norm, 1)
+    size = norm(matrices, dim=(-2, -1), keepdim=True)
+    X = matrices / torch.where(size > 0, size, 1)
     lift, converge = (3.4445, -4.7750, 2.0315), (15 / 8, -10 / 8, 3 / 8)
     for a, b, c in (lift,) * (steps // 2) + (converge,) * (steps - steps // 2):
         A = X.mT @ X
@@ -167,6 +181,15 @@ def gram(matrices: Tensor) -> Tensor:
         G[..., i:j, i:] = rows
         G[..., i:, i:j] = rows.mT
     return G
+
+
+def above(values: Tensor, threshold: float) -> Tensor:
+    """Mark the singular values ``(…)`` above a threshold; where none is, those above this share of the largest one.
+
+    A threshold is an absolute number; it must not lose experts that have hardly moved altogether.
+    """
+    largest = values.amax() if values.numel() else 1
+    return values > (threshold if largest > threshold else threshold * largest)
 
 
 def sign_of_largest(U: Tensor) -> Tensor:

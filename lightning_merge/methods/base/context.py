@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.methods.base.matrices import Matrices
+from lightning_merge.utilities.tensors import is_finite
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Context:
     seed: int = 0
     survey: Any = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def finite_base(self) -> Tensor:
+        """The base's parameter ``(…)``, with zeros where it is infinite (an attention mask, in which nothing moves)."""
+        return self.base if is_finite(self.base) else self.base.masked_fill(self.base.isinf(), 0)
 
     def generator(self, stream: str = "") -> torch.Generator:
         """Make a random generator (on the CPU) that starts from this parameter's seed.

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_merge.methods.base.context import Context
 from lightning_merge.methods.base.task_vectors import TaskVectors
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.tensors import mean
 from lightning_merge.utilities.tiling import in_pieces, pieces
 
 
@@ -117,7 +118,7 @@ class MergeMethod(ABC):
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter that is no matrix: ``(T, …) -> (…)``. By default the mean."""
-        return deltas.mean(dim=0)
+        return mean(deltas)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter, by the rule for matrices where it counts as one: ``(T, …) -> (…)``."""

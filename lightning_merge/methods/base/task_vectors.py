@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.statistics import ParameterStatistics
 from lightning_merge.methods.base.task_data import TaskData
 from lightning_merge.utilities.errors import MergeError
-from lightning_merge.utilities.tensors import Scratch, wide
+from lightning_merge.utilities.tensors import Scratch, is_finite, wide
 
 Transform = Callable[[Tensor, Context], Tensor]
 """A change of the task tensors of one parameter: ``(T, …) -> (T, …)``."""
@@ -162,6 +162,8 @@ class ExpertTaskVectors(TaskVectors):
         matrices: Which parameters count as matrices.
         seed: What every parameter's own seed is derived from.
         statistics: What each expert's data say about its parameters, in the order of the experts; or nothing.
+        infinite: The parameters that are infinite in places; by default the base is looked at when it is read. Where an
+            expert is infinite as the base is (an attention mask), the difference is zero.
         tasks: The experts' module and the data of their tasks; or nothing.
     """
 
@@ -176,6 +178,7 @@ class ExpertTaskVectors(TaskVectors):
         seed: int = 0,
         statistics: Sequence[Weights] = (),
         tasks: TaskData | None = None,
+        infinite: Container[str] | None = None,
     ) -> None:
         super().__init__(names, matrices, seed)
         self._base = base
@@ -184,6 +187,7 @@ class ExpertTaskVectors(TaskVectors):
         self._device = device
         self._statistics = statistics
         self._tasks = tasks
+        self._infinite = infinite
 
     @property
     def num_experts(self) -> int:
@@ -210,8 +214,11 @@ class ExpertTaskVectors(TaskVectors):
         base = wide(base).to(self._device)
         empty = torch.empty if scratch is None else scratch.empty
         deltas = empty((self.num_experts, *base.shape), dtype=self._dtype, device=base.device)
+        infinite = not is_finite(base) if self._infinite is None else name in self._infinite
         for expert, delta in zip(self._experts, deltas, strict=True):
             _subtract(expert, name, base, delta)
+            if infinite:
+                delta.masked_fill_(base.isinf() & (expert[name].to(base) == base), 0)
         return deltas
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -257,5 +264,8 @@ def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:
     weight = wide(expert[name]).to(base.device)
     if weight.dtype == base.dtype == delta.dtype:
         torch.sub(weight, base, out=delta)
-    else:
-        delta.copy_(weight - base)
+        return
+    difference = weight - base
+    if not is_finite(difference):  # it may be beyond float32
+        difference = weight.to(delta.dtype) - base
+    delta.copy_(difference)

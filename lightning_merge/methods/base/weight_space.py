@@ -31,5 +31,6 @@ class WeightSpaceMethod(MergeMethod):
         """Merge a parameter, ``(T, …) -> (…)``: the merged weights minus the base."""
         if not deltas.any():
             return torch.zeros_like(deltas[0])
-        weights = (context.base + deltas).flatten(1) if deltas.ndim > 1 else (context.base + deltas).unsqueeze(1)
-        return self.combine(weights).reshape(deltas.shape[1:]) - context.base
+        base = context.finite_base
+        weights = (base + deltas).flatten(1) if deltas.ndim > 1 else (base + deltas).unsqueeze(1)
+        return self.combine(weights).reshape(deltas.shape[1:]) - base
