@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_merge.callbacks.merging_callback import MergingCallback, makes_layers_late
 from torch import Tensor
 
 from lightning_merge.checkpoints import check_output, checkpoint_of, open_weights, save_checkpoint
+from lightning_merge.checkpoints.contents import Beside, split_source
 from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, misses_last, trial_batches
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.modules import extra_state
 from lightning_merge.utilities.processes import processes_of_run
 
 
@@ -99,8 +102,16 @@ class MergeAfterFit(MergingCallback):
                 continue
             weights, merged = self.merge(trainer, pl_module, method, run)
             with processes_of_run().together():
+                if merged is not None and trainer.is_global_zero:
+                    self._warn_of_run(merged)
                 if merged is not None and trainer.is_global_zero and not trial_batches(trainer):
-                    _save(pl_module, weights, merged, self.outputs[name])
+                    _save(trainer, pl_module, weights, merged, self.outputs[name])
+
+    def _warn_of_run(self, merged: Merged) -> None:
+        """Warn where this run's model does not come from the base; of the others the check before the fit has told."""
+        said = merged.origins and merged.origins.only(self.name).warning()
+        if said and not self.options["allow_strangers"]:
+            warnings.warn(said, stacklevel=2)
 
     def _check_recorded(self, trainer: Trainer) -> None:
         """Raise a :class:`MergeError` if the statistics of this run will be those of other weights than are merged."""
@@ -123,7 +134,7 @@ class MergeAfterFit(MergingCallback):
         with processes.together():
             if processes.is_first:
                 experts = self.experts.values() if isinstance(self.experts, dict) else self.experts
-                sources = [open_weights(path) for path in (self.base, *experts) if Path(path).is_file()]
+                sources = [open_weights(path) for path in (self.base, *experts) if split_source(path)[0].is_file()]
                 raise_all([text for path in self.outputs.values() for text in problems_of(check_output, path, sources)])
 
 
@@ -140,12 +151,17 @@ def _outputs(output: str, methods: list[str]) -> dict[str, str]:
     return {name: output.replace("{method}", name) for name in methods}
 
 
-def _save(pl_module: LightningModule, weights: dict[str, Tensor], merged: Merged, path: str) -> None:
-    """Write a checkpoint that the module loads as one of its own."""
+def _save(trainer: Trainer, pl_module: LightningModule, weights: dict[str, Tensor], merged: Merged, path: str) -> None:
+    """Write a checkpoint that the module, and the data module, load as one of their own."""
+    datamodule: LightningDataModule | None = getattr(trainer, "datamodule", None)
     check_output(path, [merged.base, *merged.experts.values()])
     stored = {key: tensor.detach().cpu() for key, tensor in weights.items()}
-    content = checkpoint_of(stored, pl_module.hparams, merged.manifest)
-    if hasattr(pl_module, "_hparams_name"):
-        content["hparams_name"] = pl_module._hparams_name  # how load_from_checkpoint passes them
+    keys = {}
+    for source in (pl_module, datamodule):
+        if source is not None and hasattr(source, "_hparams_name"):
+            keys[source.CHECKPOINT_HYPER_PARAMS_NAME] = source._hparams_name  # how load_from_checkpoint passes them
+    if datamodule is not None and datamodule.hparams:
+        keys[datamodule.CHECKPOINT_HYPER_PARAMS_KEY] = dict(datamodule.hparams)
+    content = checkpoint_of(stored, pl_module.hparams, merged.manifest, Beside(keys, extra_state(pl_module)))
     pl_module.on_save_checkpoint(content)
     save_checkpoint(path, content)

@@ -10,6 +10,7 @@ from lightning_merge.callbacks.merging_callback import MergingCallback
 
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.modules import extra_state
 from lightning_merge.utilities.processes import processes_of_run
 
 Stage = Literal["fit", "validate", "test", "predict"]
@@ -48,7 +49,7 @@ class MergeAtSetup(MergingCallback):
         self.check(trainer, pl_module, {type(self.method).__name__: self.method}, with_run=False)
         weights, _ = self.merge(trainer, pl_module, self.method)
         with processes_of_run().together():
-            pl_module.load_state_dict(weights)
+            pl_module.load_state_dict({**extra_state(pl_module), **weights})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that a validation runs the merged model."""

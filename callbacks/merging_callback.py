@@ -23,6 +23,7 @@ from lightning_merge.merging.checks import check_arguments
 from lightning_merge.merging.inventory import compare
 from lightning_merge.merging.merge import merge
 from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.origins import check_origins
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.models.fitted import callbacks_of, check_whole
@@ -51,6 +52,7 @@ class MergingCallback(Callback):
         seed: Seed of methods that draw random numbers.
         name: What this run's expert is called. Methods that run the model while they merge (AdaMerging, RegMean++) need
             a ``DomainDataModule`` and experts that are named after its domains.
+        allow_strangers: Merge experts that do not come from the base, without a word about it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class MergingCallback(Callback):
         statistics: dict[str, str] | None = None,
         seed: int = 0,
         name: str = "this run",
+        allow_strangers: bool = False,
     ) -> None:
         self.base = base
         self.experts = experts
@@ -73,6 +76,7 @@ class MergingCallback(Callback):
             "matrices": matrices,
             "statistics": statistics,
             "seed": seed,
+            "allow_strangers": allow_strangers,
         }
 
     def check(
@@ -132,23 +136,23 @@ class MergingCallback(Callback):
                 raise failure
         seen = processes.gather(None if opened is None else _sizes(opened))
         work = partial(self._merge, trainer, pl_module, method)
-        merged, weights = None, None
+        merged, tensors = None, None
         with isolate_rng(), show_progress(False):  # Lightning's own bar may be up
             if opened is not None and all(files == seen[0] for files in seen):
                 merged = work(running, *opened, processes)
-                weights = dict(merged.weights)
+                tensors = _tensors(merged)
             else:
                 with processes.together():
                     if processes.is_first and opened is not None:
                         merged = work(running, *opened, Processes())
-                        weights = dict(merged.weights)
-                weights = processes.from_first(weights)
-        return {key: weights[name] for name, key in plain_names(_MODULE, state).items() if name in weights}, merged
+                        tensors = _tensors(merged)
+                tensors = processes.from_first(tensors)
+        return {key: tensors[name] for name, key in plain_names(_MODULE, state).items() if name in tensors}, merged
 
     def _problems(
         self, trainer: Trainer, pl_module: LightningModule, methods: Iterable[MergeMethod], with_run: bool
     ) -> list[str]:
-        """List everything that is in the way of the merges, from the headers of the files."""
+        """List everything that is in the way of the merges, from headers and a sample of the weights."""
         state, who = pl_module.state_dict(), type(pl_module).__name__
         late = f"If {who} makes layers in setup() or configure_model(), make them in __init__: they are not there yet."
         if not state:
@@ -166,6 +170,8 @@ class MergingCallback(Callback):
             problems += self._data_problems(trainer, method, experts)
             if method.needs and not problems:
                 problems += self._statistics_problems(trainer, method, base, earlier, inventory.merged, with_run)
+        if not problems and earlier:
+            problems += problems_of(check_origins, base, earlier, inventory.merged, self.options["allow_strangers"])
         return problems
 
     def models_of(self, own: Weights, with_run: bool) -> tuple[Weights, dict[str, Weights]]:
@@ -243,7 +249,7 @@ class MergingCallback(Callback):
             keeps = _of_first(processes, running)
         whole = Completed(base, keeps, left_out)
         module_data = module_and_data(trainer, pl_module, getattr(trainer, "datamodule", None), method, experts)
-        options = self.options_for(whole, *experts.values())
+        options = self.options_for(whole, *experts.values()) | {"allow_strangers": True}  # see `check`
         return merge(whole, experts, method, distributed=processes.count > 1, **options, **module_data)
 
     def options_for(self, *models: Weights) -> dict[str, Any]:
@@ -256,6 +262,11 @@ class MergingCallback(Callback):
 def makes_layers_late(module: LightningModule) -> bool:
     """Tell whether a module may make layers after the ``setup`` of callbacks."""
     return is_overridden("setup", module) or is_overridden("configure_model", module)
+
+
+def _tensors(merged: Merged) -> dict[str, Tensor]:
+    """Collect the merged tensors ``(…)``; other entries of a state dict (``_extra_state``) are the running module's."""
+    return {name: tensor for name, tensor in merged.weights.items() if isinstance(tensor, Tensor)}
 
 
 def _sizes(opened: tuple[Weights, Mapping[str, Weights], Sequence[Weights]]) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Diagnostics of merged models: functions that return numbers."""
 
 from lightning_merge.analysis.activations import SiteDifference, compare_activations
-from lightning_merge.analysis.agreement import cosines, distances, inner_products, norms, sign_conflicts
+from lightning_merge.analysis.agreement import distances, sign_conflicts
 from lightning_merge.analysis.alignment import (
     RankRule,
     leading_subspace,
@@ -22,6 +22,7 @@ from lightning_merge.analysis.probe import linear_probe
 from lightning_merge.analysis.records import GroupProfile, MatrixComparison, ParameterComparison
 from lightning_merge.analysis.score_map import ScoreMap, score_map
 from lightning_merge.analysis.spectra import effective_rank, energy_share, singular_values, stable_rank
+from lightning_merge.utilities.inner_products import cosines, inner_products, norms
 
 __all__ = [
     "GROUPS",

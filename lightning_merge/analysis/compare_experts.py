@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from lightning_merge.analysis.agreement import inner_products, sign_conflicts
+from lightning_merge.analysis.agreement import sign_conflicts
 from lightning_merge.analysis.alignment import OF_PAIRS, RankRule
 from lightning_merge.analysis.choosing import choose, operations
 from lightning_merge.analysis.comparison import Comparison
@@ -23,6 +23,7 @@ from lightning_merge.merging.merged import Merged
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.inner_products import inner_products
 from lightning_merge.utilities.tensors import Scratch, is_finite
 from lightning_merge.utilities.workers import count_workers, run_each
 
@@ -260,7 +261,8 @@ def update_ratios(
 
     Merged models that hold values that are not finite, and groups that no expert has moved, are left out.
     """
-    finite = {name: weights for name, weights in merged.items() if all(map(is_finite, weights.values()))}
+    tensors = {name: open_weights(weights, name) for name, weights in merged.items()}
+    finite = {name: weights for name, weights in tensors.items() if all(map(is_finite, weights.values()))}
     comparison = compare_experts(base, experts, finite, subspaces=False)
     groups = grouped(comparison.by_name)
     ratios = {name: {group: comparison.update_ratio(name, keys) for group, keys in groups.items()} for name in finite}

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_merge.analysis import agreement
+from lightning_merge.analysis.agreement import distances
 from lightning_merge.analysis.groups import GROUPS, grouped
 from lightning_merge.analysis.records import GroupProfile, MatrixComparison, ParameterComparison
 from lightning_merge.analysis.stored import from_plain, to_plain
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.inner_products import cosines, norms
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,11 +59,11 @@ class Comparison:
 
     def norms(self, names: Collection[str] | None = None) -> Tensor:
         """Compute the norms of the experts' task vectors ``(T,)``."""
-        return agreement.norms(self.products(names))
+        return norms(self.products(names))
 
     def cosines(self, names: Collection[str] | None = None) -> Tensor:
         """Compute the cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
-        return agreement.cosines(self.products(names))
+        return cosines(self.products(names))
 
     def mean_cosine(self, names: Collection[str] | None = None) -> float:
         """Average the cosines of all pairs of experts; NaN for a single one. Task vectors of zeros are left out."""
@@ -80,9 +81,7 @@ class Comparison:
 
     def distances(self, merged: str, names: Collection[str] | None = None) -> Tensor:
         """Compute the distances of a merged model to the experts ``(T,)``."""
-        return agreement.distances(
-            self.products(names), self._square(merged, names), self._merged_products(merged, names)
-        )
+        return distances(self.products(names), self._square(merged, names), self._merged_products(merged, names))
 
     def update_norm(self, merged: str, names: Collection[str] | None = None) -> float:
         """Compute the norm of a merged model's update."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from torch import Tensor
 
+from lightning_merge.checkpoints.contents import MARK, split_source
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.hub import HUB, download
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, load_json, open_safetensors
@@ -33,6 +34,8 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
         source: A ``.safetensors`` file, a Lightning ``.ckpt``, a ``.pt`` / ``.pth`` / ``.bin`` file with a state dict,
             a folder that holds one of these (a run of ``lightning-merge fit``, a Hugging Face, timm or open_clip
             folder, sharded or not), a model on the Hugging Face Hub (``hf-hub:OWNER/NAME``), or a state dict in memory.
+            Where a file of torch holds several sets of weights, ``state_dict`` is read; another one is named behind the
+            file: ``file.ckpt#state_dict_ema``, ``file.ckpt#callbacks/EMA/weights``.
         name: What to call this model in messages; by default the path.
 
     Returns:
@@ -46,15 +49,19 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
         return source
     if isinstance(source, Mapping):
         return from_memory(name or "the state dict", source)
+    part = None
     if isinstance(source, str) and source.startswith(HUB):
         path = _find_file(download(source))
     else:
-        path = _find_file(Path(source).expanduser())
+        place, part = split_source(source)
+        path = _find_file(place)
     name = name or str(source)
-    return _from_shards(name, path) if path.name.endswith(".index.json") else _from_file(name, path)
+    if part is not None and path.suffix not in TORCH_SUFFIXES:
+        raise MergeError(f"{path} holds one set of weights, and none is called {part!r}; leave {MARK}{part} out.")
+    return _from_shards(name, path) if path.name.endswith(".index.json") else _from_file(name, path, part)
 
 
-def _from_file(name: str, path: Path) -> Weights:
+def _from_file(name: str, path: Path, part: str | None = None) -> Weights:
     if path.suffix == ".safetensors":
         weights = open_safetensors(name, path)
         if TASK_VECTOR in weights.header:
@@ -64,7 +71,7 @@ def _from_file(name: str, path: Path) -> Weights:
             )
         return weights
     if path.suffix in TORCH_SUFFIXES:
-        return open_torch(name, path)
+        return open_torch(name, path, part)
     suffixes = ", ".join([".safetensors", *TORCH_SUFFIXES])
     raise MergeError(f"{path} is no weight file that is known here; give one that ends in {suffixes}, or a folder.")
 
@@ -124,10 +131,16 @@ def _from_shards(name: str, index: Path) -> Weights:
         readers={key: partial(home.__getitem__, key) for key, home in homes.items()},
         meta={key: home.meta[key] for key, home in homes.items()},
         path=index,
-        header=next(iter(shards.values())).header,
+        header=_header_of_all(list(shards.values())),
         tied={a: o for weights in shards.values() for a, o in weights.tied.items() if a in homes and o in homes},
         inputs=[file, *(input for weights in shards.values() for input in weights.inputs)],
     )
+
+
+def _header_of_all(shards: Sequence[Weights]) -> dict[str, Any]:
+    """Join what the shards hold besides tensors: the first one's, and the extra state of every one."""
+    extra = {key: value for shard in shards for key, value in shard.header.get("extra_state", {}).items()}
+    return shards[0].header | ({"extra_state": extra} if extra else {})
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, cast
 from torch import Tensor
 
 from lightning_merge.checkpoints.atomic import put_in_place, remove, restore, swap, sync
+from lightning_merge.checkpoints.contents import Beside
 from lightning_merge.checkpoints.folders import CARD, carry_over, is_folder, is_ours, weights_name
 from lightning_merge.checkpoints.part_file import PartFile, open_alone
 from lightning_merge.checkpoints.reading import TORCH_SUFFIXES
@@ -45,6 +46,7 @@ class StreamedModel:
         resume: Go on with what an interrupted run has finished, and keep what is finished if this one is interrupted.
         shard_size: The most bytes of one file in a folder.
         card: Gives the text of the model card of a folder, once the folder is complete; None for no card.
+        beside: What else a file of torch is to hold.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StreamedModel:
         resume: bool,
         shard_size: int,
         card: Callable[[], str] | None = None,
+        beside: Beside = Beside(),  # noqa: B008, a frozen dataclass
     ) -> None:
         self.path = path.expanduser().resolve()  # the file behind a symbolic link is replaced, not the link
         self._tied, self._manifest, self._hyper_parameters = tied, manifest, hyper_parameters
@@ -65,6 +68,7 @@ class StreamedModel:
         self._is_folder = is_folder(path)
         self._resume = resume
         self._card = card
+        self._beside = beside
         self._part = self.path.with_name(f".{self.path.name}.part")
         self._converted = self.path.with_name(f".{self.path.name}.part.torch")
         self._lock: BinaryIO | None = None
@@ -178,7 +182,7 @@ class StreamedModel:
         else:
             stored = file.mapped()
             stored |= {alias: stored[owner] for alias, owner in self._tied.items()}
-            save_torch(self._converted, self.path.suffix, stored, self._hyper_parameters, self._manifest)
+            save_torch(self._converted, self.path.suffix, stored, self._hyper_parameters, self._manifest, self._beside)
             put_in_place(self._converted, self.path)
             self._in_place = True
             self._part.unlink()

@@ -24,6 +24,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_merge.checkpoints.contents import choose_state, header_of
 from lightning_merge.checkpoints.files import InputFile, first_line
 from lightning_merge.checkpoints.weights import Weights, from_memory, named_tensors
 from lightning_merge.utilities.errors import MergeError
@@ -80,16 +81,16 @@ class _Place(NamedTuple):
     stride: tuple[int, ...]
 
 
-def open_torch(name: str, path: Path) -> Weights:
-    """Open a file of ``torch.save`` as weights, see :func:`lightning_merge.checkpoints.open_weights`."""
+def open_torch(name: str, path: Path, part: str | None = None) -> Weights:
+    """Open a file of ``torch.save`` (or a ``part`` of it) as weights, see :func:`~lightning_merge.open_weights`."""
     file = InputFile(path)
     try:
         records = _find_records(file)
-        weights = _open_lazily(name, file, records) if records is not None and _tells_positions() else None
+        weights = _open_lazily(name, file, records, part) if records is not None and _tells_positions() else None
         if weights is None:
             mapped = records is not None and not _tells_positions()
             _check_archive(path)
-            state, header = _parts(path, torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
+            state, header = _parts(path, torch.load(path, map_location="cpu", mmap=mapped, weights_only=True), part)
             weights = from_memory(name, state, path, header)
             if empty := [key for key, tensor in weights.items() if tensor.is_meta]:
                 raise MergeError(f"{empty[0]!r} in {path} has no values: it was saved from the meta device.")
@@ -135,25 +136,25 @@ def _explained(path: Any, error: Exception) -> MergeError:
     return MergeError(f"{path} is damaged or no PyTorch file ({reason or first_line(error)}); copy it again.")
 
 
-def _parts(path: Path, content: Any) -> tuple[Mapping[Any, Any], dict[str, Any]]:
-    """Split what was loaded into the state dict and a header: hyper-parameters and the manifest of a merge."""
+def _parts(path: Path, content: Any, part: str | None) -> tuple[Mapping[Any, Any], dict[str, Any]]:
+    """Split what was loaded into the state dict and a header: what else the file holds."""
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
-    check_expanded(str(path), header)
-    state = content.get("state_dict", content)
+    state, others = choose_state(path, content, part)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise MergeError(f"{path} holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}.")
+    header = header_of(content, state, others) | ({"part": part} if part else {})
+    check_expanded(str(path), header)
     return state, header
 
 
-def _open_lazily(name: str, file: InputFile, records: Mapping[int, _Record]) -> Weights | None:
+def _open_lazily(name: str, file: InputFile, records: Mapping[int, _Record], part: str | None) -> Weights | None:
     """Open weights that are read from their records when they are asked for; None if not all of them can be."""
     try:
         content = torch.load(file.path, map_location="meta", weights_only=True)
     except Exception:  # sparse or quantized, or damaged: loading to the CPU, which comes next, finds it out
         return None
-    state, header = _parts(file.path, content)
+    state, header = _parts(file.path, content, part)
     tensors = named_tensors(name, state)
     find = partial(_find_place, records=records)
     try:

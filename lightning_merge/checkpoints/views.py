@@ -73,6 +73,8 @@ class Renamed(View):
             {new_names[alias]: new_names[owner] for alias, owner in original.tied.items()},
         )
         self.names, self.prefix = names, prefix
+        if extra := original.header.get("extra_state"):
+            self.header["extra_state"] = {prefix.applied(name): value for name, value in extra.items()}
 
 
 class Completed(View):

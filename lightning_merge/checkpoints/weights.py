@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_merge.checkpoints.contents import header_of
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.tensors import tied_names
@@ -24,7 +25,8 @@ class Weights(Mapping[str, Tensor]):
         readers: For every parameter a function that returns its tensor.
         meta: For every parameter a tensor on the ``meta`` device: its shape and dtype, known without reading it.
         path: The file behind it, if there is one; the index, if there are several.
-        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest, what ``statistics`` are of.
+        header: What else the file holds: ``hyper_parameters``, a ``merge`` manifest, what ``statistics`` are of; see
+            :func:`lightning_merge.checkpoints.contents.header_of`.
         tied: Names that share a tensor with another name: ``{alias: name}``.
         inputs: All files behind it; by default ``path``.
 
@@ -98,7 +100,8 @@ class Weights(Mapping[str, Tensor]):
 
     def provenance(self) -> dict[str, Any]:
         """Describe where these weights are from, in plain values: path and sha256 of the file, if there is one."""
-        return {"path": str(self.path) if self.path else None, "sha256": self.fingerprint()}
+        part = f"#{self.header['part']}" if "part" in self.header else ""
+        return {"path": f"{self.path}{part}" if self.path else None, "sha256": self.fingerprint()}
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
         """Compute the difference of a parameter to a base's ``(…)`` where it is known exactly, otherwise None."""
@@ -137,7 +140,7 @@ def from_memory(
         readers={key: partial(tensors.__getitem__, key) for key in tensors},
         meta={key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()},
         path=path,
-        header=header,
+        header=header if header is not None else header_of({}, state, ()),
         tied=tied_names(tensors),
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints.atomic import check_parent, replacing
+from lightning_merge.checkpoints.contents import Beside
 from lightning_merge.checkpoints.files import first_line
 from lightning_merge.checkpoints.reading import TORCH_SUFFIXES, Weights
 from lightning_merge.checkpoints.safetensors_format import SAFETENSORS_DTYPES, TIED
@@ -31,7 +32,8 @@ def save_weights(
     Args:
         path: Ends in ``.ckpt`` (a checkpoint that ``LightningModule.load_from_checkpoint`` and
             ``trainer.test(ckpt_path=…)`` take), ``.safetensors``, or ``.pt`` / ``.pth`` / ``.bin`` (a state dict).
-        weights: The parameters and buffers by name; tied ones share their storage.
+        weights: The parameters and buffers by name; tied ones share their storage. What is no tensor
+            (``_extra_state``) is kept as it is.
         hyper_parameters: The arguments of the LightningModule, for a ``.ckpt``.
         manifest: How these weights came to be; kept in a ``.ckpt`` and in the header of a ``.safetensors``.
 
@@ -43,14 +45,19 @@ def save_weights(
     """
     check_output(path)
     path = Path(path).expanduser()
-    weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    extra = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
+    weights = {name: tensor.detach().cpu() for name, tensor in weights.items() if name not in extra}
+    if extra and path.suffix == ".safetensors":
+        raise MergeError(
+            f"{next(iter(extra))!r} is no tensor, which a safetensors file cannot hold; end {path} in .ckpt or .pt."
+        )
     with replacing(path) as file:
         if path.suffix == ".safetensors":
             tied = from_memory("the merged model", weights).tied
             stored = {name: tensor for name, tensor in weights.items() if name not in tied}
             _save_safetensors(file, stored, header_metadata(tied, manifest))
         else:
-            save_torch(file, path.suffix, weights, hyper_parameters, manifest)
+            save_torch(file, path.suffix, weights, hyper_parameters, manifest, Beside(state=extra))
     return path
 
 
@@ -101,6 +108,7 @@ def save_torch(
     weights: Mapping[str, Tensor],
     hyper_parameters: Mapping[str, Any] | None,
     manifest: Mapping[str, Any] | None,
+    beside: Beside = Beside(),  # noqa: B008, a frozen dataclass
 ) -> None:
     """Write a file of torch: a checkpoint of Lightning if the suffix says so, else a plain state dict.
 
@@ -110,18 +118,31 @@ def save_torch(
     Raises:
         OSError: If it cannot be written.
     """
-    is_checkpoint = suffix == ".ckpt"
-    _torch_save(file, checkpoint_of(weights, hyper_parameters, manifest) if is_checkpoint else dict(weights))
+    if suffix == ".ckpt":
+        _torch_save(file, checkpoint_of(weights, hyper_parameters, manifest, beside))
+    else:
+        _torch_save(file, {**weights, **beside.state})
 
 
 def checkpoint_of(
-    weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any] | None, manifest: Mapping[str, Any] | None
+    weights: Mapping[str, Tensor],
+    hyper_parameters: Mapping[str, Any] | None,
+    manifest: Mapping[str, Any] | None,
+    beside: Beside = Beside(),  # noqa: B008, a frozen dataclass
 ) -> dict[str, Any]:
-    """Build the content of a checkpoint of Lightning."""
+    """Build the content of a checkpoint of Lightning.
+
+    Args:
+        weights: The tensors of its state dict ``(…)``.
+        hyper_parameters: The arguments of the LightningModule.
+        manifest: How these weights came to be.
+        beside: What else it holds.
+    """
     from importlib.metadata import version
 
     return {
-        "state_dict": dict(weights),
+        **beside.keys,
+        "state_dict": {**weights, **beside.state},
         "pytorch-lightning_version": version("lightning"),
         "epoch": 0,
         "global_step": 0,

@@ -29,6 +29,7 @@ from lightning_merge.evaluation.repeatable_trainer import RepeatableTrainer
 from lightning_merge.models.fitted import best_checkpoint
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.locking import locked
+from lightning_merge.utilities.modules import stored_tensors
 from lightning_merge.utilities.processes import processes_of_run
 from lightning_merge.utilities.terminal import visible
 
@@ -242,7 +243,7 @@ def quiet_lightning() -> Iterator[None]:
 def _fingerprint(model: LightningModule) -> str:
     """Compute the SHA-256 digest of a model's weights, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in stored_tensors(model).items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

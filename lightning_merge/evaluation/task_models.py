@@ -19,6 +19,7 @@ from lightning_merge.models.rebuilding import accepted_arguments, build_again
 from lightning_merge.repair import Correction, fold, insert
 from lightning_merge.repair.corrections import state_of
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.modules import extra_state, stored_tensors
 
 _TASK_KNOWN = "merged, task known"
 
@@ -59,9 +60,9 @@ def start_from(model: LightningModule, weights: Mapping[str, Tensor], private: S
         weights: The weights ``(…)`` of the other model, which has the same body, by name.
         private: Shell patterns of the parameters that are left alone.
     """
-    state = model.state_dict()
+    state = stored_tensors(model)
     mixed = {name: tensor if matches(name, private) else weights[name] for name, tensor in state.items()}
-    model.load_state_dict(mixed)
+    model.load_state_dict({**extra_state(model), **mixed})
 
 
 def evaluate_merged(
@@ -119,4 +120,4 @@ def _has_classes(model: LightningModule, names: Sequence[str]) -> bool:
 
 def _fits(model: LightningModule, weights: Mapping[str, Tensor]) -> bool:
     """Tell whether weights ``(…)`` have the shapes of the model's."""
-    return all(weights[name].shape == tensor.shape for name, tensor in model.state_dict().items())
+    return all(weights[name].shape == tensor.shape for name, tensor in stored_tensors(model).items())

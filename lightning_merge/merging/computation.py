@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
 from lightning_merge.checkpoints.views import mean_of
+from lightning_merge.checkpoints.weights import widest
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
@@ -157,6 +158,12 @@ class Computation:
             yield from (model[other] for model in (self.base, *self.experts.values()))
             if other in self.inventory.merged:
                 yield from self.task_vectors.context(other).statistics.values()
+
+
+def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
+    """Choose the precision of the task vectors: the method's own, or float64 where weights or differences have it."""
+    exact = method.factorizes and any(expert.low_rank for expert in experts)  # they keep their low rank
+    return torch.promote_types(method.dtype, torch.float64 if exact else widest(base))
 
 
 class NonFiniteError(MergeError):

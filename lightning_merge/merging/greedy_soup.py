@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_merge.checkpoints import Experts, Source, open_experts, open_weights
+from lightning_merge.merging.inventory import take_inventory
 from lightning_merge.merging.merge import merge
 from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.origins import check_origins
 from lightning_merge.methods.soup import Soup
 
 
@@ -31,6 +33,9 @@ def greedy_soup(
     output = options.pop("output", None)
     base = open_weights(base, name="base")
     sources = open_experts(experts, base)
+    inventory = take_inventory(base, list(sources.values()), options.get("include"), options.get("exclude", ()))
+    check_origins(base, sources, inventory.merged, options.pop("allow_strangers", False))
+    options["allow_strangers"] = True  # once is enough
     alone = {name: score(merge(base, {name: source}, Soup(), **options).weights) for name, source in sources.items()}
     best, *others = sorted(sources, key=lambda name: alone[name], reverse=True)
     ingredients, reached = {best: sources[best]}, alone[best]

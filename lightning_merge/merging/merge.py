@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.checkpoints import Experts, Source, Weights, open_experts, open_statistics, open_weights
-from lightning_merge.checkpoints.hyper_parameters import without_code
+from lightning_merge.checkpoints.contents import keep_beside
 from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.checkpoints.weights import widest
 from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
-from lightning_merge.merging.computation import Computation, in_sentences
+from lightning_merge.merging.computation import Computation, in_sentences, precision_of
 from lightning_merge.merging.inspection import Values, fingerprint_all, inspect_values
 from lightning_merge.merging.inventory import Inventory, take_inventory
 from lightning_merge.merging.manifest import make_manifest
 from lightning_merge.merging.merged import Merged
+from lightning_merge.merging.notes import notes_on_contents
 from lightning_merge.merging.options import MergeOptions
+from lightning_merge.merging.origins import Origins, check_origins
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.task_data import TaskData
@@ -50,6 +52,7 @@ def merge(
     seed: int = 0,
     workers: int | None = None,
     allow_non_finite: bool = False,
+    allow_strangers: bool = False,
     keep_update: bool = False,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -85,6 +88,8 @@ def merge(
         workers: Parameters that are merged at the same time, each on one core and with its own memory; by default one
             for each core, at most eight, and one on a GPU or for a small model. The result is the same for any number.
         allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+        allow_strangers: Merge experts that do not come from this base, without a word about it, see
+            :mod:`lightning_merge.merging.origins`.
         keep_update: Keep the update in memory, in the precision of the arithmetic, for ``Merged.rescaled``.
         output: Write the merged model to this file or folder while it is computed, instead of holding it in memory;
             ``weights`` then reads it from there. See :meth:`Merged.save` for the kinds of files.
@@ -99,7 +104,8 @@ def merge(
         The merged model.
 
     Raises:
-        MergeError: If the models do not fit together, hold values that are not finite, or cannot be read or written.
+        MergeError: If the models do not fit together, hold values that are not finite, or cannot be read or written; if
+            an expert does not come from this base.
     """
     options = MergeOptions(
         statistics=statistics,
@@ -114,6 +120,7 @@ def merge(
         seed=seed,
         workers=workers,
         allow_non_finite=allow_non_finite,
+        allow_strangers=allow_strangers,
         keep_update=keep_update,
         output=output,
         resume=resume,
@@ -137,6 +144,7 @@ class _Inputs:
         experts: The experts by name.
         statistics: The statistics of each expert's data, in the order of the experts; none if the method needs none.
         inventory: What happens to every parameter.
+        origins: How the experts lie to the base.
         home: Where the base's weights are.
         device: Where the merge is computed.
         workers: Parameters that are merged at the same time.
@@ -147,13 +155,14 @@ class _Inputs:
     experts: dict[str, Weights]
     statistics: list[Weights]
     inventory: Inventory
+    origins: Origins
     home: torch.device
     device: torch.device
     workers: int
 
 
 def _open(base: Source, experts: Experts, method: MergeMethod, options: MergeOptions, processes: Processes) -> _Inputs:
-    """Open all models and find every conflict between them, from headers alone."""
+    """Open all models and find every conflict between them, from headers and a sample of the weights."""
     with processes.together():
         base = open_weights(base, name="base")
         opened = open_experts(experts, base)
@@ -164,10 +173,11 @@ def _open(base: Source, experts: Experts, method: MergeMethod, options: MergeOpt
         statistics = open_statistics(options.statistics, method.needs, base, opened, inventory.merged)
         if options.resume:
             check_resumable(statistics)
+        origins = check_origins(base, opened, inventory.merged, options.allow_strangers)
         home = base[inventory.merged[0]].device
     device = home if options.device is None else torch.device(options.device)
     workers = count_workers(options.workers, device, sum(base.meta[name].numel() for name in inventory.merged))
-    return _Inputs(method, base, opened, statistics, inventory, home, device, workers)
+    return _Inputs(method, base, opened, statistics, inventory, origins, home, device, workers)
 
 
 def _inspect(inputs: _Inputs, options: MergeOptions, processes: Processes) -> Values:
@@ -214,24 +224,22 @@ def _prepare(
     computation = Computation(
         method, base, experts, task_vectors, survey, inventory, inputs.workers, updates, options.allow_non_finite
     )
-    first = next(iter(experts.values()))
+    headers = [base.header, next(iter(experts.values())).header]
+    hyper_parameters, beside = keep_beside(headers, getattr(options.module, "hparams", None))
     merged = Merged(
         weights={},
         base=base,
         inventory=inventory,
         manifest=manifest,
         experts=experts,
-        hyper_parameters=_hyper_parameters(base, first, options.module),
+        hyper_parameters=hyper_parameters,
+        beside=beside,
+        origins=inputs.origins,
+        notes=tuple(notes_on_contents([base, *experts.values()], beside, options.output)),
         paths=paths,
         computation=computation if method.per_task or options.keep_update else None,
     )
     return merged, computation
-
-
-def _hyper_parameters(base: Weights, first: Weights, module: nn.Module | None) -> dict[str, Any]:
-    """Return the hyper-parameters of the base, else of the first expert, but for those that name code."""
-    stated = base.header.get("hyper_parameters") or first.header.get("hyper_parameters") or {}
-    return without_code(stated, getattr(module, "hparams", None))
 
 
 def _task_data(inputs: _Inputs, options: MergeOptions) -> TaskData:
@@ -252,9 +260,10 @@ def _compute(
     """Compute every parameter of the merged model, into memory or into the output."""
     with paths_taken(merged.paths):
         if options.output is None:
-            return replace(merged, weights=_in_memory(computation, home, processes))
+            return replace(merged, weights={**_in_memory(computation, home, processes), **merged.beside.state})
         _to_disk(merged, computation, options.output, options, processes)
-    return replace(merged, weights=open_weights(options.output, "the merged model"))
+    written = open_weights(options.output, "the merged model")
+    return replace(merged, weights=ChainMap(dict(merged.beside.state), written) if merged.beside.state else written)
 
 
 def _in_memory(computation: Computation, home: torch.device, processes: Processes) -> dict[str, Tensor]:
@@ -288,9 +297,3 @@ def _check_unchanged(computation: Computation) -> None:
     """Check that no file was changed while it was merged."""
     for weights in (computation.base, *computation.experts.values()):
         weights.check_unchanged()
-
-
-def precision_of(method: MergeMethod, base: Weights, experts: Iterable[Weights]) -> torch.dtype:
-    """Choose the precision of the task vectors: the method's own, or float64 where weights or differences have it."""
-    exact = method.factorizes and any(expert.low_rank for expert in experts)  # they keep their low rank
-    return torch.promote_types(method.dtype, torch.float64 if exact else widest(base))

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights, check_output
+from lightning_merge.checkpoints.contents import Beside
 from lightning_merge.checkpoints.folders import check_folder, is_folder
+from lightning_merge.checkpoints.names import is_left_out
 from lightning_merge.checkpoints.streaming import SHARD_SIZE, StreamedModel
 from lightning_merge.merging.computation import Computation
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.merging.model_card import Scores, model_card
+from lightning_merge.merging.origins import Origins
 from lightning_merge.merging.repair_result import RepairResult
 from lightning_merge.repair.corrections import Correction
 from lightning_merge.utilities.errors import MergeError
@@ -33,12 +36,18 @@ class Merged:
 
     Args:
         weights: The merged parameters and buffers, in the dtype and on the device of the base; where the model was
-            written while it was computed, they are read from the file when they are asked for.
+            written while it was computed, they are read from the file when they are asked for. In memory they are a
+            state dict that the experts' module loads, with the entries of theirs that are no tensors
+            (``_extra_state``).
         base: What the experts were merged onto.
         inventory: What happened to every parameter.
         manifest: Method, arguments, versions, and the sha256 of every file that went in.
         experts: The experts by name, for what they keep to themselves.
         hyper_parameters: The arguments of the base's LightningModule (else the first expert's), if its file has them.
+        beside: What else a checkpoint of it holds: the base's (else the first expert's) entries beside the weights.
+        notes: What is to be known of this merge, in sentences: what was left out of the checkpoint because it names
+            code, which of several sets of weights in a file was taken.
+        origins: How the experts lie to the base.
         paths: How often this process has decomposed matrices in which way, see
             :func:`lightning_merge.utilities.linalg.paths_taken`.
         computation: What gives the models of the tasks, and other scales, where they are not these weights.
@@ -51,6 +60,9 @@ class Merged:
     manifest: dict[str, Any]
     experts: dict[str, Weights]
     hyper_parameters: dict[str, Any]
+    beside: Beside = Beside()  # noqa: RUF009, a frozen dataclass
+    notes: tuple[str, ...] = ()
+    origins: Origins | None = None
     paths: Counter[str] = field(default_factory=Counter)
     computation: Computation | None = field(default=None, repr=False)
     repair: RepairResult | None = field(default=None, repr=False)
@@ -71,10 +83,17 @@ class Merged:
         source = self.experts[expert]
         of_task = self.computation.for_task(list(self.experts).index(expert)) if self.computation else {}
         private = {name: source[name].clone() for name in self.inventory.private[source.name]}
+        private |= self._extra_state_of(source)
         if self.repair is None:
             return {**self.weights, **of_task, **private}
         shared = self.weights if self.repair.unrepaired is None else self.repair.unrepaired
         return self.repair.changes[expert]({**shared, **of_task, **private})
+
+    def _extra_state_of(self, expert: Weights) -> dict[str, Any]:
+        """Return what an expert keeps to itself and is no tensor."""
+        patterns = self.manifest["include"], self.manifest["exclude"]
+        extra = expert.header.get("extra_state", {})
+        return {name: value for name, value in extra.items() if is_left_out(name, *patterns)}
 
     @property
     def knows_tasks(self) -> bool:
@@ -179,4 +198,5 @@ class Merged:
             resume,
             shard_size,
             card=lambda: str(self.card(output=Path(path).expanduser().resolve())),
+            beside=self.beside,
         )

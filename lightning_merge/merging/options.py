@@ -33,6 +33,7 @@ class MergeOptions:
     seed: int = 0
     workers: int | None = None
     allow_non_finite: bool = False
+    allow_strangers: bool = False
     keep_update: bool = False
     output: str | os.PathLike[str] | None = None
     resume: bool = False

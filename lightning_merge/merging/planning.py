@@ -1,4 +1,4 @@
-"""Say what a merge would do, from headers alone: ``plan(base, experts, …)``, ``lightning-merge merge --plan``."""
+"""Say what a merge would do, from headers and a few weights: ``plan(base, experts, …)``, ``merge --plan``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from lightning_merge.checkpoints import (
     open_weights,
 )
 from lightning_merge.checkpoints.adapters import is_adapter
+from lightning_merge.checkpoints.contents import keep_beside
 from lightning_merge.checkpoints.experts import open_each
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.checkpoints.views import Renamed
 from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
+from lightning_merge.merging.computation import precision_of
 from lightning_merge.merging.costs import estimate_seconds, factorizes, measure_machine, peak_memory, reads_twice
 from lightning_merge.merging.inventory import Inventory, compare
-from lightning_merge.merging.merge import precision_of
+from lightning_merge.merging.notes import notes_on_contents
 from lightning_merge.merging.options import MergeOptions
+from lightning_merge.merging.origins import measure_origins
 from lightning_merge.merging.plan import Costs, Plan, size
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
@@ -40,9 +43,10 @@ from lightning_merge.utilities.workers import count_workers
 def plan(base: Source, experts: Experts, method: MergeMethod, **arguments: Any) -> Plan:
     """Plan what :func:`lightning_merge.merge` would do with the same arguments, and list what stands in its way.
 
-    Only headers are read: names, shapes and dtypes. Nothing is written, and nothing is computed besides a few small
-    matrices, to see how fast this machine is. ``seed`` makes no difference, and the costs are those of the whole merge
-    by one process, whatever ``resume`` and ``distributed``.
+    Headers are read, with names, shapes and dtypes, and a sample of the weights, to see whether the experts come from
+    this base. Nothing is written, and nothing else is computed besides a few small matrices, to see how fast this
+    machine is. ``seed`` makes no difference, and the costs are those of the whole merge by one process, whatever
+    ``resume`` and ``distributed``.
 
     Args:
         base: The model that the experts started from.
@@ -66,6 +70,7 @@ def plan(base: Source, experts: Experts, method: MergeMethod, **arguments: Any) 
         return Plan(method.describe(), names, output, (*error.problems, *_unreadable(experts)))
     models = _open(base, experts, method, options)
     problems = [*models.problems, *_problems(models, models.as_many_as(experts), method, options)]
+    origins = _origins(models, options, problems)
     shapes = _count_matrices(base, models.inventory, options.rule)
     return Plan(
         method.describe(),
@@ -77,8 +82,25 @@ def plan(base: Source, experts: Experts, method: MergeMethod, **arguments: Any) 
         shapes,
         {name: str(expert.prefix) for name, expert in models.experts.items() if isinstance(expert, Renamed)},
         None if problems else _costs(models, method, shapes, options),
-        tuple([*models.other_dtypes(), *_notes(method, models, options.allow_non_finite)]),
+        tuple(
+            [
+                *origins,
+                *models.notes(options.output),
+                *models.other_dtypes(),
+                *_notes(method, models, options),
+            ]
+        ),
     )
+
+
+def _origins(models: _Models, options: MergeOptions, problems: list[str]) -> list[str]:
+    """Say how the experts lie to the base; add to the problems that one does not come from it."""
+    if problems:
+        return []
+    origins = measure_origins(models.base, models.experts, models.inventory.merged)
+    problem, warning = (None, None) if options.allow_strangers else (origins.problem(), origins.warning())
+    problems += [problem] if problem is not None else []
+    return [said for said in (origins.summary(), None if problem else warning) if said is not None]
 
 
 def _problems(models: _Models, experts: Mapping[str, Weights], method: MergeMethod, options: MergeOptions) -> list[str]:
@@ -125,6 +147,11 @@ class _Models:
     def stored(self) -> int:
         """The size of the merged model in bytes."""
         return _bytes(self.base.meta[name] for name in self.inventory.stored)
+
+    def notes(self, output: str | os.PathLike[str] | None) -> list[str]:
+        """Say which of several sets of weights in a file is taken, and what the merged checkpoint will not keep."""
+        headers = [model.header for model in (self.base, *self.experts.values())][:2]
+        return list(notes_on_contents([self.base, *self.experts.values()], keep_beside(headers)[1], output))
 
     def other_dtypes(self) -> list[str]:
         """Count, in a sentence for each expert, the parameters stored in another precision than the base's."""
@@ -250,9 +277,9 @@ def _stored_bytes(weights: Weights) -> int:
     return _bytes(tensor for name, tensor in weights.meta.items() if name not in weights.tied)
 
 
-def _notes(method: MergeMethod, models: _Models, allow_non_finite: bool) -> list[str]:
-    notes = ["Only headers were read."]
-    if not allow_non_finite:
+def _notes(method: MergeMethod, models: _Models, options: MergeOptions) -> list[str]:
+    notes = ["Only headers and a sample of the weights were read."]
+    if not options.allow_non_finite:
         notes.append("Whether all values are finite is seen when the merge reads them.")
     if method.needs:
         notes.append("So is whether the statistics are of these very weights.")

@@ -156,7 +156,7 @@ class MergeCLI(LightningCLI):
             more = f", and the tasks' {beside[0]} beside it" if beside else ""
             card = self._get(self.config, "card")
             more += f", and its card {card}" if card is not None else ""
-            _say(f"{merged.summary()}; wrote {output}{more}")
+            _say("\n".join([f"{merged.summary()}; wrote {output}{more}", *merged.notes]))
         self._show_table()
         self._show_report()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,11 @@ def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
 
 
+def extra_state(module: nn.Module) -> dict[str, Any]:
+    """Collect the other entries of a module's state dict, see ``torch.nn.Module.get_extra_state``."""
+    return {name: value for name, value in module.state_dict().items() if not isinstance(value, Tensor)}
+
+
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Collect all parameters and buffers of a module, also those that its state dict leaves out."""
     named = (module.named_parameters, module.named_buffers)
@@ -133,7 +138,7 @@ def fit_problems(
     problems += [
         f"{name!r} of {what} is no parameter of the module; give the models' own module."
         for name in weights
-        if name not in own
+        if name not in own and isinstance(weights[name], Tensor)
     ]
     return problems + [
         f"{name!r} has shape {tuple(weights[name].shape)} in {what} and {tuple(own[name].shape)} in the module; is it "

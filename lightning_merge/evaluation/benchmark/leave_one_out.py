@@ -145,6 +145,7 @@ class Benchmark(JobList):
         for name, method in missing.items():
             started = time.perf_counter()
             arguments = module_and_data(self.trainer, self.model, self.datamodule, method, others)
+            arguments["allow_strangers"] = True  # they were fitted from this base
             if name in self.search:
                 best = search_coefficients(
                     self.trainer, self.model, self.datamodule, base, others, method, self.search[name], **arguments

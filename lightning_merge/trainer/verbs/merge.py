@@ -52,6 +52,7 @@ class MergeVerb(ReportingTrainer):
         seed: int = 0,
         workers: int | None = None,
         allow_non_finite: bool = False,
+        allow_strangers: bool = False,
         resume: bool = False,
         shard_size: int = SHARD_SIZE,
         plan: bool = False,
@@ -85,11 +86,13 @@ class MergeVerb(ReportingTrainer):
             workers: Parameters that are merged at the same time, each on one core; by default one for each core, at
                 most eight. With several processes (``--trainer.devices``, torchrun) each has its part of them.
             allow_non_finite: Merge weights that hold NaN or infinite values instead of refusing them.
+            allow_strangers: Merge experts that do not come from this base, without a word about it.
             resume: Go on where an earlier run of the same merge into the same output was interrupted, and keep what is
                 finished if this one is; all inputs must be files.
             shard_size: The most bytes of one file where the output is a folder.
             plan: Only say what would be merged, what stands in the way, and about what it costs, from the files'
-                headers; nothing is merged or written. The exit status is 1 if anything stands in the way.
+                headers and a sample of their weights; nothing is merged or written. The exit status is 1 if anything
+                stands in the way.
             align: For experts of several foundations: put their channels into one order first. The base is the mean of
                 the foundations then.
             repair: What is corrected once the model is merged, on training images of the domains that the experts are
@@ -127,6 +130,7 @@ class MergeVerb(ReportingTrainer):
             "seed": seed,
             "workers": workers,
             "allow_non_finite": allow_non_finite,
+            "allow_strangers": allow_strangers,
             "output": output,
             "resume": resume,
             "shard_size": shard_size,
