@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_merge.callbacks.merging_callback import makes_layers_late
 
 from lightning_merge.checkpoints import TASK_VECTOR, Weights, match_names, open_weights, save_tensors
 from lightning_merge.checkpoints.task_vector_files import task_vector_file
 from lightning_merge.checkpoints.task_vector_writing import check_task_vector, take_task_vector
-from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, trial_batches
+from lightning_merge.models.fitted import (
+    Which,
+    check_which,
+    check_whole,
+    fitted_weights,
+    model_checkpoints,
+    trial_batches,
+)
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import processes_of_run
 
@@ -68,8 +74,8 @@ class SaveTaskVector(Callback):
         check_whole(trainer, "SaveTaskVector")
         check_which(trainer, self.checkpoint, "SaveTaskVector")
         with processes_of_run().together():
-            if self.output is None and trainer.checkpoint_callback is None and not trial_batches(trainer):
-                raise MergeError("SaveTaskVector: no checkpoint is written, beside which to write; give output=….")
+            if self.output is None and not model_checkpoints(trainer) and not trial_batches(trainer):
+                raise MergeError("SaveTaskVector: no ModelCheckpoint is there, beside which to write; give output=….")
         if not makes_layers_late(pl_module):
             self._check(pl_module)
 
@@ -114,5 +120,5 @@ class SaveTaskVector(Callback):
             return Path(self.output).expanduser()
         if fitted.path is not None:
             return task_vector_file(fitted.path)
-        checkpoint = cast(ModelCheckpoint, trainer.checkpoint_callback)  # `setup` has made sure that there is one
+        checkpoint = model_checkpoints(trainer)[0]  # `setup` has made sure that there is one
         return task_vector_file(Path(checkpoint.dirpath or trainer.default_root_dir) / "last.ckpt")

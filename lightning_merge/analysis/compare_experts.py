@@ -177,6 +177,7 @@ class _Models:
         base = self._base[name]
         deltas = self._experts.stack(name, base, self._scratch)
         products, (moved, conflicts) = inner_products(deltas).cpu(), sign_conflicts(deltas)
+        own = base[None].to(deltas)
         squares = dict(zip(self._labels, products.diagonal().tolist(), strict=True))
         merged_squares: dict[str, float] = {}
         merged_products: dict[str, Tensor] = {}
@@ -184,7 +185,15 @@ class _Models:
             merged_squares[merged] = squares[f"the merged model {merged}"] = float(inner_products(update))
             merged_products[merged] = inner_products(deltas, update).squeeze(1).cpu()
         record = ParameterComparison(
-            name, tuple(base.shape), products, moved, conflicts, merged_squares, merged_products
+            name,
+            tuple(base.shape),
+            products,
+            moved,
+            conflicts,
+            merged_squares,
+            merged_products,
+            float(inner_products(own)),
+            inner_products(own, deltas)[0].cpu(),
         )
         bad = [label for label, square in squares.items() if not math.isfinite(square)]
         if bad and not is_finite(base):

@@ -15,6 +15,7 @@ from lightning_merge.analysis.agreement import distances
 from lightning_merge.analysis.groups import GROUPS, grouped
 from lightning_merge.analysis.records import GroupProfile, MatrixComparison, ParameterComparison
 from lightning_merge.analysis.stored import from_plain, to_plain
+from lightning_merge.merging.origins import Origins
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.inner_products import cosines, norms
 
@@ -64,6 +65,19 @@ class Comparison:
     def cosines(self, names: Collection[str] | None = None) -> Tensor:
         """Compute the cosines between the experts' task vectors ``(T, T)``; NaN for a task vector of zeros."""
         return cosines(self.products(names))
+
+    def origins(self) -> Origins:
+        """Say how the experts lie to the base, from all matrices; of an older record nothing is known."""
+        products = torch.zeros(1 + len(self.experts), 1 + len(self.experts), dtype=torch.float64)
+        entries = 0
+        for parameter in self.parameters:
+            if len(parameter.shape) > 1 and parameter.base_square and parameter.base_products is not None:
+                products[0, 0] += parameter.base_square
+                products[0, 1:] += parameter.base_products
+                products[1:, 1:] += parameter.products
+                entries += math.prod(parameter.shape)
+        products[1:, 0] = products[0, 1:]
+        return Origins(self.experts, products, entries)
 
     def mean_cosine(self, names: Collection[str] | None = None) -> float:
         """Average the cosines of all pairs of experts; NaN for a single one. Task vectors of zeros are left out."""

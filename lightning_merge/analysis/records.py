@@ -21,6 +21,8 @@ class ParameterComparison:
         conflicts: The number of those that two experts have changed in different directions.
         merged_squares: For each merged model the squared norm of its update.
         merged_products: For each merged model the inner products of its update with every task vector, ``(T,)``.
+        base_square: The squared norm of the base's parameter.
+        base_products: The inner products of the base's parameter with every task vector, ``(T,)``.
     """
 
     name: str
@@ -30,6 +32,8 @@ class ParameterComparison:
     conflicts: int
     merged_squares: Mapping[str, float] = field(default_factory=dict)
     merged_products: Mapping[str, Tensor] = field(default_factory=dict)
+    base_square: float = 0.0
+    base_products: Tensor | None = None
 
 
 @dataclass(frozen=True)

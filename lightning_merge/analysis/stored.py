@@ -20,7 +20,7 @@ _MAP = 64
 """The size that a map of SCORE is reduced to."""
 _MAPS = 12
 """The most maps; those of the layers between are left out."""
-_DIGITS = {"products": 12, "merged_products": 12, "merged_squares": 12}
+_DIGITS = {"products": 12, "merged_products": 12, "merged_squares": 12, "base_square": 12, "base_products": 12}
 """Significant digits, where it is not four: distances are differences of these."""
 
 

@@ -12,8 +12,9 @@ all models. Those that are zero in the base (a new head) are left out.
 Only the second one decides. The length does not tell: small networks that are trained for long from a random base go
 7 times as far as it is long, and an expert is as far as ``√(N - 1)`` from the mean of its N foundations. What is left
 of the base was 0.8 to 3.3 in all of these, and 0.4 under a weight decay that nearly forgets where it began (5e-3, for
-40 epochs). Of strangers (pretrained against random weights, another seed, permuted channels) it was below 0.01; by chance
-it lies within ``3 ‖τ‖ / (‖θ₀‖ √n)`` of zero, for n entries, so that no model of a few hundred entries is refused.
+40 epochs). Of strangers (pretrained against random weights, another seed, permuted channels) it was below 0.01; by
+chance it lies within ``3 ‖τ‖ / (‖θ₀‖ √n)`` of zero, for n entries, so that no model of a few hundred entries is
+refused.
 """
 
 from __future__ import annotations

@@ -51,22 +51,23 @@ def average_callback(trainer: Trainer) -> Callback | None:
 
 def best_checkpoint(trainer: Trainer) -> str | None:
     """Find the checkpoint that a ``ModelCheckpoint`` chose by a monitored metric; None where none was monitored."""
-    return next((c.best_model_path for c in _model_checkpoints(trainer) if c.monitor and c.best_model_path), None)
+    return next((c.best_model_path for c in model_checkpoints(trainer) if c.monitor and c.best_model_path), None)
 
 
 def last_checkpoint(trainer: Trainer) -> str | None:
     """Find the checkpoint that a ``ModelCheckpoint`` has written last, whatever the metric; None if there is none."""
-    paths = [c.last_model_path or ("" if c.monitor else c.best_model_path) for c in _model_checkpoints(trainer)]
+    paths = [c.last_model_path or ("" if c.monitor else c.best_model_path) for c in model_checkpoints(trainer)]
     return next((path for path in paths if path), None)
 
 
-def _model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Return the callbacks that write checkpoints to files of their own."""
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
 def misses_last(trainer: Trainer) -> bool:
     """Tell whether it is certain before a fit that no ``ModelCheckpoint`` will hold its last weights."""
-    epochs, checkpoints = trainer.max_epochs or -1, _model_checkpoints(trainer)
+    epochs, checkpoints = trainer.max_epochs or -1, model_checkpoints(trainer)
     if epochs < 0 or trainer.max_steps != -1 or trainer.early_stopping_callbacks or trial_batches(trainer):
         return False
 
@@ -79,7 +80,7 @@ def misses_last(trainer: Trainer) -> bool:
 
 def check_which(trainer: Trainer, which: Which | None, who: str) -> None:
     """Raise a :class:`MergeError` before the fit if it will not leave the weights that are asked for."""
-    if which == "best" and not any(callback.monitor for callback in _model_checkpoints(trainer)):
+    if which == "best" and not any(callback.monitor for callback in model_checkpoints(trainer)):
         raise MergeError(
             f"{who} is asked for the best checkpoint, and no ModelCheckpoint monitors a metric; add "
             "ModelCheckpoint(monitor=…), or ask for the last."

@@ -200,6 +200,8 @@ def layers(comparison: Comparison, updates: Mapping[str, Mapping[str, Mapping[st
 
 def experts_in_words(comparison: Comparison) -> Iterator[str]:
     """Yield what a reader should know of the experts, in sentences."""
+    if (origins := comparison.origins().summary()) is not None:
+        yield origins
     names = comparison.experts
     if len(names) < 2:
         return
@@ -231,6 +233,8 @@ _TELLING = 0.02  # a smaller difference of alignments is none to speak of
 
 def suspicions(comparison: Comparison) -> Iterator[str]:
     """Yield what looks wrong with the experts, as far as weights tell, in sentences."""
+    if (strangers := comparison.origins().warning()) is not None:
+        yield strangers
     norms, cosines, names = comparison.norms(), comparison.cosines(), comparison.experts
     still = [name for name, norm in zip(names, norms.tolist(), strict=True) if norm == 0]
     if still:

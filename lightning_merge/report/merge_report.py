@@ -109,6 +109,7 @@ def _answers(merged: Merged, comparison: Comparison, table: Table | None) -> Ite
 def _warnings(merged: Merged, comparison: Comparison, table: Table | None) -> Iterator[str]:
     if table is None:
         yield "This model was not evaluated here: what follows is about weights, and says nothing of what it can do."
+    yield from merged.notes
     yield from suspicions(comparison)
     if any(merged.inventory.private.values()):
         yield (

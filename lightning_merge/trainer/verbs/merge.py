@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lightning_merge.report.loggers import log_to_loggers
 from lightning_merge.report.writing import check_report, report_merge
 from lightning_merge.trainer.verbs.align_and_repair import AlignAndRepair
 from lightning_merge.trainer.verbs.reporting import ReportingTrainer
-from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.errors import MergeError, problems_of
 from lightning_merge.utilities.processes import Processes
 
 
@@ -137,8 +138,13 @@ class MergeVerb(ReportingTrainer):
         }
         if plan:
             source, sources = several.unaligned(source, experts)
-            options |= module_and_data(self, model, domains, method, sources)
-            self.plan = make_plan(source, sources, method, **options)
+            unnamed = problems_of(module_and_data, self, model, domains, method, map(str, sources))
+            if unnamed:  # all else is planned as if they had data
+                options |= {"module": model, "data": {str(name): [] for name in sources}}
+            else:
+                options |= module_and_data(self, model, domains, method, sources)
+            planned = make_plan(source, sources, method, **options)
+            self.plan = replace(planned, problems=(*unnamed, *planned.problems)) if unnamed else planned
             return self.plan
         self.plan = None
         processes = Processes(self.join_processes())
