@@ -1,18 +1,10 @@
 """Read and write weights: whatever the file, one mapping from parameter name to tensor."""
 
 from lightning_merge.checkpoints.adapters import open_adapter
-from lightning_merge.checkpoints.atomic import (
-    check_parent,
-    put_in_place,
-    remove,
-    replacing,
-    restore,
-    swap,
-    sync,
-    write_text,
-)
+from lightning_merge.checkpoints.atomic import check_parent, put_in_place, replacing, sync, write_text
 from lightning_merge.checkpoints.experts import Experts, open_expert, open_experts
-from lightning_merge.checkpoints.part_file import PartFile, open_alone
+from lightning_merge.checkpoints.part_file import PartFile
+from lightning_merge.checkpoints.private_folder import private_folder
 from lightning_merge.checkpoints.reading import STATISTICS, TORCH_SUFFIXES, Source, open_weights
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, open_safetensors
 from lightning_merge.checkpoints.statistics_files import open_statistics, statistics_file
@@ -48,24 +40,21 @@ __all__ = [
     "header_metadata",
     "match_names",
     "open_adapter",
-    "open_alone",
     "open_expert",
     "open_experts",
     "open_safetensors",
     "open_statistics",
     "open_task_vector",
     "open_weights",
+    "private_folder",
     "put_in_place",
-    "remove",
     "replacing",
-    "restore",
     "save_checkpoint",
     "save_task_vector",
     "save_tensors",
     "save_torch",
     "save_weights",
     "statistics_file",
-    "swap",
     "sync",
     "write_text",
 ]

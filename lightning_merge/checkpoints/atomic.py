@@ -4,45 +4,56 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
+import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lightning_merge.checkpoints.private_folder import mode_of_new, private_folder
 from lightning_merge.utilities.errors import MergeError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name in the folder of ``path``; when the block ends well, that file becomes ``path``.
+    """Yield the name of a file to write, in a private folder; when the block ends well, that file becomes ``path``.
 
     Raises:
         MergeError: If the file cannot be written (no such right, disk full); what stood at ``path`` is still there.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary_name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        temporary = Path(temporary_name)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        put_in_place(temporary, path)
+        with private_folder(path) as folder:
+            new = folder / path.name
+            yield new
+            new.chmod(mode_of_new(folder))  # a library may have given it another one
+            put_in_place(new, path)
     except OSError as error:
         raise MergeError(f"Could not write {path}: {error.strerror or error}; nothing was changed there.") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Rename a complete file once its content is on the disk; it replaces a file that has the name already."""
+    """Rename a complete file once its content is on the disk; it gets name, owner and mode of a file that is there."""
     with new.open("rb+") as file:
         os.fsync(file.fileno())
+    keep_mode(new, path)
     os.replace(new, path)
     sync(path.parent)
+
+
+def keep_mode(new: Path, path: Path) -> None:
+    """Give a new file or folder the mode, and where that is allowed the owner, of the one that it replaces, if any."""
+    try:
+        old = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_IFMT(old.st_mode) != stat.S_IFMT(new.lstat().st_mode):  # a link: what it leads to is not replaced
+        return
+    if hasattr(os, "chown"):
+        for owner in ((old.st_uid, -1), (-1, old.st_gid)):
+            with suppress(OSError):
+                os.chown(new, *owner)
+    new.chmod(stat.S_IMODE(old.st_mode))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,53 +80,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def swap(new: Path, path: Path) -> None:
-    """Put a new folder in the place of an old one, which is removed if there is one.
-
-    Linux exchanges two names in one step. Elsewhere the old folder is moved away first, and back if that fails.
-
-    Raises:
-        OSError: If it cannot be done; the old folder is still there.
-    """
-    old = new
-    if not path.exists():
-        new.rename(path)
-    elif not _exchange_names(new, path):
-        old = _aside(path)
-        remove(old)
-        path.rename(old)
-        try:
-            new.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-    sync(path.parent)
-    remove(old)
-
-
-def restore(path: Path) -> None:
-    """Bring back the folder that :func:`swap` had moved away when it was killed."""
-    if not path.exists() and _aside(path).exists():
-        _aside(path).rename(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there and can be removed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")
-
-
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def _exchange_names(one: Path, other: Path) -> bool:
+def exchange_names(one: Path, other: Path) -> bool:
     """Exchange the names of two paths in one step; return False where the system or its file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
@@ -123,9 +91,3 @@ def _exchange_names(one: Path, other: Path) -> bool:
     if renameat2 is None:
         return False
     return renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

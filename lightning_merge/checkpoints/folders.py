@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_merge.checkpoints.atomic import check_parent
-from lightning_merge.checkpoints.reading import open_weights
+from lightning_merge.checkpoints.private_folder import open_new, open_plain
+from lightning_merge.checkpoints.replaced_folders import check_replaceable, is_listed
 from lightning_merge.checkpoints.weights import Weights
-from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 
 _CONFIGS = ("config.json", "open_clip_config.json")
 _CARRIED = (
     "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*",
-    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+    "merges.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*", "*.py",
 )  # fmt: skip
+_CODE = (
+    ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".exe",
+    ".pkl", ".pickle", ".joblib", ".dill", ".bin", ".ckpt", ".pt", ".pth",
+)  # fmt: skip
+"""What runs code, or may do so, when it is loaded."""
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
@@ -44,20 +50,24 @@ def weights_name(base: Path) -> str:
     return "open_clip_model.safetensors" if name.startswith("open_clip") else "model.safetensors"
 
 
-def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequence[Weights] = ()) -> None:
+def check_folder(
+    path: str | os.PathLike[str], base: Path | None, inputs: Sequence[Weights] = (), carry_code: bool = False
+) -> None:
     """Check that a merged model can be written to a folder: to be called before any work.
 
     Args:
         path: The folder.
         base: The file (or index) of the base's weights, beside which its configuration lies.
         inputs: What must not be replaced.
+        carry_code: Whether code that lies beside the base's weights is to be carried over.
 
     Raises:
-        MergeError: If something else is in that folder, or if the base has no configuration to carry over.
+        MergeError: If something else is in that folder, or if the base has no configuration to carry over, or has links
+            out of its folder.
     """
     path = Path(path).expanduser()
     resolved = [weights.path.resolve() for weights in inputs if weights.path is not None]
-    if any(path.resolve() in file.parents for file in resolved) and is_ours(path):
+    if any(path.resolve() in file.parents for file in resolved) and is_listed(path):
         raise MergeError(f"{path} holds one of the models to merge; give the merged model another name.")
     if base is None or not any((base.parent / config).is_file() for config in _CONFIGS):
         raise MergeError(
@@ -67,21 +77,62 @@ def check_folder(path: str | os.PathLike[str], base: Path | None, inputs: Sequen
         )
     if path.exists() and not path.is_dir():
         raise MergeError(f"{path} is a file, so that no folder can be written there; give another name.")
-    if path.is_dir() and any(path.iterdir()) and not is_ours(path):
-        raise MergeError(f"The folder {path} holds something that was not merged here; give another name, or empty it.")
     check_parent(path)
+    problems = [p for file in to_carry(base.parent, carry_code) for p in problems_of(_behind, file)]
+    raise_all(problems + (problems_of(check_replaceable, path) if path.is_dir() else []))
 
 
-def is_ours(folder: Path) -> bool:
-    """Tell whether a folder holds a model that was merged here, which may be replaced."""
-    return any("merge" in open_weights(file).header for file in folder.glob("*.safetensors"))
+def to_carry(folder: Path, code: bool) -> list[Path]:
+    """List what a folder holds besides its weights and is carried over: configuration, tokenizer, licence.
+
+    Args:
+        folder: The folder of the base.
+        code: Whether code is carried over, too.
+    """
+    return [file for file in _beside(folder) if code or not _is_code(file)]
 
 
-def carry_over(old: Path, new: Path) -> None:
-    """Copy what a folder holds besides its weights: configuration, tokenizer, licence."""
-    for file in sorted({file for pattern in _CARRIED for file in old.glob(pattern)}):
-        if file.is_file():
-            shutil.copyfile(file, new / file.name)
+def left_out(folder: Path) -> list[str]:
+    """List the names of the files of a folder that are carried over only if code is."""
+    return [file.name for file in _beside(folder) if _is_code(file)]
+
+
+def carry_over(files: Iterable[Path], new: Path) -> None:
+    """Copy files into a new folder.
+
+    Raises:
+        MergeError: If one of them is a link out of its folder.
+        OSError: If one of them cannot be copied.
+    """
+    for file in files:
+        with open_plain(_behind(file)) as source, open_new(new / file.name) as copy:
+            shutil.copyfileobj(source, copy)
+
+
+def _beside(folder: Path) -> list[Path]:
+    found = {file for pattern in _CARRIED for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file() or file.is_symlink())
+
+
+def _is_code(file: Path) -> bool:
+    return file.suffix.lower() in _CODE
+
+
+def _behind(file: Path) -> Path:
+    """Find the file that a name in a model's folder stands for; the Hugging Face cache alone has links out of one.
+
+    Raises:
+        MergeError: If it is a link that leads out of the folder.
+    """
+    folder, real = file.parent.resolve(), file.resolve()
+    repository = folder.parent.parent
+    is_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    if folder in real.parents or (is_cache and real.parent == repository / "blobs"):
+        return real
+    raise MergeError(
+        f"{file} is a link that leads out of the model's folder, to {real}, so that it is not carried over into the "
+        "merged one; replace it by the file itself if that belongs to the model, or remove it."
+    )
 
 
 CARD = "README.md"

@@ -16,13 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge.checkpoints.private_folder import open_new, open_plain
 from lightning_merge.checkpoints.safetensors_format import LENGTH, SAFETENSORS_DTYPES
 from lightning_merge.utilities.errors import MergeError
-
-try:
-    import fcntl
-except ImportError:  # on Windows two merges into one file are not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 _AT_ONCE = 1 << 30  # bytes; macOS refuses to write more than 2 GiB in one call
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -73,7 +69,7 @@ class PartFile:
     resumable; a note is believed only if the bytes still have its checksum.
 
     Args:
-        path: The file, under the name that it has until it is complete.
+        path: The file, in a private folder, which it leaves when it is complete.
         meta: A tensor for every name, of which only shape and dtype count.
         metadata: Text for the header; the same merge has the same.
         resumable: Whether to keep journals.
@@ -96,24 +92,32 @@ class PartFile:
         """Reserve the space for the whole file, or go on with the one that an earlier run of this merge has left.
 
         Raises:
-            MergeError: If another process is writing this file.
             OSError: If the disk is full or the folder cannot be written to.
         """
-        self._file = open_alone(self.path)
-        if self._resumable and self._is_this():
+        if self._resumable and self.is_begun():
+            self._file = open_plain(self.path, write=True)
             self.done = self._believed()
         else:
-            self.done = set()
-            self._file.truncate(0)
+            self.path.unlink(missing_ok=True)
+            self._file = open_new(self.path)
             self._put(self.header, 0)
         self._start_journal()
         _reserve(self._file, self.size)
 
+    def is_begun(self) -> bool:
+        """Tell whether the same merge has begun to write this file."""
+        try:
+            with open_plain(self.path) as file:
+                return file.read(len(self.header)) == self.header
+        except OSError:
+            return False
+
     def join(self, rank: int, done: set[str]) -> None:
         """Take part in writing a file that another process has created."""
-        self._file = self.path.open("r+b", buffering=0)
+        self._file = open_plain(self.path, write=True)
         self.done = set(done)
-        self._open_journal(rank)
+        if self._resumable:
+            self._journal = open_new(self._journal_of(rank))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor ``(…)`` to its place. Any number of threads may write at once.
@@ -143,17 +147,6 @@ class PartFile:
             if file is not None:
                 file.close()
         self._file = self._journal = None
-
-    def forget(self) -> None:
-        """Remove the journals."""
-        for journal in self.journals():
-            journal.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the file and its journals, while nobody else can write to it."""
-        self.path.unlink(missing_ok=True)
-        self.forget()
-        self.close()
 
     def checksum(self, name: str) -> int:
         """Compute the CRC-32 of the bytes that the file holds in the place of a tensor."""
@@ -195,35 +188,33 @@ class PartFile:
             content += piece
         return bytes(content)
 
-    def _is_this(self) -> bool:
-        """Tell whether the file that is there was begun by the same merge."""
-        return self._get(0, len(self.header)) == self.header
-
-    def journals(self) -> list[Path]:
+    def _journals(self) -> list[Path]:
         """List the journals, which note what is finished: one file for each process."""
-        if not self.path.parent.is_dir():
-            return []
         pattern = re.compile(re.escape(self.path.name) + r"\.done\d+")
         return sorted(file for file in self.path.parent.iterdir() if pattern.fullmatch(file.name))
 
-    def _open_journal(self, rank: int) -> None:
-        if self._resumable:
-            self._journal = self.path.with_name(f"{self.path.name}.done{rank}").open("ab", buffering=0)
+    def _journal_of(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.done{rank}")
 
     def _start_journal(self) -> None:
-        """Put what is believed into one journal, and only then remove those of earlier runs."""
-        if self.done:
-            new = self.path.with_name(f"{self.path.name}.done0.new")
-            new.write_bytes(b"".join(_note(name, self.checksum(name)) for name in sorted(self.done)))
-            os.replace(new, self.path.with_name(f"{self.path.name}.done0"))
-        for journal in self.journals()[bool(self.done) :]:
-            journal.unlink()
-        self._open_journal(0)
+        """Note what is believed in one journal, and only then remove those of earlier runs."""
+        if not self._resumable:
+            return
+        first, new = self._journal_of(0), self.path.with_name(f"{self.path.name}.noted")
+        new.unlink(missing_ok=True)
+        with open_new(new) as file:
+            file.write(b"".join(_note(name, self.checksum(name)) for name in sorted(self.done)))
+        os.replace(new, first)
+        for journal in self._journals():
+            if journal != first:
+                journal.unlink()
+        self._journal = open_plain(first, write=True)
+        self._journal.seek(0, os.SEEK_END)
 
     def _believed(self) -> set[str]:
         """Find the tensors that are noted as finished and whose bytes have the checksum that was noted."""
         noted = {}
-        for journal in self.journals():
+        for journal in self._journals():
             for line in journal.read_bytes().splitlines():
                 try:
                     name, checksum = json.loads(line)
@@ -235,26 +226,6 @@ class PartFile:
 
 def _note(name: str, checksum: int) -> bytes:
     return json.dumps([name, checksum]).encode() + b"\n"
-
-
-def open_alone(path: Path) -> BinaryIO:
-    """Open a file for writing and keep other processes from doing so, for as long as it is open."""
-    while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        if fcntl is None:
-            return file
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise MergeError(
-                f"Another merge is writing {path}; wait until it is done, or give this one another output."
-            ) from error
-        except OSError:  # a file system that has no locks
-            return file
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()  # its writer has just completed and renamed it
 
 
 def _reserve(file: BinaryIO, size: int) -> None:

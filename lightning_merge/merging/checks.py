@@ -52,7 +52,7 @@ def check_arguments(
         problems.append(f"The arithmetic can be float32 or float64, not {options.dtype}.")
     problems += problems_of(method.check_count, len(experts))
     if output is not None and is_folder(output):
-        problems += problems_of(check_folder, output, base.path, [base, *experts.values()])
+        problems += problems_of(check_folder, output, base.path, [base, *experts.values()], options.carry_code)
     elif output is not None:
         problems += problems_of(check_output, output, [base, *experts.values()])
     if output is not None:

@@ -57,6 +57,7 @@ def merge(
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     shard_size: int = SHARD_SIZE,
+    carry_code: bool = False,
     distributed: bool = False,
 ) -> Merged:
     """Merge experts that were fine-tuned from one base.
@@ -94,8 +95,9 @@ def merge(
         output: Write the merged model to this file or folder while it is computed, instead of holding it in memory;
             ``weights`` then reads it from there. See :meth:`Merged.save` for the kinds of files.
         resume: Go on where an earlier run of the same merge into the same output was interrupted, and keep what is
-            finished, in ``.OUTPUT.part``, if this one is. Without it nothing is left of a merge that fails.
+            finished, in a folder ``.OUTPUT.….part``, if this one is. Without it nothing is left of a merge that fails.
         shard_size: The most bytes of one file where the output is a folder; a larger model is divided.
+        carry_code: Whether an output that is a folder gets the code (``*.py``) beside the base's weights, too.
         distributed: Share the parameters with the other processes of the default process group (torchrun, Lightning's
             ddp, SLURM); all of them must make the same call, and see the same files. The result is the same for any
             number of processes, and all of them return it.
@@ -125,6 +127,7 @@ def merge(
         output=output,
         resume=resume,
         shard_size=shard_size,
+        carry_code=carry_code,
         distributed=distributed,
     )
     processes = Processes(distributed)
@@ -286,7 +289,7 @@ def _to_disk(
     processes: Processes,
 ) -> None:
     """Write every parameter of the merged model as soon as it is computed; every process writes a part of them."""
-    model = merged.writer(output, resume=options.resume, shard_size=options.shard_size)
+    model = merged.writer(output, resume=options.resume, shard_size=options.shard_size, carry_code=options.carry_code)
     with model.open(processes):
         missing = [name for name in merged.inventory.stored if name not in model.done]
         computation.each(processes.share(missing, computation.cost)[processes.rank], model.write)

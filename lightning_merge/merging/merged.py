@@ -142,7 +142,7 @@ class Merged:
         count = f"{len(self.experts)} expert{'' if len(self.experts) == 1 else 's'}"
         return visible(f"{method} of {count} ({', '.join(self.experts)}): {', '.join(parts)}")
 
-    def save(self, path: str | os.PathLike[str], shard_size: int = SHARD_SIZE) -> Path:
+    def save(self, path: str | os.PathLike[str], shard_size: int = SHARD_SIZE, carry_code: bool = False) -> Path:
         """Write the merged model, completely or not at all.
 
         Args:
@@ -151,6 +151,7 @@ class Merged:
                 Without a suffix it is a folder like the base's, which its library loads (Hugging Face, timm,
                 open_clip), with what lies next to the base's weights and a model card.
             shard_size: The most bytes of one file in a folder.
+            carry_code: Whether a folder gets the code (``*.py``) that lies next to the base's weights, too.
 
         Returns:
             The path that was written.
@@ -159,14 +160,14 @@ class Merged:
             MergeError: If it cannot be written; what stood there before is still there.
         """
         if is_folder(path):
-            check_folder(path, self.base.path)
+            check_folder(path, self.base.path, carry_code=carry_code)
         else:
             check_output(path)
-        model = self.writer(path, shard_size=shard_size)
+        model = self.writer(path, shard_size=shard_size, carry_code=carry_code)
         with model.open(Processes()):
             for name in self.inventory.stored:
                 model.write(name, self.weights[name])
-        return model.path
+        return Path(os.path.abspath(Path(path).expanduser()))
 
     def card(self, scores: Scores | None = None, output: str | os.PathLike[str] = "merged.safetensors") -> ModelCard:
         """Describe the merged model as the Hugging Face Hub shows it: ``str(merged.card())`` is its ``README.md``.
@@ -180,7 +181,12 @@ class Merged:
         return model_card(self.manifest, output, scores)
 
     def writer(
-        self, path: str | os.PathLike[str], *, resume: bool = False, shard_size: int = SHARD_SIZE
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        shard_size: int = SHARD_SIZE,
+        carry_code: bool = False,
     ) -> StreamedModel:
         """Prepare the writing of this model to a file or folder.
 
@@ -197,6 +203,8 @@ class Merged:
             self.base.path,
             resume,
             shard_size,
-            card=lambda: str(self.card(output=Path(path).expanduser().resolve())),
+            carry_code,
+            later=[f"{what}.safetensors" for what in ("corrections", "heads") if getattr(self, what)],
+            card=lambda: str(self.card(output=os.path.abspath(Path(path).expanduser()))),
             beside=self.beside,
         )

@@ -38,6 +38,7 @@ class MergeOptions:
     output: str | os.PathLike[str] | None = None
     resume: bool = False
     shard_size: int = SHARD_SIZE
+    carry_code: bool = False
     distributed: bool = False
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.checkpoints import replacing
+from lightning_merge.checkpoints import save_tensors
 from lightning_merge.checkpoints.safetensors_format import load_json, read_header
 from lightning_merge.repair.calibration import Goals
 from lightning_merge.repair.moments import Moments
@@ -202,12 +202,10 @@ def save_corrections(path: str | os.PathLike[str], corrections: Mapping[str, Cor
     Raises:
         MergeError: If it cannot be written; what stood there before is still there.
     """
-    from safetensors.torch import save_file
-
     path = Path(path).expanduser()
     entries = _entries(corrections)
     tensors = {
-        f"{key}.{name}": getattr(corrections[task], name)[site].detach().cpu().contiguous()
+        f"{key}.{name}": getattr(corrections[task], name)[site]
         for key, (task, site) in entries.items()
         for name in ("scale", "shift")
     }
@@ -218,8 +216,7 @@ def save_corrections(path: str | os.PathLike[str], corrections: Mapping[str, Cor
             for key, (task, site) in entries.items()
         },
     }
-    with replacing(path) as file:
-        save_file(tensors, file, {"format": "pt", "corrections": json.dumps(noted)})
+    save_tensors(path, tensors, {"corrections": json.dumps(noted)})
     return path
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import lightning_merge as lm
 from lightning_merge.checkpoints import PartFile, save_weights
+from lightning_merge.checkpoints.private_folder import make_private
 from lightning_merge.methods import SCORE, MergeMethod, TaskArithmetic, WeightAverage
 from tests.toys import base_weights, expert_weights
 
@@ -233,7 +234,7 @@ class TestResume:
     def test_what_was_damaged_meanwhile_is_computed_again(self, files):
         with pytest.raises(KeyboardInterrupt):
             lm.merge(*files, self.Stops(), output="m.safetensors", resume=True, workers=1)
-        part = Path(".m.safetensors.part")
+        (part,) = Path().glob(".m.safetensors.*.part/model.safetensors")
         content = bytearray(part.read_bytes())
         content[-200:] = bytes(200)
         start = 8 + int.from_bytes(content[:8], "little")
@@ -295,9 +296,9 @@ class TestPlaces:
 
     @pytest.mark.parametrize("resume", [False, True])
     def test_what_a_killed_merge_has_left_is_in_nobody_s_way(self, files, resume):
-        part = Path(".merged.part")
-        (part / "subfolder").mkdir(parents=True)
-        (part / "model.safetensors.index.json").write_text("{}")
+        part = make_private(Path("merged"))
+        (part / "new").mkdir()
+        (part / "new/model.safetensors.index.json").write_text("{}")
         (part / "model.safetensors.done7").write_text("[]")
         merged = lm.merge(*files, SCORE(), output="merged", resume=resume)
         assert sorted(os.listdir("merged")) == ["README.md", "config.json", "model.safetensors"]
@@ -305,7 +306,7 @@ class TestPlaces:
 
     def test_a_folder_that_was_moved_away_comes_back(self, files, monkeypatch):
         old = dict(lm.merge(*files, WeightAverage(), output="merged").weights)
-        Path("merged").rename(".merged.old")
+        Path("merged").rename(make_private(Path("merged")) / "swapped")
         monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
         with pytest.raises(lm.MergeError, match="broken"):
             lm.merge(*files, SCORE(), output="merged")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_merge.checkpoints import replacing
+from lightning_merge.checkpoints import replacing, write_text
 from lightning_merge.evaluation.jobs import Job, JobList, do_job
 from lightning_merge.utilities.errors import MergeError
 
@@ -112,7 +112,7 @@ def send(benchmark: JobList, folder: Path) -> None:
 
 def withdraw(folder: Path) -> None:
     """Tell jobs that have not begun not to begin."""
-    (folder / "stopped").touch()
+    write_text(folder / "stopped", "")
 
 
 def clear(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -16,11 +16,13 @@ from lightning_merge.checkpoints import (
     Weights,
     open_experts,
     open_weights,
+    private_folder,
     put_in_place,
     save_weights,
 )
 from lightning_merge.checkpoints.adapters import is_adapter
 from lightning_merge.checkpoints.folders import is_folder
+from lightning_merge.checkpoints.safetensors_format import read_header
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.merge_data import calibration_images, check_named_after_domains, on_device
@@ -35,6 +37,8 @@ from lightning_merge.utilities.processes import Processes
 
 _IMAGES = 64
 """Images of a batch that the model is run on."""
+_KINDS = ("corrections", "heads")
+"""What belongs to the tasks of a repaired model, each kind in a file of its own."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class AlignAndRepair:
     private: tuple[str, ...]
     seed: int
 
-    def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool) -> None:
+    def check(self, experts: Any, base: str | None, method: MergeMethod, resume: bool, output: str) -> None:
         """Check before any work that the merge can be done with these options.
 
         Raises:
@@ -81,6 +85,13 @@ class AlignAndRepair:
             problems.append("A repair runs the model on images; give --model and --data with a domain for each expert.")
         if self.correction is not None and resume:
             problems.append("A merge that is repaired is written when it is complete, so that there is no resume.")
+        for what in _KINDS if self.correction is not None else ():
+            path = _beside(output, what)
+            if os.path.lexists(path) and not is_folder(output) and not _is_of_tasks(path, what):
+                problems.append(
+                    f"{path} is none of the {what} that belong to a merged model, and those of the tasks of {output} "
+                    "would replace it; move it away, or give another output."
+                )
         raise_all(problems)
         if self._needs_images:
             assert self.datamodule is not None
@@ -168,29 +179,29 @@ class AlignAndRepair:
             }
         return replace(repaired, manifest=merged.manifest | {"repair": settings})
 
-    def save(self, merged: Merged, output: str, shard_size: int) -> None:
+    def save(self, merged: Merged, output: str, shard_size: int, carry_code: bool) -> None:
         """Write the merged model if it was repaired, and beside it what belongs to its tasks.
 
         The files take their places only when all of them are on the disk. What an earlier merge left beside a model of
         this name belongs to that one, and is removed.
         """
         heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
-        parent = Path(output).expanduser().absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".merged.", dir=parent) as folder:
-            new = {what: Path(folder) / f"{what}.safetensors" for what in ("corrections", "heads")}
+        path = Path(output).expanduser().absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with private_folder(path.with_name(f"{path.name}.tasks")) as folder:
+            new = {what: folder / f"{what}.safetensors" for what in _KINDS}
             if merged.corrections:
                 save_corrections(new["corrections"], merged.corrections)
             if heads:
-                save_weights(new["heads"], heads)
+                save_weights(new["heads"], heads, manifest={"heads": list(merged.heads)})
             if self.correction is not None:  # else it was written while it was merged
-                merged.save(output, shard_size)
+                merged.save(output, shard_size, carry_code)
             for what, file in new.items():
                 path = _beside(output, what)
                 if file.exists():
                     put_in_place(file, path)
-                else:
-                    path.unlink(missing_ok=True)
+                elif _is_of_tasks(path, what):
+                    path.unlink()
 
     @property
     def _module(self) -> LightningModule | None:
@@ -214,6 +225,14 @@ def _open_dense(experts: Experts) -> dict[str, Source]:
         name: source if is_adapter(source) or is_task_vector(source) else open_weights(source, f"expert {name}")
         for name, source in _named(experts).items()
     }
+
+
+def _is_of_tasks(path: Path, what: str) -> bool:
+    """Tell whether a file holds the corrections or heads that an earlier merge has written."""
+    if path.is_symlink() or problems_of(read_header, path):
+        return False
+    metadata = read_header(path)[0]
+    return what in metadata or f'"{what}"' in metadata.get("merge", "")
 
 
 def _beside(output: str, what: str) -> Path:

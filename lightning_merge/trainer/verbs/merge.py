@@ -56,6 +56,7 @@ class MergeVerb(ReportingTrainer):
         allow_strangers: bool = False,
         resume: bool = False,
         shard_size: int = SHARD_SIZE,
+        carry_code: bool = False,
         plan: bool = False,
         align: Align | None = None,
         repair: Repair | None = None,
@@ -91,6 +92,7 @@ class MergeVerb(ReportingTrainer):
             resume: Go on where an earlier run of the same merge into the same output was interrupted, and keep what is
                 finished if this one is; all inputs must be files.
             shard_size: The most bytes of one file where the output is a folder.
+            carry_code: Whether an output that is a folder gets the code (*.py) beside the base's weights, too.
             plan: Only say what would be merged, what stands in the way, and about what it costs, from the files'
                 headers and a sample of their weights; nothing is merged or written. The exit status is 1 if anything
                 stands in the way.
@@ -120,7 +122,7 @@ class MergeVerb(ReportingTrainer):
         method = method or SCORE()
         domains = datamodule if isinstance(datamodule, DomainDataModule) else None
         several = AlignAndRepair(self, model, domains, align, repair, tuple(exclude or ()), seed)
-        several.check(experts, base, method, resume)
+        several.check(experts, base, method, resume, output)
         source: Any = base if base is not None or model is None else model.state_dict()
         options: dict[str, Any] = {
             "statistics": statistics,
@@ -135,6 +137,7 @@ class MergeVerb(ReportingTrainer):
             "output": output,
             "resume": resume,
             "shard_size": shard_size,
+            "carry_code": carry_code,
         }
         if plan:
             source, sources = several.unaligned(source, experts)
@@ -152,7 +155,9 @@ class MergeVerb(ReportingTrainer):
         options |= module_and_data(self, model, domains, method, opened)
         if repair is not None:
             with processes.together():
-                check_arguments(method, weights, opened, MergeOptions(output=output, shard_size=shard_size))
+                check_arguments(
+                    method, weights, opened, MergeOptions(output=output, shard_size=shard_size, carry_code=carry_code)
+                )
             options["output"] = None
         with self.progress_shown():
             merged = merge(weights, opened, method, distributed=processes.count > 1, **options)
@@ -160,7 +165,7 @@ class MergeVerb(ReportingTrainer):
             merged = several.repair(merged, processes)
         with processes.together():
             if self.is_global_zero:
-                several.save(merged, output, shard_size)
+                several.save(merged, output, shard_size, carry_code)
         self.merged, self.table = merged, None
         if model is not None and domains is not None:
             self.table = Table(evaluate_merged(self, model, domains, weights, merged))
