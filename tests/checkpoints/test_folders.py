@@ -55,7 +55,9 @@ class TestFolder:
         merged = merge(base, experts, TIES(), output="out")
         assert torch.equal(open_weights("out")["mlp.weight"], merged.weights["mlp.weight"])
         before = load_file(base / "model.safetensors")
-        with pytest.raises(MergeError, match=r"base holds something that was not merged here; give another name"):
+        with pytest.raises(
+            MergeError, match=r"base holds LICENSE, README\.md, config\.json, model\.safetensors, .*Give another na"
+        ):
             merge(base, experts, TIES(), output=base)
         assert all(torch.equal(before[name], w) for name, w in load_file(base / "model.safetensors").items())
 
@@ -78,6 +80,97 @@ class TestFolder:
         expected = merge(base, experts, TaskArithmetic()).weights
         merged = merge(base, ["tied.bin", experts[1]], TaskArithmetic()).weights
         assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+
+
+class TestWhatIsCarriedOver:
+    """Files of the base's folder itself, and none that can run code."""
+
+    @pytest.fixture
+    def outside(self, tmp_path):
+        (tmp_path / "outside").mkdir()
+        (tmp_path / "outside/key").write_text("secret")
+        return tmp_path / "outside/key"
+
+    @pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "generation_config.json"])
+    def test_a_link_out_of_the_folder_is_refused_before_any_work(self, toy, outside, name, monkeypatch):
+        base, experts = toy
+        (base / name).unlink(missing_ok=True)
+        (base / name).symlink_to(outside)
+        (base / "NOTICE").symlink_to("../outside/key")
+        model = merge(base, experts, TIES())
+        monkeypatch.setattr(TIES, "survey", lambda *_: pytest.fail("it began to work"))
+        for write in (lambda: merge(base, experts, TIES(), output="out"), lambda: model.save("out")):
+            with pytest.raises(MergeError, match="is a link that leads out of the model's folder") as refused:
+                write()
+            assert [any(f"base/{link} is" in text for text in refused.value.problems) for link in (name, "NOTICE")]
+        assert not Path("out").exists()
+        merge(base, experts, TaskArithmetic(), output="out.safetensors")  # which carries nothing over
+        for link in (name, "NOTICE"):
+            (base / link).unlink()
+        (base / name).write_text("{}")
+        merge(base, experts, TaskArithmetic(), output="out")
+
+    def test_a_link_that_is_planted_meanwhile_is_not_followed(self, toy, outside):
+        base, experts = toy
+
+        class Plants(TaskArithmetic):
+            def update(self, deltas, context):
+                (base / "LICENSE").unlink(missing_ok=True)
+                (base / "LICENSE").symlink_to(outside)
+                return super().update(deltas, context)
+
+        with pytest.raises(MergeError, match="LICENSE is a link that leads out"):
+            merge(base, experts, Plants(), output="out")
+        assert not Path("out").exists()
+
+    def test_a_link_within_the_folder_becomes_a_file(self, toy):
+        base, experts = toy
+        (base / "more").mkdir()
+        (base / "more/NOTICE.txt").write_text("of others")
+        (base / "NOTICE").symlink_to("more/NOTICE.txt")
+        merge(base, experts, TIES(), output="out")
+        assert Path("out/NOTICE").read_text() == "of others"
+        assert not Path("out/NOTICE").is_symlink()
+
+    def test_the_cache_of_the_hub_has_links_to_its_blobs(self, toy, tmp_path, outside):
+        base, experts = toy
+        model = tmp_path / "cache/models--me--toy"
+        (model / "blobs").mkdir(parents=True)
+        snapshot = model / "snapshots/0123"
+        snapshot.mkdir(parents=True)
+        for file in base.iterdir():
+            file.rename(model / "blobs" / f"hash-of-{file.name}")
+            (snapshot / file.name).symlink_to(f"../../blobs/hash-of-{file.name}")
+        merge(snapshot, experts, TIES(), output="out")
+        assert Path("out/LICENSE").read_text() == "mine"
+        (model / "blobs/hash-of-LICENSE").unlink()
+        (model / "blobs/hash-of-LICENSE").symlink_to(outside)
+        with pytest.raises(MergeError, match="LICENSE is a link that leads out"):
+            merge(snapshot, experts, TIES(), output="another")
+        for file in (model / "blobs").glob("*.*"):
+            file.rename(outside.parent / file.name)
+        (model / "blobs").rename(model / "moved")
+        (model / "blobs").symlink_to(outside.parent)
+        (snapshot / "LICENSE").unlink()
+        (snapshot / "LICENSE").symlink_to("../../blobs/key")
+        with pytest.raises(MergeError, match="LICENSE is a link that leads out"):
+            merge(snapshot, experts, TIES(), output="another")
+
+    def test_code_is_left_out_unless_it_is_asked_for(self, toy):
+        base, experts = toy
+        for name in ("modeling_toy.py", "tokenizer_toy.py", "tokenizer.pkl", "vocab.so"):
+            (base / name).write_text("import os")
+        with pytest.warns(UserWarning, match=r"modeling_toy\.py, tokenizer\.pkl, tokenizer_toy\.py, vocab\.so beside"):
+            merge(base, experts, TIES(), output="out")
+        kept = ["LICENSE", "README.md", "config.json", "model.safetensors", "tokenizer.json"]
+        assert sorted(file.name for file in Path("out").iterdir()) == kept
+        merge(base, experts, TIES(), output="out", carry_code=True)
+        assert Path("out/modeling_toy.py").read_text() == "import os"
+        with pytest.warns(UserWarning, match="was not carried over"):
+            merge(base, experts, TIES()).save("out")
+        assert sorted(file.name for file in Path("out").iterdir()) == kept
+        merge(base, experts, TIES()).save("out", carry_code=True)
+        assert Path("out/vocab.so").exists()
 
 
 def t5(**config):

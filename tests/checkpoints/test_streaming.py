@@ -288,6 +288,64 @@ class TestPlaces:
         assert Path("merged.ckpt").is_symlink()
         assert same(dict(merged.weights), dict(lm.open_weights("store/real.ckpt")))
 
+    @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+    def test_the_name_that_was_given_decides_the_format_and_not_where_a_link_leads(self, files, suffix):
+        Path("store").mkdir()
+        other = "real.ckpt" if suffix == ".safetensors" else "blob"
+        Path("store", other).write_bytes(b"old")
+        Path(f"merged{suffix}").symlink_to(f"store/{other}")
+        merged = lm.merge(*files, SCORE())
+        lm.merge(*files, SCORE(), output=f"merged{suffix}")
+        for _ in range(2):
+            assert Path(f"merged{suffix}").is_symlink()
+            assert same(dict(lm.open_weights(f"merged{suffix}")), merged.weights)
+            assert Path("store", other).read_bytes().startswith(b"PK") == (suffix == ".ckpt")
+            assert merged.save(f"merged{suffix}") == Path(f"merged{suffix}").absolute()
+
+    @pytest.mark.parametrize("output", ["merged.safetensors", "merged.ckpt", "merged"])
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_what_somebody_has_planted_is_neither_written_nor_removed(self, files, output, resume):
+        Path("precious").mkdir()
+        Path("precious/model.safetensors").write_text("content")
+        planted = []
+        for name in ("part", "part.torch", "part.done0", "0123456789abcdef.part", "0000000000000000.part"):
+            planted.append(Path(f".{output}.{name}"))
+            planted[-1].symlink_to("precious/model.safetensors" if name.startswith("part") else "precious")
+        planted[0].unlink()
+        os.link("precious/model.safetensors", planted[0])
+        folder = Path(f".{output}.fedcba9876543210.part")
+        folder.mkdir()
+        (folder / "model.safetensors").symlink_to("../precious/model.safetensors")
+        merged = lm.merge(*files, SCORE(), output=output, resume=resume)
+        assert same(dict(merged.weights), lm.merge(*files, SCORE()).weights)
+        assert Path("precious/model.safetensors").read_text() == "content"
+        assert all(os.path.lexists(path) for path in [*planted, folder / "model.safetensors"])
+        assert sorted(left_behind()) == sorted(path.name for path in [*planted, folder])
+
+    def test_what_is_half_written_is_nobody_else_s_to_enter(self, files):
+        seen = set()
+
+        class Looks(TaskArithmetic):
+            def update(self, deltas, context):
+                (folder,) = Path().glob(".m.ckpt.*.part")
+                seen.add((folder.stat().st_mode & 0o777, len(folder.name)))
+                return super().update(deltas, context)
+
+        lm.merge(*files, Looks(), output="m.ckpt")
+        assert seen == {(0o700, len(".m.ckpt.0123456789abcdef.part"))}
+
+    @pytest.mark.parametrize("output", ["merged.safetensors", "merged.ckpt"])
+    def test_a_replaced_file_keeps_its_mode_and_a_new_one_has_that_of_the_umask(self, files, output):
+        before = os.umask(0o027)
+        try:
+            lm.merge(*files, SCORE(), output=output)
+            assert Path(output).stat().st_mode & 0o777 == 0o640
+            Path(output).chmod(0o604)
+            lm.merge(*files, SCORE(), output=output)
+            assert Path(output).stat().st_mode & 0o777 == 0o604
+        finally:
+            os.umask(before)
+
     def test_a_shard_of_an_input_is_not_replaced(self, files):
         lm.merge(*files, WeightAverage(), output="sharded", shard_size=3000)
         shard = "sharded/model-00001-of-00007.safetensors"
