@@ -68,7 +68,7 @@ class CompareMerged(BesideCallback):
         if stage not in self.stages:
             return
         check_whole(trainer, type(self).__name__)
-        self.check_step(trainer, pl_module)
+        self.begin(trainer, pl_module)
         self._check_arguments()
         if self.methods:
             self.check(trainer, pl_module, self.methods, with_run=False)

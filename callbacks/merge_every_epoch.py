@@ -58,7 +58,7 @@ class MergeEveryEpoch(BesideCallback):
         """Check before the fit that the merges can work."""
         if stage == "fit":
             self._check_monitors(trainer)
-            self.check_step(trainer, pl_module)
+            self.begin(trainer, pl_module)
             self.check(trainer, pl_module, self.methods, with_run=True)
 
     def _check_monitors(self, trainer: Trainer) -> None:

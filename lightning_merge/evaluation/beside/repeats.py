@@ -8,19 +8,14 @@ from the number of samples on are repeats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from lightning_merge.utilities.errors import MergeError
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-
 
 class _PaddingSampler(Protocol):
     """A sampler of torch or Lightning that gives some samples out twice."""
@@ -33,12 +28,7 @@ class _PaddingSampler(Protocol):
 
 def loaders_of(trainer: Trainer) -> list[Any]:
     """List the loaders of the evaluation that a trainer is in."""
-    loops: dict[TrainerFn | None, _EvaluationLoop] = {
-        TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
-        TrainerFn.VALIDATING: trainer.validate_loop,  # after a fit, ``trainer.val_dataloaders`` is still the fit's
-        TrainerFn.TESTING: trainer.test_loop,
-    }
-    combined = loops[trainer.state.fn]._combined_loader
+    combined = trainer._evaluation_loop._combined_loader  # after a fit, ``trainer.val_dataloaders`` is still the fit's
     assert combined is not None  # an evaluation begins with it
     return list(combined.flattened)
 
