@@ -133,10 +133,15 @@ def test_a_step_that_fails_in_one_process_stops_the_others(hook):
     save(1)
 
     class Fails(Classifier):
-        """Its copies fail on one process."""
+        """Fails on one process, with the second weights that it is tested with."""
+
+        tests = 0
+
+        def on_test_start(self):
+            type(self).tests += 1
 
         def fail(self):
-            if self.trainer.global_rank == 1 and not self.head.weight.requires_grad:
+            if self.trainer.global_rank == 1 and self.tests == 2:
                 raise RuntimeError("out of luck")
 
         def test_step(self, batch, batch_idx):
@@ -203,7 +208,7 @@ def test_a_validation_after_a_fit_has_its_own_loader():
     assert callback.table[1] == pytest.approx(alone(weights(1), "validate", loader(13)), rel=1e-6)
 
 
-def test_the_data_are_read_once():
+def test_every_candidate_reads_the_same_samples_in_the_same_order():
     save(1, 2)
     read = []
 
@@ -215,8 +220,12 @@ def test_the_data_are_read_once():
             read.append(index)
             return data()[index]
 
-    compare(CompareMerged({"one": "1.ckpt", "two": "2.ckpt"}), DataLoader(Counted(), batch_size=4))
-    assert read == list(range(23))
+    for generator in (None, torch.Generator().manual_seed(3)):
+        read.clear()
+        shuffled = DataLoader(Counted(), batch_size=4, shuffle=True, generator=generator)
+        compare(CompareMerged({"one": "1.ckpt", "two": "2.ckpt"}), shuffled, limit_test_batches=2)
+        assert read == read[:8] * 3
+        assert len(set(read)) == 8
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ class Beside:
     """Evaluation of other weights in the module itself, once its own evaluation has gone through the data.
 
     For each candidate the module, its data and the random numbers are put back to where the evaluation began, the
-    candidate's weights are written into the module's, and Lightning's own loop calls all of the module's hooks, ``setup``
-    first, while callbacks and loggers rest. Afterwards everything is as it was before the first candidate. A sample that
-    Lightning's sampler repeats on several processes is counted once.
+    candidate's weights are written into the module's, and Lightning's own loop calls all of the module's hooks,
+    ``setup`` first, while callbacks and loggers rest. Afterwards everything is as it was before the first candidate.
+    A sample that Lightning's sampler repeats on several processes is counted once.
 
     It is made before the loop draws its first batch.
 
@@ -139,8 +139,10 @@ def tensors_of(module: LightningModule) -> dict[str, Tensor]:
 def load(module: LightningModule, weights: Mapping[str, Tensor]) -> None:
     """Write weights ``(…)``, by their plain names, into a module's own tensors, as a checkpoint is loaded."""
     state = module.state_dict()
+    inference = any(isinstance(value, Tensor) and value.is_inference() for value in state.values())
     state |= {key: weights[plain] for plain, key in plain_names("the module", state).items() if plain in weights}
-    module.load_state_dict(state, strict=module.strict_loading)
+    with torch.inference_mode(inference):
+        module.load_state_dict(state, strict=module.strict_loading)
 
 
 def _set_loop(trainer: Trainer, loop: Any) -> None:

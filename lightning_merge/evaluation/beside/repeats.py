@@ -17,6 +17,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_merge.utilities.errors import MergeError
 
+
 class _PaddingSampler(Protocol):
     """A sampler of torch or Lightning that gives some samples out twice."""
 

@@ -30,9 +30,9 @@ _LIBRARIES = ("builtins", "torch", "lightning", "lightning_fabric", "lightning_u
 class Snapshot:
     """A snapshot of a module, of what its data draw samples by, and of the random numbers of the run.
 
-    Everything that can be reached from the module is kept: tensors, lists and mappings, attributes of objects, variables
-    of closures, generators of random numbers. It is put back in place: every object stays the object that it was, so that
-    whoever else holds it (an optimizer, a compiled function, a closure) sees what is put back. Caches of
+    Everything that can be reached from the module is kept: tensors, lists and mappings, attributes of objects,
+    variables of closures, generators of random numbers. It is put back in place: every object stays the object that it
+    was, so that whoever else holds it (an optimizer, a compiled function, a closure) sees what is put back. Caches of
     ``functools.lru_cache`` are emptied. Of the loaders, no samples are kept.
 
     Args:
@@ -46,7 +46,9 @@ class Snapshot:
 
     def __init__(self, module: LightningModule, loaders: Iterable[Any], without: Iterable[Tensor] = ()) -> None:
         self.tensors: list[Tensor] = []
-        self._seen: dict[int, Any] = {id(tensor): tensor for tensor in without}  # holds on to them: an id is of its time
+        self._seen: dict[int, Any] = {
+            id(tensor): tensor for tensor in without
+        }  # holds on to them: an id is of its time
         self._restore: list[Callable[[], None]] = []
         with torch.inference_mode(False), torch.no_grad():
             self._keep([module, *module.parameters(), *module.buffers()], type(module).__name__, with_tensors=True)
@@ -56,9 +58,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back."""
-        with torch.no_grad():
-            for restore in self._restore:
-                restore()
+        for restore in self._restore:
+            restore()
         _set_rng_states(self._random)
 
     def _keep(self, things: list[Any], owner: str, with_tensors: bool) -> None:
@@ -130,7 +131,7 @@ def _is_left_alone(thing: Any) -> bool:
         return False
     of_library = type(thing).__module__.partition(".")[0] in _LIBRARIES
     containers = (dict, list, set, deque, tuple, frozenset, CellType, FunctionType, MethodType, Iterator)
-    return isinstance(thing, _LEFT_ALONE) or of_library and not isinstance(thing, (*containers, weakref.ref))
+    return isinstance(thing, _LEFT_ALONE) or (of_library and not isinstance(thing, (*containers, weakref.ref)))
 
 
 def _parts_of_loader(loader: Any) -> list[Any]:
@@ -169,10 +170,11 @@ def _parts_of(thing: Any) -> Iterable[Any]:
 
 def _restore_tensor(tensor: Tensor, content: Tensor) -> None:
     """Write into a tensor ``(…)`` what it held."""
-    if (tensor.shape, tensor.dtype, tensor.device) == (content.shape, content.dtype, content.device):
-        tensor.copy_(content)
-    else:
-        tensor.data = content.clone()
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if (tensor.shape, tensor.dtype, tensor.device) == (content.shape, content.dtype, content.device):
+            tensor.copy_(content)
+        else:
+            tensor.data = content.clone()
 
 
 def _restore_container(container: Any, content: Any, ids: list[int]) -> None:

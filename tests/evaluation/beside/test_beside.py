@@ -1,47 +1,40 @@
-"""Other weights beside the module: the numbers of separate evaluations, and a module that is left alone."""
+"""Other weights in the module itself: the numbers of separate evaluations, and a module that is left as it was."""
 
 from __future__ import annotations
 
 import copy
-import functools
-from collections import namedtuple
-from types import SimpleNamespace
+import csv
+from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import Callback
-from torch import nn
+from lightning_merge.callbacks import CompareMerged, MergeEveryEpoch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 import lightning_merge as lm
-from lightning_merge.evaluation.beside.beside import Beside
-from lightning_merge.evaluation.beside.copies import copy_with_weights
-from lightning_merge.evaluation.beside.repeats import check_enough, without_repeats
-from lightning_merge.utilities.processes import Processes
-from tests.own_project import Classifier, data, loader, plain, quiet, weights
+from lightning_merge.methods import WeightAverage
+from tests.evaluation.beside.kinds import (
+    KINDS,
+    BankOfTheEpoch,
+    CompiledMethod,
+    Kind,
+    LayersOfSetup,
+    PrototypesInSetup,
+    batches,
+)
+from tests.own_project import Classifier, data, loader, plain, processes, quiet, weights
 from tests.toys import tiny_vgg
 
 
-class Look(Callback):
-    """Evaluates beside the module in ``test`` and keeps what comes out."""
-
-    def __init__(self, candidates) -> None:
-        self.candidates, self.beside, self.rows = candidates, None, {}
-
-    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=None) -> None:
-        self.beside = self.beside or Beside(trainer, pl_module, self.candidates, Processes())
-        self.beside.run_batch(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_end(self, trainer, pl_module) -> None:
-        self.rows = self.beside.finish()
-
-
 def beside(module, candidates, loaders, **arguments) -> dict[str, dict[str, float]]:
-    look = Look(candidates)
-    quiet(callbacks=[look], **arguments).test(module, loaders, verbose=False)
-    return look.rows
+    """The rows of candidates beside the module's own weights, in ``test``."""
+    for row, state in candidates.items():
+        lm.save_weights(f"{row}.ckpt", state)
+    callback = CompareMerged({row: f"{row}.ckpt" for row in candidates}, output="table.csv")
+    quiet(callbacks=[callback], **arguments).test(module, loaders, verbose=False)
+    records = csv.DictReader(Path("table.csv").read_text().splitlines())  # the callback may be another process's
+    return {record.pop("candidate"): {k: float(v) for k, v in record.items() if v} for record in records}
 
 
 def alone(module, state, loaders, **arguments) -> dict[str, float]:
@@ -58,11 +51,11 @@ CANDIDATES = {"a": weights(1), "b": weights(2)}
 
 
 def check(module, loaders, candidates=CANDIDATES, **arguments) -> dict[str, dict[str, float]]:
-    """Compare with separate evaluations."""
+    """Compare with separate evaluations, to the last bit."""
     before = copy.deepcopy(module.state_dict())
     rows = beside(module, candidates, loaders, **arguments)
     for row, state in candidates.items():
-        assert rows[row] == pytest.approx(alone(module, state, loaders, **arguments), rel=1e-6)
+        assert rows[row] == alone(module, state, loaders, **arguments)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     return rows
 
@@ -94,7 +87,7 @@ def test_names_for_each_loader_that_the_module_gives_itself():
             self.log(f"loss of {dataloader_idx}", loss, add_dataloader_idx=False)
             self.log("every step", loss, on_step=True, on_epoch=False)
 
-    rows = check(Named(), [loader(11), loader(6)])
+    rows = beside(Named(), CANDIDATES, [loader(11), loader(6)])
     assert list(rows["a"]) == ["loss of 0", "loss of 1"]
 
 
@@ -104,7 +97,10 @@ def test_a_step_without_the_index_of_the_batch_that_changes_the_batch():
             batch[0].mul_(-1)
             self.evaluate(batch, "test")
 
-    check(InPlace(), loader())
+    def collate(samples):
+        return tuple(map(torch.stack, zip(*samples, strict=True)))
+
+    check(InPlace(), torch.utils.data.DataLoader(data(), batch_size=4, collate_fn=collate))
 
 
 def test_random_numbers_are_drawn_as_by_each_alone():
@@ -113,15 +109,15 @@ def test_random_numbers_are_drawn_as_by_each_alone():
             self.log("noise", F.cross_entropy(self(batch[0] + torch.randn_like(batch[0])), batch[1]))
             self.drawn = torch.rand(())
 
-    module = Noisy()
+    module, shuffled = Noisy(), loader(9, shuffle=True)
     torch.manual_seed(5)
-    rows = beside(module, CANDIDATES, loader(4))
+    rows = beside(module, CANDIDATES, shuffled)
     drawn = module.drawn.clone()
     for row, state in CANDIDATES.items():
         torch.manual_seed(5)
-        assert rows[row] == pytest.approx(alone(module, state, loader(4)), rel=1e-6)
+        assert rows[row] == alone(module, state, shuffled)
     torch.manual_seed(5)
-    quiet().test(module, loader(4), verbose=False)
+    quiet().test(module, shuffled, verbose=False)
     assert torch.equal(module.drawn, drawn)
 
 
@@ -130,138 +126,134 @@ def test_precision_is_the_trainers():
     assert rows["a"]["test/loss"] != beside(Classifier(), CANDIDATES, loader())["a"]["test/loss"]
 
 
-class TestCopy:
-    def test_a_function_that_holds_on_to_a_layer_is_refused(self):
-        module = Classifier()
-        layer = next(part for part in module.modules() if isinstance(part, nn.Linear))
-        module.shortcut = lambda x: layer(x)
-        with pytest.raises(lm.MergeError, match="'shortcut' of Classifier would still use the original's"):
-            copy_with_weights(module, module.state_dict())
+def test_tied_weights_stay_tied():
+    class Tied(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.again, self.itself = self.head, [self]
 
-    def test_it_shares_no_tensor_with_the_original_and_takes_the_weights_as_they_are(self):
-        module, state = Classifier(), weights(1)
-        twin = copy_with_weights(module, state)
-        assert {t.data_ptr() for t in twin.state_dict().values()}.isdisjoint(
-            t.data_ptr() for t in module.state_dict().values()
-        )
-        assert twin.head.weight.data_ptr() == state["head.weight"].data_ptr()
-        assert not any(parameter.requires_grad for parameter in twin.parameters())
-        twin.eval()(torch.ones(2, 4))
-        assert torch.equal(twin.net[1].running_mean, state["net.1.running_mean"])
-
-    def test_dtype_is_the_modules(self):
-        assert copy_with_weights(Classifier().double(), weights(1)).head.weight.dtype == torch.float64
-
-    def test_tied_weights_stay_tied(self):
-        class Tied(Classifier):
-            def __init__(self):
-                super().__init__()
-                self.again, self.itself = self.head, [self]
-
-        twin = copy_with_weights(Tied(), {**weights(1), "again.weight": torch.ones(3, 8), "again.bias": torch.ones(3)})
-        assert twin.again is twin.head
-        assert twin.itself[0] is twin
-        assert bool((twin.head.weight == 1).all())
-
-    def test_a_module_that_was_compiled_runs_the_copys_weights(self):
-        module, x = Classifier().eval(), torch.ones(2, 4)
-        expected = copy_with_weights(module, weights(1))(x)
-        module._compiler_ctx = {"compiler": "dynamo"}  # as Lightning leaves a module that was compiled
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            setattr(module, name, functools.partial(getattr(module, name)))
-        assert torch.equal(copy_with_weights(module, weights(1))(x), expected)
-
-    def test_what_a_fit_leaves_lying_about(self):
-        module = Classifier()
-        module.losses = [module(torch.ones(2, 4)).sum()]
-        module.samples = data()
-        twin = copy_with_weights(module, weights(1))
-        assert twin.losses[0].grad_fn is None
-        assert twin.samples is module.samples
-
-    def test_an_attribute_that_cannot_be_copied_is_named(self):
-        module = Classifier()
-        module.file = (line for line in "text")
-        with pytest.raises(lm.MergeError, match="attribute 'file' cannot be copied"):
-            copy_with_weights(module, weights(1))
-
-    def test_a_compiled_part_has_names_of_its_own(self):
-        class Whole(Classifier):
-            def __init__(self):
-                super().__init__()
-                self.net = nn.ModuleDict({"_orig_mod": self.net})
-
-            def forward(self, x):
-                return self.head(self.net["_orig_mod"](x))
-
-        x, expected = torch.ones(2, 4), Classifier().eval()
-        expected.load_state_dict(weights(1))
-        assert torch.equal(copy_with_weights(Whole().eval(), weights(1))(x), expected(x))
+    module = Tied()
+    state = {**weights(1), "again.weight": weights(1)["head.weight"], "again.bias": weights(1)["head.bias"]}
+    check(module, loader(), {"a": state})
+    assert module.again is module.head
 
 
-class TestRepeats:
-    Pair = namedtuple("Pair", "x y")
+def plainly(kind, stage: str = "test") -> dict[str, float]:
+    """What a plain run of Lightning says of the weights of seed 1 in one process, in a module of their own."""
+    trainer, module = quiet(), kind(1)
+    return getattr(trainer, stage)(module, batches(), verbose=False)[0]
 
-    @pytest.mark.parametrize("count", [2, 3, 5])
-    @pytest.mark.parametrize("batch_size", [1, 2, 4, None])
-    @pytest.mark.parametrize("wrapped", [True, False])
-    def test_every_sample_is_left_once(self, count, batch_size, wrapped):
-        left = []
-        for rank in range(count):
-            if wrapped:  # as Lightning does
-                sampler = DistributedSamplerWrapper(SequentialSampler(range(11)), count, rank, shuffle=False)
-            else:
-                sampler = DistributedSampler(range(11), count, rank, shuffle=False)
-            batches = DataLoader(range(11), batch_size=batch_size, sampler=sampler)
-            for i, batch in enumerate(batches):
-                batch, is_left = without_repeats(batches, torch.as_tensor(batch), i)
-                left += batch.reshape(-1).tolist() if is_left else []
-        assert sorted(left) == list(range(11))
 
-    @pytest.mark.parametrize(
-        ("batch", "expected"),
-        [
-            ({"x": torch.ones(3, 2), "names": ["a", "b", "c"], "n": 3}, {"x": (2, 2), "names": ["a", "b"], "n": 3}),
-            (Pair(torch.ones(3), torch.ones(3, 3)), Pair((2,), (2, 3))),
-            ([torch.ones(3), torch.ones(3), torch.ones(3)], [(2,), (2,), (2,)]),
-            ((["a", "b", "c"], ({"x": torch.ones(3)},)), (["a", "b"], ({"x": (2,)},))),
-            ([torch.ones(2), torch.ones(5), torch.ones(4)], [(2,), (5,)]),
-            ([{"a": 1}, {"a": 2}, {"a": 3}], [{"a": 1}, {"a": 2}]),
-        ],
-    )
-    def test_whatever_a_batch_is(self, batch, expected):
-        def shapes(found):
-            if isinstance(found, torch.Tensor):
-                return tuple(found.shape)
-            if isinstance(found, dict):
-                return {k: shapes(v) for k, v in found.items()}
-            if isinstance(found, (list, tuple)):
-                parts = [shapes(part) for part in found]
-                return type(found)(*parts) if hasattr(found, "_fields") else type(found)(parts)
-            return found
+def forget(kind) -> None:
+    """Empty the cache that the instances of a class share."""
+    getattr(vars(kind).get("text"), "known", {}).clear()
 
-        sampler = DistributedSampler(range(5), 2, rank=1, shuffle=False)  # positions 1, 3 and a repeat
-        assert shapes(without_repeats(DataLoader(range(5), 3, sampler=sampler), batch, 0)[0]) == expected
 
-    def test_a_batch_that_holds_nothing_of_its_length(self):
-        loader = DataLoader(range(5), 3, sampler=DistributedSampler(range(5), 2, rank=1, shuffle=False))
-        with pytest.raises(lm.MergeError, match="a number of processes that divides"):
-            without_repeats(loader, SimpleNamespace(x=torch.ones(3)), 0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_the_module_does_the_row_is_that_of_a_plain_test(kind):
+    rows = beside(kind(0), {"other": kind(1).state_dict()}, batches())
+    forget(kind)
+    assert rows["other"] == plainly(kind)
+    assert rows["other"] != rows["current"]
+    forget(kind)
 
-    def test_other_samplers_are_left_alone(self):
-        class Sampler(DistributedSampler):
-            """Repeats nothing."""
 
-        loader = DataLoader(range(5), 3, sampler=Sampler(range(5), 2, rank=1, shuffle=False))
-        batch = torch.ones(3)
-        assert without_repeats(loader, batch, 0) == (batch, True)
-        assert without_repeats(DataLoader(range(5), 3), batch, 0) == (batch, True)
+@pytest.mark.parametrize("kind", [CompiledMethod, BankOfTheEpoch, PrototypesInSetup])
+def test_whatever_the_module_does_on_two_processes(kind):
+    expected = plainly(kind)
+    found = beside(kind(0), {"other": kind(1).state_dict()}, batches(), **processes(2))["other"]
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found["test/accuracy"] == expected["test/accuracy"]
 
-    def test_more_processes_than_samples(self):
-        class Two(Dataset):
-            def __len__(self):
-                return 2
 
-        loader = DataLoader(Two(), sampler=DistributedSampler(Two(), 3, rank=0))
-        with pytest.raises(lm.MergeError, match="cannot share out 2 samples over 3 processes"):
-            check_enough([loader], "It")
+@pytest.mark.parametrize("kind", [CompiledMethod, BankOfTheEpoch, PrototypesInSetup])
+def test_whatever_the_module_does_the_validation_of_a_fit_is_that_of_a_plain_one(kind):
+    logged = {}
+
+    class Look(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    for seed in (0, 1):
+        lm.save_weights(f"{seed}.ckpt", kind(seed).state_dict())
+    ends = []
+    for callbacks in ([], [MergeEveryEpoch("0.ckpt", ["1.ckpt"], WeightAverage(), name="run"), Look()]):
+        module = kind(0)
+        quiet(callbacks=callbacks, max_epochs=1, num_sanity_val_steps=0).fit(module, batches(), batches())
+        ends.append(module)
+    assert all(torch.equal(tensor, ends[1].state_dict()[name]) for name, tensor in ends[0].state_dict().items())
+    merged = lm.merge("0.ckpt", {"1": "1.ckpt", "run": ends[0].state_dict()}, WeightAverage()).weights
+    module = kind(0)
+    module.load_state_dict({key: merged[key.replace("_orig_mod.", "")] for key in module.state_dict()})
+    expected = quiet().validate(module, batches(), verbose=False)[0]
+    assert all(logged[f"merged/{name}"] == torch.tensor(value) for name, value in expected.items())  # in float32
+
+
+def test_layers_that_setup_makes_anew_get_the_weights():
+    state = LayersOfSetup(1).state_dict()
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.4.0"}, "whole.ckpt")
+    module = LayersOfSetup(0)
+    rows = beside(module, {"other": state}, batches())
+    assert rows["other"] == quiet().test(LayersOfSetup(0), batches(), "whole.ckpt", verbose=False)[0]
+
+
+def test_everything_of_a_module_is_as_after_its_own_evaluation():
+    class Busy(Kind):
+        def reach(self):
+            self.generator, self.seen, self.hidden = torch.Generator().manual_seed(1), [], [torch.ones(4)]
+
+        def test_step(self, batch, batch_idx):
+            self.seen.append({"drawn": torch.rand(2, generator=self.generator), "x": batch[0]})
+            self.total = getattr(self, "total", 0) + batch[0].sum()
+            with torch.no_grad():
+                self.hidden[0].add_(self.head.bias)
+            super().test_step(batch, batch_idx)
+
+        def on_test_epoch_end(self):
+            self.log("total", self.total)
+
+    one, other = Busy(0), Busy(0)
+    quiet().test(one, batches(), verbose=False)
+    seen = other.seen
+    beside(other, {"a": Kind(1).state_dict(), "b": Kind(2).state_dict()}, batches())
+    assert other.seen is seen
+    torch.testing.assert_close(other.seen, one.seen, rtol=0, atol=0)
+    assert torch.equal(other.total, one.total)
+    assert torch.equal(other.hidden[0], one.hidden[0])
+    assert torch.equal(other.generator.get_state(), one.generator.get_state())
+    assert not {"log", "reset"} & set(vars(other))
+
+
+def test_callbacks_and_loggers_rest_and_the_trainer_is_as_before():
+    class Stops(Classifier):
+        def on_validation_epoch_end(self):
+            self.trainer.should_stop = float(self.trainer.callback_metrics["val/loss"]) > 1.2
+            super().on_validation_epoch_end()
+
+    calls = []
+
+    class Count(Callback):
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            calls.append(batch_idx)
+
+    lm.save_weights("bad.ckpt", {name: 9.0 * tensor for name, tensor in weights(1).items()})
+    callback = CompareMerged({"bad": "bad.ckpt"}, stages=["fit"])
+    trainer = quiet(callbacks=[callback, Count()], num_sanity_val_steps=0, max_epochs=2)
+    trainer.fit(Stops(), loader(), loader())
+    assert callback.table[1]["val/loss"] > 1.2
+    assert trainer.current_epoch == 2
+    assert calls == [*range(6)] * 2
+    assert not {"reset"} & set(vars(trainer.fit_loop.epoch_loop.val_loop))
+
+
+def test_an_error_leaves_the_module_as_it_was():
+    class Fails(Kind):
+        def test_step(self, batch, batch_idx):
+            if torch.equal(self.head.bias, Kind(1).head.bias):
+                raise RuntimeError("out of luck")
+            super().test_step(batch, batch_idx)
+
+    module, own = Fails(0), Kind(0).state_dict()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        beside(module, {"other": Kind(1).state_dict()}, batches())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in module.state_dict().items())
