@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 from argparse import Namespace
 
@@ -20,6 +21,7 @@ from benchmarks import (
     contenders,
     errors,
     formulas,
+    kills,
     linalg,
     measure,
     memory,
@@ -140,6 +142,13 @@ def test_scaling(capsys, monkeypatch):
     assert float(line[head.index("wall s")]) > 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills(capsys):
+    kills.main(["--count", "1", "--layers", "2", "--width", "8", "--most", "0.1"])
+    _, *lines = rows(capsys.readouterr().out)
+    assert [line[-3:] for line in lines] == [["0", "0", "0"]] * 6
+
+
 def test_startup(capsys, monkeypatch):
     monkeypatch.setitem(startup.COMMANDS, startup.IMPORT, measure.python("-c", "import json"))
     startup.main(["--repeat", "1", "--commands", "import lightning_merge"])
@@ -157,7 +166,7 @@ def test_candidates(capsys):
 
 def test_every_script_stands_in_the_readme():
     told = re.findall(r"python -m benchmarks\.(\w+)", (ROOT / "benchmarks" / "README.md").read_text())
-    assert told == ["speed", "linalg", "memory", "scaling", "startup", "report", "candidates", "foundations"]
+    assert told == ["speed", "linalg", "memory", "scaling", "kills", "startup", "report", "candidates", "foundations"]
 
 
 def test_peers_are_imported_when_asked_for():

@@ -167,6 +167,16 @@ class TestCommandLine:
             main(command(folder, experts, "--output=merged.ckpt", *more))
             assert [path.name for path in Path().glob("*merged*")] == ["merged.ckpt"]
 
+    def test_what_only_has_the_name_of_corrections_is_neither_replaced_nor_removed(self, folder, experts, capsys):
+        lm.checkpoints.save_weights("merged.corrections.safetensors", {"another": torch.ones(2)})
+        before = Path("merged.corrections.safetensors").read_bytes()
+        with pytest.raises(SystemExit):
+            main(command(folder, experts, "--output=merged.ckpt"))
+        assert "merged.corrections.safetensors is none of the corrections that belong to a" in capsys.readouterr().err
+        assert not Path("merged.ckpt").exists()
+        main(command(folder, experts, "--output=merged.ckpt", "--repair=null"))
+        assert Path("merged.corrections.safetensors").read_bytes() == before
+
     def test_a_repaired_merge_that_cannot_be_written_changes_nothing(self, folder, experts, monkeypatch):
         main(command(folder, experts, "--output=merged.ckpt"))
         before = {path: path.read_bytes() for path in Path().glob("*merged*")}
