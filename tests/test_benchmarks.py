@@ -144,9 +144,10 @@ def test_scaling(capsys, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kills(capsys):
-    kills.main(["--count", "1", "--layers", "2", "--width", "8", "--most", "0.1"])
+    kills.main(["--count", "1", "--steps", "2", "--layers", "2", "--width", "8", "--most", "0.1"])
     _, *lines = rows(capsys.readouterr().out)
-    assert [line[-3:] for line in lines] == [["0", "0", "0"]] * 6
+    assert [line[2:] for line in lines] == [["3", line[3], "0", "0", "0"] for line in lines]
+    assert len(lines) == 6
 
 
 def test_startup(capsys, monkeypatch):
