@@ -201,6 +201,8 @@ class StreamedModel:
 
     def _complete(self) -> None:
         assert self._part is not None
+        for written in self._files:
+            written.close()  # an open file cannot be renamed or removed everywhere
         if self._is_folder:
             self._put_together(self._part / NEW)
             if self.path.is_dir():
