@@ -8,14 +8,14 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.func import functional_call
 from torchmetrics import MetricCollection
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.data import DomainDataModule
+from lightning_merge.evaluation.beside.beside import apart_from, load, tensors_of
 from lightning_merge.models.metrics import classification_metrics
 from lightning_merge.utilities.errors import raise_all
-from lightning_merge.utilities.modules import distinct_names, fit_problems
+from lightning_merge.utilities.modules import fit_problems
 
 Record = dict[str, Any]
 """One measurement: ``row``, ``domain``, and a value in [0, 1] for every metric."""
@@ -49,8 +49,12 @@ def evaluate_candidates(
     domains = list(datamodule.test_domains)
     evaluator = CandidateEvaluator(module, candidates, ensembles or {}, domains, len(datamodule.class_names))
     logged: dict[str, float] = {}
-    for results in trainer.test(evaluator, datamodule=datamodule, verbose=False):
-        logged |= results
+    own = {name: tensor.detach().clone() for name, tensor in tensors_of(module).items()}
+    try:
+        for results in trainer.test(evaluator, datamodule=datamodule, verbose=False):
+            logged |= results
+    finally:
+        load(module, own)
     return [
         {"row": row, "domain": domain}
         | {name: logged[evaluator.key(row, domain, name)] for name in evaluator.metric_names}
@@ -102,7 +106,7 @@ class CandidateEvaluator(LightningModule):
         self.rows = [*candidates, *ensembles]
         self.metric_names = [str(name) for name in classification_metrics(num_classes)]
         self._domains = list(domains)
-        self._candidates = {name: dict(weights) for name, weights in candidates.items()}
+        self._candidates = apart_from(module, candidates)
         self._ensembles = ensembles
         metrics = nn.ModuleList(classification_metrics(num_classes) for _ in self.rows for _ in domains)
         self._metrics = cast("Sequence[MetricCollection]", metrics)
@@ -117,20 +121,21 @@ class CandidateEvaluator(LightningModule):
         return f"{self.rows.index(row)}/{self._domains.index(domain)}/{metric}"
 
     def on_test_start(self) -> None:
-        """Move the candidates to the device, each tensor under one name."""
-        stored = self.module.state_dict()
-        places = [key for key in distinct_names(self.module) if key in stored]
+        """Move the candidates to the device, and find the tensors that their weights are written into."""
+        self._tensors = {name: tensor.detach() for name, tensor in tensors_of(self.module).items()}
         self._candidates = {
-            name: {key: weights[key].to(self.device) for key in places} for name, weights in self._candidates.items()
+            row: {name: weights[name].to(self.device) for name in self._tensors}
+            for row, weights in self._candidates.items()
         }
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch, images ``(N, …)`` and labels ``(N,)``, for every candidate and ensemble."""
         images, labels = batch
-        logits = {
-            name: functional_call(self.module, weights, (images,), tie_weights=False).float()
-            for name, weights in self._candidates.items()
-        }
+        logits = {}
+        for name, weights in self._candidates.items():
+            for place, tensor in self._tensors.items():
+                tensor.copy_(weights[place])  # in place, so that compiled functions and closures see them
+            logits[name] = self.module(images).float()
         for name, members in self._ensembles.items():
             logits[name] = torch.stack([logits[member] for member in members]).mean(dim=0)
         for i, name in enumerate(self.rows):

@@ -65,10 +65,22 @@ def test_a_layer_under_two_names_keeps_its_own_weights(model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_model_keeps_its_own_weights(model, candidates):
+def test_the_model_keeps_its_own_weights_and_may_be_a_candidate(model, candidates):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    evaluate_candidates(quiet_trainer(), model, lm.Digits(test_domains=["noisy"]), candidates)
+    one, two = ({"other": candidates["one"], "own": state} for state in (model.state_dict(), before))
+    data = lm.Digits(test_domains=["noisy"])
+    found = [evaluate_candidates(quiet_trainer(), model, data, rows) for rows in (one, two)]
+    assert found[0] == found[1]
+    assert found[0][0]["accuracy"] != found[0][1]["accuracy"]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_module_that_reaches_its_weights_in_another_way(candidates):
+    plain, bound, data = tiny_expert(), tiny_expert(), lm.Digits(test_domains=["noisy"])
+    weight, bias = bound.head.weight, bound.head.bias
+    bound.head.forward = lambda x: nn.functional.linear(x, weight, bias)
+    found = [evaluate_candidates(quiet_trainer(), model, data, candidates) for model in (plain, bound)]
+    assert found[0] == found[1]
 
 
 def test_running_statistics_of_a_candidate_are_used():

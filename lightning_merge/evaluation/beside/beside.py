@@ -50,14 +50,9 @@ class Beside:
     def take(self, candidates: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take all of the module's weights, with its shapes ``(…)``, by the candidate's name.
 
-        Names are without what ``torch.compile`` puts into them. What is the module's own is copied.
+        Names are without what ``torch.compile`` puts into them.
         """
-        own = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(self._module).values()}
-        for row, weights in candidates.items():
-            self._candidates[row] = {
-                name: tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
-                for name, tensor in weights.items()
-            }
+        self._candidates = apart_from(self._module, candidates)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Evaluate the candidates; all processes must call it, after the loop's last batch.
@@ -134,6 +129,18 @@ def tensors_of(module: LightningModule) -> dict[str, Tensor]:
     state = module.state_dict(keep_vars=True)
     found = {plain: state[key] for plain, key in plain_names("the module", state).items()}
     return {plain: value for plain, value in found.items() if isinstance(value, Tensor)}
+
+
+def apart_from(module: LightningModule, candidates: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copy those of the candidates' weights ``(…)`` that are the module's own and would change with it."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(module).values()}
+    return {
+        row: {
+            name: tensor.clone() if tensor.untyped_storage().data_ptr() in own else tensor
+            for name, tensor in weights.items()
+        }
+        for row, weights in candidates.items()
+    }
 
 
 def load(module: LightningModule, weights: Mapping[str, Tensor]) -> None:

@@ -53,7 +53,7 @@ class Snapshot:
         with torch.inference_mode(False), torch.no_grad():
             self._keep([module, *module.parameters(), *module.buffers()], type(module).__name__, with_tensors=True)
             for loader in loaders:
-                self._keep(_parts_of_loader(loader), "the data", with_tensors=False)
+                self._keep(_parts_of_loader(loader), "a loader", with_tensors=False)
         self._random = _collect_rng_states()
 
     def restore(self) -> None:
