@@ -1,10 +1,10 @@
-"""What does it take to evaluate several candidates: one pass of CompareMerged, or a `trainer.test` for each?
+"""What does it take to evaluate several candidates: a run with CompareMerged, or a `trainer.test` for each?
 
     python -m benchmarks.candidates
 
 All by one module with its metrics, in one process. "forward passes alone" is the least: every candidate's forward
 passes on batches that are there already, without loader, Trainer and metrics. CompareMerged also evaluates the current
-weights, one model more. The samples are ``ready`` in memory, or a ``jpeg`` that is decoded whenever one is read.
+weights, one model more; it reads the data for each of them, as `trainer.test` does. The samples are ``ready`` in memory, or a ``jpeg`` that is decoded whenever one is read.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def contenders(module: Counting, files: dict[str, str], loader: DataLoader) -> d
                 for images in batches:
                     module(images)
 
-    def one_pass() -> None:
+    def one_run() -> None:
         new_trainer(CompareMerged(files)).test(module, loader, verbose=False)
 
     def one_by_one() -> None:
@@ -111,7 +111,7 @@ def contenders(module: Counting, files: dict[str, str], loader: DataLoader) -> d
             new_trainer().test(module, loader, verbose=False)
 
     batches += [images for images, _ in loader]
-    return {"forward passes alone": forward_passes, "CompareMerged": one_pass, "trainer.test for each": one_by_one}
+    return {"forward passes alone": forward_passes, "CompareMerged": one_run, "trainer.test for each": one_by_one}
 
 
 def compare(module: Counting, files: dict[str, str], given: argparse.Namespace, kind: str) -> list[dict[str, Any]]:

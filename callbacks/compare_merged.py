@@ -1,4 +1,4 @@
-"""Compare merged models with the module's own weights, in one pass over the data."""
+"""Compare merged models with the module's own weights, on its own data and by its own metrics."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ CURRENT = "current"
 class CompareMerged(BesideCallback):
     """Comparison of candidates with the current weights in ``validate`` and ``test``, printed as a table.
 
-    The data are read once. Every candidate runs the module's own step in a copy of the module, and what the module logs
-    as ``NAME`` is logged for it as ``ROW/NAME``, to every logger. On several processes no sample is counted twice, and
-    numbers are reduced over the processes even where the module does not ask for it; so that this holds for the current
-    weights, too, they then get a copy of their own, logged as ``current/NAME``. All candidates are held on the module's
-    device at once. What a module writes to a logger or to a file by itself, its copies write as well.
+    Every candidate is evaluated in the module itself, as ``trainer.validate`` or ``trainer.test`` would do it with these
+    weights: they are written into the module's, the module is put back to where its own evaluation began, and
+    Lightning's loop calls its hooks, ``setup`` first, while other callbacks rest. So the data are read once for the
+    current weights and once for each candidate, in the same order. Afterwards the module is as it was. What the module
+    logs as ``NAME`` is logged for the candidate as ``ROW/NAME``, to every logger; what it writes to a logger or to a file
+    by itself, it writes for each. On several processes no sample is counted twice, and numbers are reduced over the
+    processes even where the module does not ask for it; so that this holds for the current weights, too, they are then
+    evaluated once more, and logged as ``current/NAME``.
 
     After the run, ``callback.table`` holds the rows: ``{"row": …, NAME: number, …}``.
 

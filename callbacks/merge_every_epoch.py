@@ -22,7 +22,8 @@ class MergeEveryEpoch(BesideCallback):
     What the module logs as ``NAME`` is logged for the merged model as ``merged/NAME``, which a ``ModelCheckpoint`` or
     an ``EarlyStopping`` can monitor. In a run with ``WeightAveraging`` it is the average that is merged. The fit itself
     goes on as without this callback: weights, gradients, optimizer and random numbers stay what they are. The merged
-    model is evaluated in a copy of the module, on the batches of the validation.
+    model is evaluated in the module itself, as ``trainer.validate`` would do it, once the validation has read its data,
+    which are read again for each method; afterwards the module is as it was.
 
     Args:
         base: The checkpoint that all experts started from.

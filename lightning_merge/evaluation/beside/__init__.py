@@ -1,1 +1,1 @@
-"""Evaluate merged models next to the model that is being evaluated."""
+"""Evaluate other weights within the evaluation of a model, by its own steps, hooks and metrics."""
