@@ -4,7 +4,8 @@
 
 All by one module with its metrics, in one process. "forward passes alone" is the least: every candidate's forward
 passes on batches that are there already, without loader, Trainer and metrics. CompareMerged also evaluates the current
-weights, one model more; it reads the data for each of them, as `trainer.test` does. The samples are ``ready`` in memory, or a ``jpeg`` that is decoded whenever one is read.
+weights, one model more; it reads the data for each of them, as `trainer.test` does. The samples are ``ready`` in
+memory, or a ``jpeg`` that is decoded whenever one is read.
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ CURRENT = "current"
 class CompareMerged(BesideCallback):
     """Comparison of candidates with the current weights in ``validate`` and ``test``, printed as a table.
 
-    Every candidate is evaluated in the module itself, as ``trainer.validate`` or ``trainer.test`` would do it with these
-    weights: they are written into the module's, the module is put back to where its own evaluation began, and
+    Every candidate is evaluated in the module itself, as ``trainer.validate`` or ``trainer.test`` would do it with its
+    weights: these are written into the module's, the module is put back to where its own evaluation began, and
     Lightning's loop calls its hooks, ``setup`` first, while other callbacks rest. So the data are read once for the
     current weights and once for each candidate, in the same order. Afterwards the module is as it was. What the module
-    logs as ``NAME`` is logged for the candidate as ``ROW/NAME``, to every logger; what it writes to a logger or to a file
+    logs as ``NAME`` is logged for the candidate as ``ROW/NAME``, to every logger; what it writes to a logger or a file
     by itself, it writes for each. On several processes no sample is counted twice, and numbers are reduced over the
-    processes even where the module does not ask for it; so that this holds for the current weights, too, they are then
-    evaluated once more, and logged as ``current/NAME``.
+    processes even where the module does not ask for it; so that this holds for the current weights, too, they are
+    then evaluated once more, and logged as ``current/NAME``.
 
     After the run, ``callback.table`` holds the rows: ``{"row": …, NAME: number, …}``.
 
