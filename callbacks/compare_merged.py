@@ -71,7 +71,6 @@ class CompareMerged(BesideCallback):
         if stage not in self.stages:
             return
         check_whole(trainer, type(self).__name__)
-        self.begin(trainer, pl_module)
         self._check_arguments()
         if self.methods:
             self.check(trainer, pl_module, self.methods, with_run=False)
@@ -82,6 +81,7 @@ class CompareMerged(BesideCallback):
                 raise_all(
                     [problem for row in self.paths for problem in problems_of(self._check, row, pl_module, current)]
                 )
+        self.begin(trainer, pl_module)
 
     def _check_arguments(self) -> None:
         rows = [*self.paths, *self.methods]

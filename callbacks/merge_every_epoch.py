@@ -59,8 +59,8 @@ class MergeEveryEpoch(BesideCallback):
         """Check before the fit that the merges can work."""
         if stage == "fit":
             self._check_monitors(trainer)
-            self.begin(trainer, pl_module)
             self.check(trainer, pl_module, self.methods, with_run=True)
+            self.begin(trainer, pl_module)
 
     def _check_monitors(self, trainer: Trainer) -> None:
         """Raise a :class:`MergeError` if a callback looks for a result before there is one."""

@@ -17,12 +17,13 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_merge.utilities.errors import MergeError
 
-_LEFT_ALONE = (type, ModuleType, io.IOBase, Callback, DataLoader, Dataset, LightningDataModule, Logger, Tensor)
-"""What a module may point to and an evaluation leaves as it is; the tensors are a module's own, or a data set's."""
+_LEFT_ALONE = (type, ModuleType, io.IOBase, Callback, DataLoader, Dataset, LightningDataModule, Logger, Optimizer)
+"""What a module may point to and an evaluation leaves as it is."""
 _LIBRARIES = ("builtins", "torch", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "logging")
 """Packages whose objects are left alone, unless they are modules, samplers or containers."""
 
@@ -117,7 +118,7 @@ class Snapshot:
         elif isinstance(thing, functools._lru_cache_wrapper):
             self._restore.append(thing.cache_clear)
             return (thing.__wrapped__,)
-        elif isinstance(thing, Iterator):
+        elif isinstance(thing, Iterator) and _is_of(type(thing), ("builtins", "itertools", "torch")):
             raise MergeError(
                 f"Every candidate is evaluated from the state in which the evaluation began, and {owner} holds "
                 f"something that can be gone through only once ({type(thing).__name__}); make it a list."
@@ -125,19 +126,26 @@ class Snapshot:
         return _parts_of(thing)
 
 
+def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
+    """Tell whether a class is defined in one of these packages."""
+    return kind.__module__.partition(".")[0] in packages
+
+
 def _is_left_alone(thing: Any) -> bool:
     """Tell whether a thing is none of a module's own."""
     if isinstance(thing, (nn.Module, Sampler, torch.Generator)):
         return False
-    of_library = type(thing).__module__.partition(".")[0] in _LIBRARIES
+    of_library = _is_of(type(thing), _LIBRARIES)
     containers = (dict, list, set, deque, tuple, frozenset, CellType, FunctionType, MethodType, Iterator)
     return isinstance(thing, _LEFT_ALONE) or (of_library and not isinstance(thing, (*containers, weakref.ref)))
 
 
 def _parts_of_loader(loader: Any) -> list[Any]:
     """List by what a loader chooses samples."""
-    if not isinstance(loader, DataLoader):
-        return [loader]
+    if not isinstance(
+        loader, DataLoader
+    ):  # an iterator of another library's begins anew by itself, or see CandidateLoop
+        return [loader] if _is_of(type(loader), ("builtins", "itertools")) or not isinstance(loader, Iterator) else []
     return [loader.generator, loader.sampler, loader.batch_sampler, loader.dataset]
 
 
@@ -161,7 +169,7 @@ def _parts_of(thing: Any) -> Iterable[Any]:
         return (vars(thing), *(() if of_torch else thing.__closure__ or ()))
     parts = [vars(thing)] if hasattr(thing, "__dict__") else []
     for kind in type(thing).__mro__:
-        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+        if not _is_of(kind, _LIBRARIES):
             parts += [value for name, value in vars(kind).items() if not name.startswith("__")]
             slots = getattr(kind, "__slots__", ())
             parts += [getattr(thing, slot, None) for slot in ([slots] if isinstance(slots, str) else slots)]
