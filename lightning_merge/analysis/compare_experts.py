@@ -17,6 +17,7 @@ from lightning_merge.analysis.expert_matrices import ExpertMatrices, MergedMatri
 from lightning_merge.analysis.groups import by_depth, grouped
 from lightning_merge.analysis.records import MatrixComparison, ParameterComparison
 from lightning_merge.checkpoints import Experts, Source, Weights, open_experts, open_weights
+from lightning_merge.checkpoints.joined import join
 from lightning_merge.checkpoints.weights import widest
 from lightning_merge.merging.inventory import take_inventory
 from lightning_merge.merging.merged import Merged
@@ -85,7 +86,8 @@ def compare_experts(
     sources = open_experts(experts, origin)
     inventory = take_inventory(origin, list(sources.values()), include, exclude)
     names = by_depth(inventory.merged)
-    results = _open_merged(merged, origin, names)
+    results = join(origin, _open_merged(merged, origin, names), inventory.magnitudes)[1]
+    origin, sources = join(origin, sources, inventory.magnitudes)
     models = _Models(origin, sources, results, names, matrices or Matrices())
     workers = count_workers(workers, origin[names[0]].device, sum(origin.meta[name].numel() for name in names))
     parameters = models.parameters(workers)

@@ -37,9 +37,11 @@ class Patterns:
         """
         begin = time.thread_time()
         for pattern, value in self.values.items():
+            compiled = self._compile(pattern)
+            left = self._left - (time.thread_time() - begin)
             try:
-                found = self._compile(pattern).match(module, timeout=self._left - (time.thread_time() - begin))
-            except (TimeoutError, ValueError) as error:  # the latter where no time is left at all
+                found = compiled.match(module, timeout=max(left, 1e-6))
+            except TimeoutError as error:
                 raise MergeError(
                     f"{pattern[:200]!r} in {self.where} takes too long to match (all names together, more than "
                     f"{_SECONDS:g} seconds); write the names out, or without nested repetitions."

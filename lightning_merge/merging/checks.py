@@ -71,6 +71,17 @@ def check_resumable(inputs: Iterable[Weights]) -> None:
     )
 
 
+def check_separable(method: MergeMethod, inventory: Inventory) -> None:
+    """Raise a :class:`MergeError` if a method looks at the parts of weights that mean something only together."""
+    if inventory.magnitudes and (method.needs or method.needs_data):
+        v = next(iter(inventory.magnitudes.values()))
+        raise MergeError(
+            f"{type(method).__name__} looks at the statistics or gradients of parameters, which of normalised weights "
+            f"({v!r}) are not those of the weights; take another method, or in every model call torch.nn.utils."
+            "remove_weight_norm (or parametrize.remove_parametrizations) of these modules and save its state_dict()."
+        )
+
+
 def check_task_data(
     method: str,
     module: nn.Module | None,

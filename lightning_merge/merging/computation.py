@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights
+from lightning_merge.checkpoints.joined import take_apart
 from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.checkpoints.weights import widest
 from lightning_merge.merging.inventory import Inventory
@@ -61,7 +62,11 @@ class Computation:
             return self._checked(name, mean, mean)
         if name in self.inventory.copied:
             return self.base[name].clone()
-        return self._merged(name, self._update)
+        if name in self.inventory.magnitudes:
+            return take_apart(self._merged(self.inventory.magnitudes[name], self._update), self.base.meta[name])[0]
+        merged = self._merged(name, self._update)
+        g = self._magnitude_of(name)
+        return merged if g is None else take_apart(merged, self.base.meta[g])[1]
 
     def parameters(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Compute several parameters or buffers ``(…)``, held in memory, in the order of the names."""
@@ -80,7 +85,7 @@ class Computation:
 
     def all_merged(self) -> dict[str, Tensor]:
         """Compute the parameters ``(…)`` that the method merges."""
-        return self._with_aliases(self.parameters(self.inventory.merged))
+        return self._with_aliases(self.parameters([*self.inventory.merged, *self.inventory.magnitudes]))
 
     def for_task(self, expert: int) -> dict[str, Tensor]:
         """Compute the parameters ``(…)`` that the method merges for one expert's task; none if tasks do not differ."""
@@ -95,7 +100,13 @@ class Computation:
 
         run_each(one, self.inventory.merged, self.workers, "merging", self.cost)
         self.scratch.forget()
+        for g, v in self.inventory.magnitudes.items():
+            merged[g], merged[v] = take_apart(merged[v], self.base.meta[g])
         return self._with_aliases(merged)
+
+    def _magnitude_of(self, name: str) -> str | None:
+        """Find the magnitude whose direction a parameter is; None of any other."""
+        return next((g for g, v in self.inventory.magnitudes.items() if v == name), None)
 
     def _with_aliases(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
         return merged | {alias: merged[owner] for alias, owner in self.inventory.tied.items() if owner in merged}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from lightning_merge.checkpoints import Weights
+from lightning_merge.checkpoints.joined import find_inseparable, find_magnitudes
 from lightning_merge.checkpoints.names import (
     is_left_out,
     is_of_one_kind,
@@ -27,6 +28,8 @@ class Inventory:
         copied: Taken from the base: integer buffers, and whatever the user excluded.
         tied: Names that share a tensor with another name: ``{alias: name}``. They stay tied.
         private: Excluded parameters of each expert, by the expert's name.
+        magnitudes: Magnitudes of normalised weights, which follow from the merged ones, and the merged parameters that
+            stand for these weights, see :mod:`lightning_merge.checkpoints.joined`.
     """
 
     merged: tuple[str, ...]
@@ -34,11 +37,12 @@ class Inventory:
     copied: tuple[str, ...]
     tied: dict[str, str]
     private: dict[str, tuple[str, ...]]
+    magnitudes: dict[str, str] = field(default_factory=dict)
 
     @property
     def stored(self) -> tuple[str, ...]:
         """The names of the tensors that the merged model consists of, each tensor once."""
-        return (*self.merged, *self.averaged, *self.copied)
+        return (*self.merged, *self.averaged, *self.copied, *self.magnitudes)
 
 
 def take_inventory(
@@ -76,9 +80,15 @@ def compare(
     }
     names = [name for name in base if name not in tied]
     compared = [name for name in base if not left_out(name)]
-    alike = [expert for expert in experts if is_of_one_kind(compared, expert)]
+    of_base = find_inseparable(base, "The base", left_out)
+    of_experts = [find_inseparable(expert, f"The expert {expert.name}", left_out) for expert in experts]
+    whole = [expert for expert, found in zip(experts, of_experts, strict=True) if not (found or of_base)]
+    alike = [expert for expert in whole if is_of_one_kind(compared, expert)]
+    magnitudes = {g: v for g, v in find_magnitudes(base).items() if not (g in tied or left_out(g) or left_out(v))}
     merged, averaged, copied = [], [], []
     for name in names:
+        if name in magnitudes:
+            continue
         if left_out(name) or not base.meta[name].is_floating_point():
             copied.append(name)
         elif is_running_statistic(name):
@@ -86,7 +96,10 @@ def compare(
         else:
             merged.append(name)
     problems = [
-        *_of_another_kind(compared, [expert for expert in experts if not is_of_one_kind(compared, expert)]),
+        *of_base,
+        *(problem for found in of_experts for problem in found),
+        *_halves(base, left_out),
+        *_of_another_kind(compared, [expert for expert in whole if not is_of_one_kind(compared, expert)]),
         *unused_patterns(base, experts, [*(include or ()), *exclude]),
         *_missing(base, alike, left_out, tied),
         *_extra(base, alike, left_out),
@@ -95,7 +108,7 @@ def compare(
     if not merged:
         problems.append("Nothing is left to merge: every parameter is excluded.")
     private = {expert.name: tuple(name for name in expert if left_out(name)) for expert in experts}
-    return Inventory(tuple(merged), tuple(averaged), tuple(copied), tied, private), problems
+    return Inventory(tuple(merged), tuple(averaged), tuple(copied), tied, private, magnitudes), problems
 
 
 def _of_another_kind(names: Sequence[str], experts: Sequence[Weights]) -> list[str]:
@@ -105,6 +118,14 @@ def _of_another_kind(names: Sequence[str], experts: Sequence[Weights]) -> list[s
         f"{sum(name in expert for name in names)}. Names look like {names[0]!r} in the base and {next(iter(expert))!r} "
         "in the expert; if only what stands before them differs, give the base as a checkpoint of the same module."
         for expert in experts
+    ]
+
+
+def _halves(base: Weights, left_out: Callable[[str], bool]) -> list[str]:
+    return [
+        f"{g!r} and {v!r} are one weight together, of which a pattern leaves out one; leave out both, or none."
+        for g, v in find_magnitudes(base).items()
+        if left_out(g) != left_out(v)
     ]
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lightning_merge.checkpoints import Experts, Source, Weights, open_experts, open_statistics, open_weights
 from lightning_merge.checkpoints.contents import keep_beside
+from lightning_merge.checkpoints.joined import join
 from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.checkpoints.views import mean_of
 from lightning_merge.checkpoints.weights import widest
-from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
+from lightning_merge.merging.checks import check_arguments, check_resumable, check_separable, check_task_data
 from lightning_merge.merging.computation import Computation, in_sentences, precision_of
 from lightning_merge.merging.inspection import Values, fingerprint_all, inspect_values
 from lightning_merge.merging.inventory import Inventory, take_inventory
@@ -171,11 +172,13 @@ def _open(base: Source, experts: Experts, method: MergeMethod, options: MergeOpt
         opened = open_experts(experts, base)
         check_arguments(method, base, opened, options)
         inventory = take_inventory(base, list(opened.values()), options.include, options.exclude)
+        check_separable(method, inventory)
         if method.needs_data:
             check_task_data(type(method).__name__, options.module, options.data, base, opened, inventory)
         statistics = open_statistics(options.statistics, method.needs, base, opened, inventory.merged)
         if options.resume:
             check_resumable(statistics)
+        base, opened = join(base, opened, inventory.magnitudes)
         origins = check_origins(base, opened, inventory.merged, options.allow_strangers)
         home = base[inventory.merged[0]].device
     device = home if options.device is None else torch.device(options.device)

@@ -135,6 +135,7 @@ class Merged:
         for names, what in (
             (self.inventory.averaged, "running statistics averaged"),
             (self.inventory.copied, "copied from the base"),
+            (self.inventory.magnitudes, "magnitudes of merged weights"),
             (self.inventory.tied, "tied"),
         ):
             parts += [f"{len(names)} {what}"] if names else []

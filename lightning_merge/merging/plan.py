@@ -99,6 +99,8 @@ class Plan:
         for key, (what, count) in counts.items():
             values = self.values.get(key, 0)
             yield [Cell(what), Cell(str(count), count), Cell(_count(values), values)]
+        if magnitudes := len(inventory.magnitudes):
+            yield [Cell("magnitudes of merged weights (weight_norm)"), Cell(str(magnitudes), magnitudes), Cell("")]
         tied = len(inventory.tied)
         yield [Cell("tied to another name"), Cell(str(tied), tied), Cell("")]
 

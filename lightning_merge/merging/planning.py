@@ -26,7 +26,7 @@ from lightning_merge.checkpoints.contents import keep_beside
 from lightning_merge.checkpoints.experts import open_each
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.checkpoints.views import Renamed
-from lightning_merge.merging.checks import check_arguments, check_resumable, check_task_data
+from lightning_merge.merging.checks import check_arguments, check_resumable, check_separable, check_task_data
 from lightning_merge.merging.computation import precision_of
 from lightning_merge.merging.costs import estimate_seconds, factorizes, measure_machine, peak_memory, reads_twice
 from lightning_merge.merging.inventory import Inventory, compare
@@ -113,6 +113,7 @@ def _problems(models: _Models, experts: Mapping[str, Weights], method: MergeMeth
         options: The other arguments of the merge.
     """
     problems = problems_of(check_arguments, method, models.base, experts, options)
+    problems += problems_of(check_separable, method, models.inventory)
     problems += problems_of(_check_device, options.device)
     if options.resume:
         problems += problems_of(check_resumable, models.statistics)

@@ -61,6 +61,7 @@ def parameters_grid(merged: Merged) -> Grid:
         "merged by the method": [base[name] for name in inventory.merged],
         "averaged (running statistics)": [base[name] for name in inventory.averaged],
         "copied from the base": [base[name] for name in inventory.copied],
+        "magnitudes of merged weights (weight_norm)": [base[name] for name in inventory.magnitudes],
         "tied to another one": [base[name] for name in inventory.tied.values()],
         "kept by the experts (heads)": [
             expert.meta[name] for expert in merged.experts.values() for name in inventory.private[expert.name]

@@ -51,6 +51,10 @@ def linear(name, shape, r=2, seed=1):
     return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
 
 
+def rows(name, count):
+    return {f"{name}.token_adapter.trainable_tokens_delta": tensor(count, 4)}
+
+
 Q = linear("q_proj", (6, 4))
 
 
@@ -243,11 +247,44 @@ def test_prefix(tmp_path, base):
     ("tensors", "config", "message"),
     [
         (Q, {"peft_type": "IA3"}, "of type IA3"),
-        (Q, {"use_dora": True}, "DoRA"),
         (Q, {"init_lora_weights": "pissa_niter_16"}, "changes the base"),
         (Q, {"r": None}, "does not say r"),
         (Q, {"r": 0}, "rank r of at least 1"),
         (Q, {"r": 4}, r"not the rank 4"),
+        (Q, {"r": True}, "gives r as 'True', which is not a rank"),
+        (Q, {"r": 2.0}, "gives r as '2.0', which is not a rank"),
+        (Q, {"lora_alpha": "six"}, "gives lora_alpha as 'six', which is not a number"),
+        (Q, {"lora_alpha": float("nan")}, "gives lora_alpha as 'nan', which is not a number"),
+        (Q, {"rank_pattern": ["q_proj"]}, "which is not a mapping from patterns to ranks"),
+        (Q, {"rank_pattern": {"q_proj": 0}}, "which is not a mapping from patterns to ranks"),
+        (Q, {"rank_pattern": {"(": 2}}, r"'\(' in the rank_pattern of the adapter .*no regular expression"),
+        (Q, {"alpha_pattern": {"q_proj": None}}, "which is not a mapping from patterns to numbers"),
+        (Q, {"use_rslora": "yes"}, "gives use_rslora as 'yes', which is not true or false"),
+        (Q, {"init_lora_weights": "tomorrow"}, "initialised by tomorrow, of which this version"),
+        (Q, {"trainable_token_indices": "0"}, "which is not a list of rows"),
+        (
+            {"emb.token_adapter.trainable_tokens_delta": tensor(2, 4)},
+            {"trainable_token_indices": [1]},
+            "not the 1 that",
+        ),
+        (
+            {"emb.token_adapter.trainable_tokens_delta": tensor(1, 4)},
+            {"trainable_token_indices": [7]},
+            "not the 1 that",
+        ),
+        (
+            {"emb.token_adapter.trainable_tokens_delta": tensor(2, 4)},
+            {"trainable_token_indices": [1, 1]},
+            "not the 2 that",
+        ),
+        (Q | {"q_proj.token_adapter.trainable_tokens_delta": tensor(2, 4)}, {}, "both factors and single rows"),
+        (Q, {"use_dora": True}, "no magnitudes, which a DoRA has"),
+        (
+            Q | {"q_proj.lora_magnitude_vector": tensor(5)},
+            {"use_dora": True},
+            "do not fit the outputs of 'q_proj.weight'",
+        ),
+        (Q | {"q_proj.lora_diag": tensor(2)}, {}, "'base_model.model.q_proj.lora_diag', which a LoRA"),
         (Q | {"q_proj.lora_magnitude_vector": tensor(6)}, {}, "'base_model.model.q_proj.lora_magnitude_vector'"),
         ({"q_proj.lora_A.weight": tensor(2, 4)}, {}, "only one of the two factors"),
         (linear("q_proj", (6, 5)), {}, r"\(2, 5\) and \(6, 2\).*does not fit.*\(6, 4\)"),
@@ -267,6 +304,10 @@ def test_missing_files(tmp_path, base):
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(MergeError, match="no readable JSON"):
         open_adapter(tmp_path, base)
+    for content in ("[]", "3", "null"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(MergeError, match="no configuration of peft"):
+            open_adapter(tmp_path, base)
     write(tmp_path, Q)
     assert is_adapter(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
