@@ -25,6 +25,8 @@ _CODE_NAMES = {"qweight", "qzeros", "W_q", "weight_packed", "codes"}
 """How quantized codes are called, of GPTQ and AWQ, HQQ, compressed-tensors, AQLM."""
 _SCALE = re.compile(r"(\w*_)?(scales?(_inv)?|scb|absmax|q?zeros?|zero_point|quant_map|codebooks?)", re.IGNORECASE)
 """How what goes with them is called."""
+_NO_CODES = re.compile(r"mask|bias|index|indices|ids|position")
+"""How masks and indices are called, which are integers, too, and may have a scale beside them."""
 _FACTOR = re.compile(r"(?:^|[._])(?:lora_|hada_w|lokr_w)", re.IGNORECASE)
 _PARAMETRIZED = re.compile(r"(.*?)\.?parametrizations\.([^.]+)\.original\d*")
 
@@ -176,18 +178,20 @@ def _quantized(model: Weights, names: list[str]) -> Iterator[tuple[str, str]]:
             for other in siblings[module]
             if other != last and (_SCALE.fullmatch(other) or _SCALE.fullmatch(other.removeprefix(f"{stem}_")))
         ]
-        if own or near or last in _CODE_NAMES:
+        if own or last in _CODE_NAMES or (near and not _NO_CODES.search(last)):
             yield name, (own or near or ["their scales"])[0]
 
 
 def _undoing(name: str, model: Weights) -> str:
     """Write the call that turns what a weight is computed from into a weight; empty for any other tensor."""
-    if match := _PARAMETRIZED.fullmatch(name):
+    if ".original" in name and (match := _PARAMETRIZED.fullmatch(name)):
         return f"torch.nn.utils.parametrize.remove_parametrizations({match[1] or 'model'}, {match[2]!r})"
-    module, _, last = name.rpartition(".")
-    stem, end = name[: -len("_orig")], last.removesuffix("_orig")
-    if last.endswith("_orig") and f"{stem}_mask" in model:
-        return f"torch.nn.utils.prune.remove({module or 'model'}, {end!r})"
-    if last.endswith("_orig") and f"{stem}_u" in model:
-        return f"torch.nn.utils.remove_spectral_norm({module or 'model'}, {end!r})"
+    if not name.endswith("_orig"):
+        return ""
+    stem = name.removesuffix("_orig")
+    module, _, weight = stem.rpartition(".")
+    if f"{stem}_mask" in model:
+        return f"torch.nn.utils.prune.remove({module or 'model'}, {weight!r})"
+    if f"{stem}_u" in model:
+        return f"torch.nn.utils.remove_spectral_norm({module or 'model'}, {weight!r})"
     return ""

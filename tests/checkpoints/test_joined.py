@@ -197,6 +197,7 @@ def test_ordinary_integers_and_plain_float8_are_merged_as_before():
     state = {
         "swin.relative_position_index": torch.zeros(9, 9, dtype=torch.int64), "swin.logit_scale": torch.ones(3),
         "bn.weight": torch.ones(4), "bn.running_var": torch.ones(4), "bn.num_batches_tracked": torch.tensor(3),
+        "swin.attn_mask": torch.ones(3, 3, dtype=torch.uint8), "gpt.scale": torch.ones(1),
         "gpt.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8), "gpt.mask": torch.ones(3, 3, dtype=torch.bool),
         "emb.position_ids": torch.arange(9)[None], "emb.token_type_ids": torch.zeros(1, 9, dtype=torch.int64),
         "emb.ids": torch.arange(9, dtype=torch.int32)[None], "fc.weight": f8, "fc.bias": torch.ones(4),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 
 import pytest
 
@@ -35,16 +34,12 @@ def test_the_first_that_matches_wins():
     assert Patterns({"x": 1, "f.": 2, "fc": 3}, "it").find("a.fc", 0) == 2
 
 
-def test_a_pattern_that_takes_too_long_is_named():
+def test_a_pattern_that_takes_too_long_is_named(monkeypatch):
     """A pattern that takes Python's own engine longer than anybody waits."""
+    monkeypatch.setattr("lightning_merge.checkpoints.patterns._SECONDS", 0.2)
     patterns = Patterns({r"(.|..)+\d": 4}, "the rank_pattern of the adapter photo")
-    begin = time.process_time()
-    with pytest.raises(
-        MergeError, match=r"'\(\.\|\.\.\)\+\\\\d' in the rank_pattern of the adapter photo takes too long"
-    ):
-        for i in range(100):  # the limit is one for all names
-            patterns.find(f"model.layers.{i}.self_attention.query_projection", 8)
-    assert time.process_time() - begin < 10  # not of the machine, but of the limit
+    with pytest.raises(MergeError, match="in the rank_pattern of the adapter photo takes too long"):
+        patterns.find("model.layers.10.self_attention.query_projection", 8)
 
 
 @pytest.mark.parametrize(
