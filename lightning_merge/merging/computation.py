@@ -148,19 +148,19 @@ class Computation:
         odd = ~rounded.isfinite() & ~base.isinf()  # a mask stays infinite
         if not odd.any() or (self.allow_non_finite and not all(map(is_finite, self._inputs(name)))):
             return rounded
-        largest, scale = largest_magnitude(exact.masked_select(odd.to(exact.device))), f"{self.method.scale:g}"
+        largest = largest_magnitude(exact.masked_select(odd.to(exact.device)))
         what = f"{name!r}, merged by {type(self.method).__name__},"
         if math.isfinite(largest):
             wider = "float32" if base.dtype.itemsize < 4 else "float64"
             raise NonFiniteError(
                 f"{what} reaches {largest:.3g}, and {base.dtype}, the base's type, ends at "
-                f"{torch.finfo(base.dtype).max:.3g}; give the base in {wider}, or a smaller scale than {scale}, or "
-                f"keep the base's with exclude: [{name}]."
+                f"{torch.finfo(base.dtype).max:.3g}; give the base in {wider}, or a smaller scale than "
+                f"{self.method.scale:g}, or keep the base's with exclude: [{name}]."
             )
-        precise = "" if exact.dtype == torch.float64 else "compute with merge(…, dtype=torch.float64), "
+        precise = "" if exact.dtype == torch.float64 else "compute with merge(…, dtype=torch.float64), or "
         raise NonFiniteError(
             f"{what} is not finite in {int(odd.sum())} of {odd.numel()} entries, though all inputs are; {precise}give "
-            f"another method, or a smaller scale than {scale}, or keep the base's with exclude: [{name}]."
+            f"another method, or keep the base's with exclude: [{name}]."
         )
 
     def _inputs(self, name: str) -> Iterator[Tensor]:

@@ -72,7 +72,7 @@ def _rows(part: nn.Module, weight: str, args: tuple[Any, ...], kwargs: dict[str,
         assert not isinstance(part.padding, str)  # whose weight is not watched
         patches = F.unfold(inputs, part.kernel_size, part.dilation, part.padding, part.stride)  # (N, in·h·w, places)
         return patches.mT.flatten(0, 1)
-    return inputs.reshape(-1, inputs.shape[-1])
+    return inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1])
 
 
 def _attended(attention: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -216,9 +216,7 @@ class ExpertTaskVectors(TaskVectors):
         deltas = empty((self.num_experts, *base.shape), dtype=self._dtype, device=base.device)
         infinite = not is_finite(base) if self._infinite is None else name in self._infinite
         for expert, delta in zip(self._experts, deltas, strict=True):
-            _subtract(expert, name, base, delta)
-            if infinite:
-                delta.masked_fill_(base.isinf() & (expert[name].to(base) == base), 0)
+            _subtract(expert, name, base, delta, infinite)
         return deltas
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
@@ -255,13 +253,24 @@ class ExpertTaskVectors(TaskVectors):
         return Context(name, base, self.matrices, self.seed_of(name), survey, statistics)
 
 
-def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor) -> None:
-    """Write the difference of an expert's parameter to the base's ``(…)`` into ``delta``; an adapter's is exact."""
+def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor, infinite: bool) -> None:
+    """Write the difference of an expert's parameter to the base's ``(…)`` into ``delta``; an adapter's is exact.
+
+    Args:
+        expert: The expert.
+        name: The name of the parameter.
+        base: The base's parameter.
+        delta: Where the difference is put.
+        infinite: Whether the base is infinite in places; where the expert is so, too, the difference is zero.
+    """
     exact = expert.delta(name, base)
     if exact is not None:
         delta.copy_(exact)
         return
     weight = wide(expert[name]).to(base.device)
+    if infinite:
+        same = base.isinf() & (weight == base)
+        weight, base = weight.masked_fill(same, 0), base.masked_fill(same, 0)
     if weight.dtype == base.dtype == delta.dtype:
         torch.sub(weight, base, out=delta)
         return
