@@ -23,7 +23,7 @@ from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.checkpoints.writing import check_dtypes, check_output, save_tensors
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 from lightning_merge.utilities.linalg import svd
-from lightning_merge.utilities.tensors import is_finite, wide
+from lightning_merge.utilities.tensors import is_finite, wide, without_masks
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,7 +128,10 @@ def take_task_vector(
             if not (name in base and _is_same(weight, base[name].cpu())):
                 tensors[f"own.{name}"] = weight.clone()  # it may share memory with another one
             continue
-        delta = wide(weight) - wide(base[name].detach().cpu())
+        new, old = wide(weight), wide(base[name].detach().cpu())
+        delta = new - old
+        if not is_finite(delta):
+            delta = torch.sub(*without_masks(new, old))
         if not delta.any():
             continue
         parts = _encode(name, delta, rank, dtype)

@@ -12,7 +12,7 @@ from lightning_merge.checkpoints import Weights
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.utilities.errors import raise_all
 from lightning_merge.utilities.processes import Processes
-from lightning_merge.utilities.tensors import LARGE, largest_magnitude
+from lightning_merge.utilities.tensors import LARGE, largest_magnitude, without_masks
 from lightning_merge.utilities.workers import run_each
 
 
@@ -96,7 +96,7 @@ def inspect_values(
         if not tensor.is_floating_point() or (largest := largest_magnitude(tensor)) <= LARGE:
             return
         others = [] if name in copied else experts.values() if what == "the base" else [base] if what in models else []
-        differences = [difference(tensor, other[name]) for other in others]
+        differences = [_difference(tensor, other[name]) for other in others]
         if not math.isfinite(largest):
             odd = ~tensor.isfinite() if what not in weights else tensor.isnan()
             for differing in differences:
@@ -126,10 +126,10 @@ def inspect_values(
     )
 
 
-def difference(a: Tensor, b: Tensor) -> Tensor:
+def _difference(a: Tensor, b: Tensor) -> Tensor:
     """Compute ``a - b`` in float64, ``(…), (…) -> (…)``; 0 where both are infinite and equal."""
-    a, b = a.double(), b.to(a.device).double()
-    return (a - b).masked_fill_(a == b, 0)
+    a, b = without_masks(a.double(), b.to(a.device).double())
+    return a - b
 
 
 def _sentence(name: str, what: str, tensor: Tensor, odd: Tensor, is_weight: bool) -> str:

@@ -22,7 +22,7 @@ from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.report.html import write_page
 from lightning_merge.report.page import Page
 from lightning_merge.utilities.errors import MergeError
-from lightning_merge.utilities.tensors import is_finite
+from lightning_merge.utilities.tensors import is_finite, without_masks
 
 REPORT = "report.html"
 
@@ -63,7 +63,7 @@ def report_merge(
     from lightning_merge.report.merge_report import merge_page
 
     shared, manifest = merged.inventory.merged, merged.manifest
-    is_whole = all(is_finite(merged.weights[name]) for name in shared)
+    is_whole = all(is_finite(without_masks(merged.weights[name], merged.base[name])[0]) for name in shared)
     comparison = compare_experts(
         merged.base,
         merged.experts,

@@ -40,6 +40,12 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or math.isfinite(largest_magnitude(tensor))
 
 
+def without_masks(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy ``a (…)`` and ``b (…)`` with zeros where both are infinite and equal, as in an attention mask."""
+    masked = a.isinf() & (a == b)
+    return a.masked_fill(masked, 0), b.masked_fill(masked, 0)
+
+
 def largest_magnitude(tensor: Tensor) -> float:
     """Find the largest magnitude in a tensor ``(…)``, NaN being the largest; 0 where it is empty."""
     if not tensor.numel():

@@ -1,5 +1,7 @@
 """What holds for the elementwise methods whatever the models: edge cases, invariants, and formulas stated anew."""
 
+import re
+
 import pytest
 import torch
 
@@ -18,7 +20,8 @@ from lightning_merge.methods.randmix import RandMix
 from lightning_merge.methods.sce import SCE, sce
 from lightning_merge.methods.tall_masks import TALLMask
 from lightning_merge.methods.task_arithmetic import TaskArithmetic
-from lightning_merge.methods.ties import TIES, elect
+from lightning_merge.methods.ties import TIES, disjoint_merge, elect, joint_merge, vote
+from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.order_statistics import kth_magnitude, kth_value, moments, norm_fraction_magnitude
 
 METHODS = [
@@ -344,3 +347,28 @@ def test_order_statistics_of_a_model_in_chunks(dtype):
     torch.testing.assert_close(mean, rows.double().mean(dim=1))
     torch.testing.assert_close(deviation, rows.double().std(dim=1))
     assert not norm_fraction_magnitude(lambda: [torch.zeros(2, 5, dtype=dtype)], 0.9).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda x, sign: vote(x, "most"), "There is no election 'most'; give one of mass, normmass, normfrac."),
+        (lambda x, sign: vote(x, "normmass"), "needs the norms (2,) of the experts, got none."),
+        (lambda x, sign: elect(x, sign.sum, "normfrac", sign), "needs the norms (2,) of the experts, got shape (3,)."),
+        (lambda x, sign: disjoint_merge(x, sign, "median"), "no disjoint merge 'median'; give one of mean, sum, max."),
+        (lambda x, sign: disjoint_merge(x, None, "max"), "The largest magnitude gets the elected sign: give the signs"),
+        (lambda x, sign: joint_merge(x, sign, "max"), "There is no joint merge 'max'"),
+    ],
+)
+def test_arguments_that_do_not_fit(call, sentence):
+    with pytest.raises(MergeError, match=re.escape(sentence)):
+        call(torch.ones(2, 3), torch.ones(3))
+
+
+@pytest.mark.parametrize("rule", ["normmass", "normfrac"])
+def test_shares_of_small_and_large_norms_are_not_lost(rule):
+    trimmed = torch.tensor([[1.0, -2.0, 3.0], [-4.0, 1.0, 2.0]])
+    norms = torch.tensor([4.0, 5.0])
+    expected = vote(trimmed, rule, norms)
+    for size in (1e-30, 1e30):
+        assert torch.equal(vote(trimmed * size, rule, norms * size), expected)

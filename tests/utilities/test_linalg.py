@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from lightning_merge.utilities.linalg import gram, isotropize, paths_taken, polar, polar_by_products, svd
+from lightning_merge.utilities.linalg import above, gram, isotropize, paths_taken, polar, polar_by_products, svd
 from lightning_merge.utilities.tensors import is_finite
 
 SHAPES = [(9, 5), (5, 9), (6, 6), (1, 4), (7, 1)]
@@ -161,3 +161,45 @@ def test_infinite(value):
 def test_a_gpu_gives_what_the_cpu_gives(condition):
     X, expected = with_spectrum(96, 64, np.geomspace(1, 1 / condition, 64))
     np.testing.assert_allclose(polar(torch.tensor(X, device="cuda")).cpu(), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 3, 0), (0, 2, 2), (0, 0)])
+def test_a_matrix_without_entries(shape):
+    matrices = torch.zeros(shape)
+    U, s, Vt = svd(matrices)
+    assert torch.equal((U * s.unsqueeze(-2)) @ Vt, matrices)
+    assert svd(torch.ones(3, 2), 0)[1].shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 1e-41),
+        (torch.float32, 1e30),
+        (torch.float64, 1e-310),
+        (torch.float64, 1e200),
+        (torch.float64, 1e-200),
+    ],
+)
+def test_matrices_of_any_size(dtype, size):
+    X = torch.randn(7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    matrix = (X * size).to(dtype)
+    U, s, Vt = svd(matrix)
+    assert torch.allclose((s / size).double(), torch.linalg.svdvals(X), rtol=1e-3)
+    assert torch.allclose(((U * (s / size)) @ Vt).double(), X, atol=1e-3)
+    assert torch.allclose(polar(matrix).double(), polar(X), atol=1e-3)
+    assert torch.allclose((isotropize(matrix) / size).double(), isotropize(X), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "kept"),
+    [
+        ([3.0, 1e-3, 0.0], 1e-2, [True, False, False]),
+        ([3e-3, 1e-3, 1e-6, 0.0], 1e-2, [True, True, False, False]),
+        ([3e-3, 1e-3], 10.0, [False, False]),
+        ([0.0, 0.0], 1e-5, [False, False]),
+        ([], 1e-5, []),
+    ],
+)
+def test_singular_values_above_a_threshold(values, threshold, kept):
+    assert above(torch.tensor(values), threshold).tolist() == kept

@@ -16,7 +16,7 @@ from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.methods.base.statistics import ParameterStatistics
 from lightning_merge.methods.base.task_data import TaskData
 from lightning_merge.utilities.errors import MergeError
-from lightning_merge.utilities.tensors import Scratch, is_finite, wide
+from lightning_merge.utilities.tensors import Scratch, is_finite, wide, without_masks
 
 Transform = Callable[[Tensor, Context], Tensor]
 """A change of the task tensors of one parameter: ``(T, …) -> (T, …)``."""
@@ -269,8 +269,7 @@ def _subtract(expert: Weights, name: str, base: Tensor, delta: Tensor, infinite:
         return
     weight = wide(expert[name]).to(base.device)
     if infinite:
-        same = base.isinf() & (weight == base)
-        weight, base = weight.masked_fill(same, 0), base.masked_fill(same, 0)
+        weight, base = without_masks(weight, base)
     if weight.dtype == base.dtype == delta.dtype:
         torch.sub(weight, base, out=delta)
         return
