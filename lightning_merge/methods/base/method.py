@@ -118,7 +118,8 @@ class MergeMethod(ABC):
 
     def tensor(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter that is no matrix: ``(T, …) -> (…)``. By default the mean."""
-        return mean(deltas)
+        # Numbers that are large for float32 come in float64, and only there a sum may be too large.
+        return mean(deltas) if deltas.dtype == torch.float64 else deltas.mean(dim=0)
 
     def update(self, deltas: Tensor, context: Context) -> Tensor:
         """Merge a parameter, by the rule for matrices where it counts as one: ``(T, …) -> (…)``."""
