@@ -23,7 +23,7 @@ _NO_WEIGHTS = ("loops", "optimizer_states", "lr_schedulers", "optimizer", "optim
 _OF_THE_RUN = (
     *_NO_WEIGHTS,
     *("epoch", "global_step", "pytorch-lightning_version", "callbacks", "hparams_type", "datamodule_hparams_type"),
-    *("MixedPrecision", "MixedPrecisionPlugin", "lr_scheduler", "scaler", "amp_scaler", "amp_scaling_state"),
+    *("MixedPrecision", "MixedPrecisionPlugin", "lr_scheduler", "scaler", "amp_scaler", "averaging_state"),
 )
 """The state of a run, which means nothing to a model that was merged of several."""
 _DEEPEST = 4  # how many keys may lead to a set of weights
@@ -76,17 +76,20 @@ def choose_state(path: Path, content: Mapping[Any, Any], part: str | None) -> tu
     return sets[part], tuple(name for name in sets if name != part)
 
 
-def header_of(content: Mapping[Any, Any], state: Mapping[Any, Any], others: Sequence[str]) -> dict[str, Any]:
+def header_of(
+    content: Mapping[Any, Any], state: Mapping[Any, Any], others: Sequence[str] = (), part: str | None = None
+) -> dict[str, Any]:
     """Collect what a file holds besides a state dict's tensors, but for other sets of weights.
 
     Returns:
         ``hyper_parameters`` and ``merge`` (a manifest) as they stand there; what else is ``beside`` the state dict, and
-        the ``extra_state`` in it, by key; the names of the ``others``. What there is none of is left out.
+        the ``extra_state`` in it, by key; the names of the ``others``, and that of the ``part`` that was asked for.
+        What there is none of is left out.
     """
     whole = {} if state is content else content
     header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
-    of_others = {other.partition("/")[0] for other in others}
-    left = {*header, STATE, *_OF_THE_RUN, *of_others}
+    sets = {name.partition("/")[0] for name in (*others, part or STATE)}
+    left = {*header, *_OF_THE_RUN, *sets}
     more = {
         "beside": {key: value for key, value in whole.items() if isinstance(key, str) and key not in left},
         "extra_state": {
@@ -95,6 +98,7 @@ def header_of(content: Mapping[Any, Any], state: Mapping[Any, Any], others: Sequ
             if isinstance(key, str) and not isinstance(value, Tensor) and key not in header
         },
         "others": list(others),
+        "part": part,
     }
     return header | {key: value for key, value in more.items() if value}
 

@@ -143,7 +143,7 @@ def _parts(path: Path, content: Any, part: str | None) -> tuple[Mapping[Any, Any
     state, others = choose_state(path, content, part)
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise MergeError(f"{path} holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}.")
-    header = header_of(content, state, others) | ({"part": part} if part else {})
+    header = header_of(content, state, others, part)
     check_expanded(str(path), header)
     return state, header
 

@@ -140,7 +140,7 @@ def from_memory(
         readers={key: partial(tensors.__getitem__, key) for key in tensors},
         meta={key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()},
         path=path,
-        header=header if header is not None else header_of({}, state, ()),
+        header=header if header is not None else header_of({}, state),
         tied=tied_names(tensors),
     )
 

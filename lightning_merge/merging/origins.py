@@ -84,8 +84,8 @@ class Origins:
         """Say how long the task vectors are, and how they lie to each other; None if the base has no matrices."""
         if not self.entries:
             return None
-        cosines = self.cosines[tuple(torch.triu_indices(len(self.experts), len(self.experts), 1))]
-        between = f"; the cosines between them are {_range(cosines)}" if len(self.experts) > 1 else ""
+        cosines = _pairs(self.cosines)
+        between = f"; the cosines between them are {_range(cosines)}" if len(cosines) else ""
         return f"Task vectors are {_range(self.lengths)} times as long as the base{between}."
 
     def problem(self) -> str | None:
@@ -115,15 +115,19 @@ class Origins:
         align = "put its channels into the others' order first with `align`"
         if len(strangers) == 1:
             return f"Give the base that it was fine-tuned from, {align}"
-        pairs = self.cosines[strangers][:, strangers][tuple(torch.triu_indices(len(strangers), len(strangers), 1))]
+        pairs = _pairs(self.cosines[strangers][:, strangers])
         if float(pairs.min()) > ONE_ORIGIN:
-            return (
-                f"Their task vectors have cosines of {_range(pairs)}, so they come from one other model: give that base"
-            )
+            return f"Their task vectors have cosines of {_range(pairs)}: they come from one other base. Give that one"
         return (
             f"Their task vectors have cosines of {_range(pairs)}; give the base that they were fine-tuned from, or, if "
             f"there are several, put their channels into one order first with `align`"
         )
+
+
+def _pairs(cosines: Tensor) -> Tensor:
+    """Return the cosines ``(T, T)`` of the pairs of task vectors that are not zero, each pair once."""
+    pairs = cosines[tuple(torch.triu_indices(*cosines.shape, 1))]
+    return pairs[pairs.isfinite()]
 
 
 def _range(values: Tensor) -> str:

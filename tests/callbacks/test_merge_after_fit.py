@@ -110,6 +110,61 @@ class TestWhatIsMerged:
         assert MergeAfterFit("b", ["e"], methods=methods, output="{method}/m.ckpt").outputs["TIES"] == "TIES/m.ckpt"
 
 
+class TestStrangers:
+    """Experts, and runs, that do not come from the base."""
+
+    @pytest.fixture(autouse=True)
+    def files(self):
+        for seed, name in enumerate(("base", "other")):
+            torch.manual_seed(seed)
+            self.project = Project(width=200)
+            lm.save_weights(f"{name}.ckpt", self.project.state_dict())
+            lm.save_weights(f"{name}-expert.ckpt", moved(self.project.state_dict(), seed))
+
+    def test_an_earlier_expert_is_refused_before_the_fit(self):
+        before = {name: tensor.clone() for name, tensor in self.project.state_dict().items()}
+        callback = MergeAfterFit("base.ckpt", {"earlier": "other-expert.ckpt"}, WeightAverage())
+        with pytest.raises(lm.MergeError, match="do not come from this base: earlier"):
+            make_trainer(callback).fit(self.project, Data())
+        assert all(torch.equal(before[name], tensor) for name, tensor in self.project.state_dict().items())
+        allowed = MergeAfterFit("base.ckpt", ["other-expert.ckpt"], WeightAverage(), allow_strangers=True)
+        make_trainer(allowed).fit(self.project, Data())
+        assert Path(allowed.output).is_file()
+
+    def test_of_this_run_it_is_said_and_nothing_is_lost(self):
+        callback = MergeAfterFit("base.ckpt", ["base-expert.ckpt"], WeightAverage())
+        with pytest.warns(UserWarning, match=r"hardly look as if they came from this base: this run \("):
+            make_trainer(callback).fit(self.project, Data())
+        assert Path(callback.output).is_file()
+
+
+class TestBesideTheWeights:
+    def test_the_data_module_and_extra_state(self):
+        class Options(Data):
+            def __init__(self, config: dict) -> None:
+                super().__init__()
+                self.save_hyperparameters(config)
+
+        class Counts(Project):
+            steps = 0
+
+            def training_step(self, batch, batch_idx):
+                self.steps += 1
+                return super().training_step(batch, batch_idx)
+
+            def get_extra_state(self):
+                return {"steps": self.steps}
+
+            def set_extra_state(self, state):
+                self.steps = state["steps"]
+
+        write_models()
+        project, callback = Counts(), MergeAfterFit("base.ckpt", EXPERTS, WeightAverage())
+        make_trainer(callback).fit(project, Options({"size": 3}))
+        assert Options.load_from_checkpoint(callback.output, weights_only=True).hparams == {"size": 3}
+        assert Counts.load_from_checkpoint(callback.output, weights_only=True).steps == project.steps == 12
+
+
 class TestLifeOfARun:
     def test_fast_dev_run_writes_nothing(self):
         project = write_models()

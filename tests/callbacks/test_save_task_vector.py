@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning_merge.callbacks import SaveTaskVector
 from safetensors.torch import load_file
 
@@ -182,6 +182,17 @@ def test_what_cannot_work_is_said_before_the_fit(model, arguments, message):
     with pytest.raises(lm.MergeError, match=message):
         trainer(callback, enable_checkpointing=False).fit(model, data())
     assert lm.open_weights(model.state_dict()).digest() == before
+
+
+def test_a_callback_that_writes_checkpoints_in_a_way_of_its_own(model):
+    class Elsewhere(Checkpoint):
+        """Has no folder beside whose files to write."""
+
+    with pytest.raises(lm.MergeError, match="no ModelCheckpoint is there, beside which to write; give output"):
+        trainer(Elsewhere(), SaveTaskVector("base.ckpt")).fit(model, data())
+    callback = SaveTaskVector("base.ckpt")
+    trainer(Elsewhere(), keeps(), callback).fit(model, data())
+    assert callback.path == Path("run").absolute() / FILE
 
 
 def test_by_their_short_names_on_the_command_line(model):

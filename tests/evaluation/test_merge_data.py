@@ -54,6 +54,10 @@ def test_experts_that_are_not_named_after_domains(models):
     for given in ({"first": "rotated.ckpt"}, ["rotated.ckpt"]):
         with pytest.raises(lm.MergeError, match=r"AdaMerging reads images .* no domain '(first|rotated.ckpt)'; name"):
             quiet_trainer().merge(model, lm.Digits(), experts=given, method=METHODS[0])
+        planned = quiet_trainer().merge(model, lm.Digits(), experts=given, method=METHODS[0], workers=0, plan=True)
+        assert len(planned.problems) == 2
+        assert "name the experts after their domains" in planned.problems[0]
+        assert "workers" in planned.problems[1]
     with pytest.raises(lm.MergeError, match=r"give .* --model and --data"):
         quiet_trainer().merge(model, experts={"rotated": "rotated.ckpt"}, method=METHODS[0])
 

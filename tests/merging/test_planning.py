@@ -1,4 +1,4 @@
-"""A plan says what a merge does, and all that stands in its way, without reading a tensor."""
+"""A plan says what a merge does, and all that stands in its way, without reading more than a few tensors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import lightning_merge as lm
 from lightning_merge.checkpoints import Weights, open_weights, save_weights
 from lightning_merge.checkpoints.statistics_files import save_statistics
+from lightning_merge.merging import origins
 from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import (
     DARE,
@@ -64,12 +65,16 @@ def test_it_takes_what_merge_takes():
 
 
 @pytest.mark.parametrize("method", [SCORE(), TIES(), Fisher(), DARE(method=EMR())], ids=lambda m: type(m).__name__)
-def test_no_tensor_is_read_and_nothing_is_written(files, method, monkeypatch):
-    monkeypatch.setattr(Weights, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
+def test_no_more_than_a_sample_is_read_and_nothing_is_written(files, method, monkeypatch):
+    read, get = set(), Weights.__getitem__
+    monkeypatch.setattr(origins, "_ENTRIES", 100)
+    monkeypatch.setattr(origins, "_FEWEST", 1)
+    monkeypatch.setattr(Weights, "__getitem__", lambda weights, name: read.add(name) or get(weights, name))
     before = sorted(Path().rglob("*"))
     plan = lm.plan("base.safetensors", files, method, exclude=["head.*"], output="merged.safetensors")
     assert plan.problems == ()
     assert plan.costs.seconds > 0
+    assert len({name.removeprefix("model.") for name in read}) == 1
     assert sorted(Path().rglob("*")) == before
 
 
