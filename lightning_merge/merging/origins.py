@@ -23,6 +23,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ from lightning_merge.checkpoints import Weights
 from lightning_merge.methods.base.task_vectors import ExpertTaskVectors
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.inner_products import cosines, inner_products, norms
-from lightning_merge.utilities.tensors import wide
 from lightning_merge.utilities.workers import one_thread
 
 FEW_LEFT = 0.5
@@ -40,9 +40,10 @@ NOTHING_LEFT = 0.25
 """One in which certainly less than this is left is refused."""
 ONE_ORIGIN = 0.9
 """Strangers whose task vectors have this cosine come from one other model."""
-_ENTRIES, _FEWEST, _PLACES = 1_000_000, 4, 1 << 15
-"""So many entries of a model are read at most, unless its four smallest matrices have more; and so many of each matrix
-are looked at. All of it costs little beside a merge, which reads every file three times."""
+_DRAWN, _PLACES, _ENOUGH = 6, 1 << 12, 1 << 14
+"""So many matrices are drawn; of the smallest of them so many entries of each are looked at, until there are enough.
+That is enough to be sure, and costs little beside a merge, which reads every file three times.
+"""
 
 
 @dataclass(frozen=True)
@@ -168,30 +169,27 @@ def measure_origins(base: Weights, experts: Mapping[str, Weights], names: Sequen
     """
     chosen = _sample({name: base.meta[name].numel() for name in names if base.meta[name].ndim > 1})
     differences = [ExpertTaskVectors(base, [expert], chosen) for expert in experts.values()]
-    total = torch.zeros(1 + len(experts), 1 + len(experts), dtype=torch.float64)
     entries, draw = 0, torch.Generator().manual_seed(0)
+    looked_at = [torch.zeros(1 + len(experts), 0, dtype=torch.float64)]
     with one_thread():
         for name in chosen:
             origin = base[name]
             size = origin.numel()
             places = torch.randint(size, (_PLACES,), generator=draw) if size > _PLACES else torch.arange(size)
-            vectors = [origin, *(difference.stack(name, origin)[0] for difference in differences)]
-            looked_at = torch.stack([wide(vector).flatten()[places.to(vector.device)] for vector in vectors])
-            if bool(looked_at[0].any()):
-                total += inner_products(looked_at).cpu() * (size / len(places))
+            vectors = chain([origin], (difference.stack(name, origin)[0] for difference in differences))
+            some = [vector.flatten()[places.to(vector.device)].cpu().double() for vector in vectors]
+            if bool(some[0].any()):
+                looked_at.append(torch.stack(some) * (size / len(places)) ** 0.5)
                 entries += len(places)
-    return Origins(list(experts), total, entries)
+        products = inner_products(torch.cat(looked_at, dim=1))
+    return Origins(list(experts), products, entries)
 
 
 def _sample(sizes: Mapping[str, int]) -> list[str]:
-    """Choose parameters with at most :data:`_ENTRIES` entries in all, but no fewer than :data:`_FEWEST`."""
-    left = _ENTRIES
-    chosen = []
-    for name in random.Random(0).sample(list(sizes), len(sizes)):
-        if 0 < sizes[name] <= left:
+    """Choose a few matrices from all over the model, by their numbers of entries."""
+    drawn = random.Random(0).sample(list(sizes), min(len(sizes), _DRAWN))
+    chosen: list[str] = []
+    for name in sorted(drawn, key=sizes.__getitem__):
+        if sum(min(sizes[other], _PLACES) for other in chosen) < _ENOUGH:
             chosen.append(name)
-            left -= sizes[name]
-    if len(chosen) < _FEWEST:
-        rest = sorted((name for name in sizes if sizes[name] and name not in chosen), key=sizes.__getitem__)
-        chosen += rest[: _FEWEST - len(chosen)]
     return chosen

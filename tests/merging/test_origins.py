@@ -52,10 +52,9 @@ def test_the_numbers_are_those_of_the_matrices():
 
 def test_a_sample_of_a_large_model_says_the_same(monkeypatch):
     base, experts = make(0, 150), [tuned(make(0, 150), 1), make(2, 150)]
-    whole = measure(base, *experts)
-    monkeypatch.setattr(origins, "_ENTRIES", 5000)
-    monkeypatch.setattr(origins, "_FEWEST", 2)
+    whole = compare_experts(base, experts, subspaces=False).origins()
     monkeypatch.setattr(origins, "_PLACES", 1500)
+    monkeypatch.setattr(origins, "_ENOUGH", 1900)
     sample = measure(base, *experts)
     assert sample.entries < 4000 < whole.entries
     torch.testing.assert_close(sample.lengths, whole.lengths, rtol=0, atol=0.1)

@@ -67,8 +67,7 @@ def test_it_takes_what_merge_takes():
 @pytest.mark.parametrize("method", [SCORE(), TIES(), Fisher(), DARE(method=EMR())], ids=lambda m: type(m).__name__)
 def test_no_more_than_a_sample_is_read_and_nothing_is_written(files, method, monkeypatch):
     read, get = set(), Weights.__getitem__
-    monkeypatch.setattr(origins, "_ENTRIES", 100)
-    monkeypatch.setattr(origins, "_FEWEST", 1)
+    monkeypatch.setattr(origins, "_ENOUGH", 90)
     monkeypatch.setattr(Weights, "__getitem__", lambda weights, name: read.add(name) or get(weights, name))
     before = sorted(Path().rglob("*"))
     plan = lm.plan("base.safetensors", files, method, exclude=["head.*"], output="merged.safetensors")
