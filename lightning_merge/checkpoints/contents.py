@@ -133,7 +133,7 @@ def keep_beside(
             left_out.append(key)
         else:
             kept[key] = value
-    state = next((header["extra_state"] for header in headers if "extra_state" in header), {})
+    state: Mapping[str, Any] = next((header["extra_state"] for header in headers if "extra_state" in header), {})
     return kept.pop("hyper_parameters", {}), Beside(kept, state, left_out)
 
 

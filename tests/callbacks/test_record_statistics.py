@@ -45,7 +45,7 @@ class TestRecordStatistics:
         assert noted["kinds"] == list(EVERYTHING)
         assert noted["expert"]["digest"] == lm.open_weights("run").digest()
         assert noted["expert"]["digest"] == lm.open_weights(model.state_dict()).digest()
-        lm.merge(tiny_expert().state_dict(), {"noisy": "run"}, lm.methods.RegMean())
+        lm.merge(tiny_expert().state_dict(), {"noisy": "run"}, lm.methods.RegMean(), allow_strangers=True)
 
     def test_of_the_checkpoint_that_was_monitored(self):
         class Worse(Callback):
