@@ -73,7 +73,8 @@ class MergeVerb(ReportingTrainer):
                 test domains. Methods that run the model while they merge (AdaMerging, RegMean++) do so on the training
                 images of the domains that the experts are named after, without their labels.
             experts: The experts' checkpoints, run folders, LoRA adapters or task vectors: a list, or a mapping from a
-                name (domain) to a path.
+                name (domain) to a path. Of several sets of weights in one file another than ``state_dict`` is named
+                behind it: file.ckpt#state_dict_ema.
             method: The merging method; SCORE by default.
             base: The checkpoint that the experts started from; by default the model as it is configured.
             statistics: Where the statistics of each expert's data are, by its name, for methods that need them; by
