@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from torch import Tensor
@@ -17,9 +19,12 @@ from torch.utils.data import Dataset
 from lightning_merge.data.domain_data import DomainDataModule
 from lightning_merge.data.transforms import eval_transform, train_transform
 from lightning_merge.models.backbones import Preprocessing
-from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class DomainFolders(DomainDataModule):
@@ -148,7 +153,7 @@ class DomainFolders(DomainDataModule):
             return
         files = [file for domain in todo for files in self._files[domain].values() for file in files]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            raise_all([problem for problem in pool.map(_image_problem, files) if problem])
+            raise_all([problem for found in pool.map(partial(problems_of, _check_image), files) for problem in found])
         self._checked.update(todo)
 
     def description(self) -> dict[str, Any]:
@@ -209,24 +214,38 @@ def _images(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _image_problem(file: Path) -> str | None:
-    """Say what is wrong with an image file; None if it can be read.
+def _check_image(file: Path) -> None:
+    """Raise a :class:`MergeError` if an image file cannot be read.
 
     Of a JPEG or PNG only the header is decoded and the end mark looked for: that finds files cut short at the price
     of two small reads. Other formats, and files without their end mark, are decoded in full.
+    """
+    with _opened(file) as image:
+        end = _END_MARK.get(image.format or "")
+        if end is None or not _ends_with(file, end):
+            image.load()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """Open an image file, whose pixels are read within the block.
+
+    Raises:
+        MergeError: If it cannot be read, or if its pixels would need too much memory.
     """
     from PIL import Image
 
     try:
         with Image.open(file) as image:
-            end = _END_MARK.get(image.format or "")
-            if end is None or not _ends_with(file, end):
-                image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"The image {file} cannot be read ({error}); mend it or remove it."
-    return None
+            if math.prod(image.size) > _MOST_PIXELS:
+                raise ValueError(f"it has {math.prod(image.size):,} pixels, more than {_MOST_PIXELS:,}")
+            yield image
+    except Exception as error:  # a decoder raises anything at damaged files
+        raise MergeError(f"The image {file} cannot be read ({error}); mend it or remove it.") from error
 
 
+_MOST_PIXELS = 64_000_000
+"""The most pixels of an image, which a file of a few kB can have."""
 _END_MARK = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
@@ -254,13 +273,6 @@ class ImageFiles(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        try:
-            with Image.open(self.files[index]) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise MergeError(
-                f"The image {self.files[index]} cannot be read ({error}); mend it or remove it."
-            ) from error
+        with _opened(self.files[index]) as file:
+            image = file.convert("RGB")
         return self.transform(image), int(self.labels[index])

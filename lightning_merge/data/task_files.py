@@ -24,6 +24,7 @@ Part = tuple[Any, np.ndarray]
 _UNREADABLE = (
     OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip  # what np.load raises; encrypted or patched members of a zip file are RuntimeErrors
+_INFLATION, _SMALL = 50, 1 << 28  # a file's arrays may have so many times its bytes, or 256 MiB
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "classes")
 
 
@@ -49,6 +50,7 @@ def read_task(path: Path) -> Task:
         MergeError: If it cannot be read, lacks an array, or if arrays do not fit each other.
     """
     try:
+        _check_size(path)
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS if name in file}
     except _UNREADABLE as error:
@@ -64,6 +66,14 @@ def read_task(path: Path) -> Task:
         ]
     )
     return Task(classes, (train[0], train[1].astype(np.int64)), (test[0], test[1].astype(np.int64)))
+
+
+def _check_size(path: Path) -> None:
+    """Raise a ValueError if the arrays would be far larger than their file, before any of them is read."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(info.file_size for info in archive.infolist() if info.filename.removesuffix(".npy") in _ARRAYS)
+    if size > max(_SMALL, _INFLATION * path.stat().st_size):
+        raise ValueError(f"its arrays would have {size:,} bytes, more than {_INFLATION} times those of the file")
 
 
 def _part_problems(path: Path, split: str, images: np.ndarray, labels: np.ndarray, classes: int) -> list[str]:
