@@ -554,16 +554,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of inputs to run again")
     options = parser.parse_args(arguments)
     numbers = options.only if options.only is not None else range(options.count)
-    started, counts, faults = time.perf_counter(), {kind: Counter() for kind in KINDS}, []
+    started, counts, faults = time.perf_counter(), {kind: Counter() for kind in KINDS}, 0
     for number, said in run(numbers, options.seed):
         counts[kind_of(number)][said if said in GOOD else "fault"] += 1
         if said not in GOOD:
-            faults.append(f"- {kind_of(number)}, input {number}: {said}")
+            faults += 1
+            print(f"- {kind_of(number)}, input {number}: {said}", flush=True)  # noqa: T201
     columns = ("sentence", "result", "fault")
     print("| kind | " + " | ".join(columns) + " |\n|---|" + "--:|" * len(columns))  # noqa: T201
     for kind, count in counts.items():
         print(f"| {kind} | " + " | ".join(str(count[column]) for column in columns) + " |")  # noqa: T201
-    print(f"\n{len(numbers)} inputs in {time.perf_counter() - started:.0f} s", *faults, sep="\n")  # noqa: T201
+    print(f"\n{len(numbers)} inputs in {time.perf_counter() - started:.0f} s, {faults} faults")  # noqa: T201
 
 
 if __name__ == "__main__":

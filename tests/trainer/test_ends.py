@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -202,14 +204,34 @@ def test_a_process_that_is_lost_ends_the_other(verb, lost, monkeypatch):
     assert said.startswith(LOST)
 
 
-def test_forked_processes_end_with_the_first(monkeypatch):
+FORKING = """
+import sys, time
+from pathlib import Path
+from lightning_merge.models import Expert
+from lightning_merge.trainer.cli import main
+
+def stay(self, images):
+    Path("inside").touch()
+    time.sleep(600)
+
+Expert.forward = stay
+main(sys.argv[1:])
+"""
+
+
+def test_forked_processes_end_with_the_first():
     """With ``ddp_fork`` the work is done in children, for which a process waits as it ends."""
-    stopping(monkeypatch, "evaluate")
     more = ["--trainer.devices=2", "--trainer.strategy=ddp_fork", "--data.batch_size=32"]
-    (process,) = processes = start(lambda rank: main(["evaluate", "--config=config.yaml", *VERBS["evaluate"], *more]))
-    wait_for("inside")
-    os.kill(process.pid, signal.SIGTERM)
-    assert ended(processes)[0][0] == 143
+    command = [sys.executable, "-c", FORKING, "evaluate", "--config=config.yaml", *VERBS["evaluate"], *more]
+    with Path("0.err").open("w") as errors:
+        process = subprocess.Popen(command, stdout=errors, stderr=errors)
+        try:
+            wait_for("inside")
+            process.terminate()
+            assert process.wait(PATIENCE) == 143
+        finally:
+            process.kill()
+    assert "lightning-merge: ended by SIGTERM" in Path("0.err").read_text().splitlines()[-1]
 
 
 def test_what_only_the_first_process_cannot_write_ends_all(monkeypatch):
