@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 from lightning_merge import methods
@@ -56,6 +57,29 @@ def _needs(method: MergeMethod) -> Iterator[str]:
         yield f"at least {method.min_experts} experts"
     if method.max_experts is not None:
         yield f"at most {method.max_experts} experts"
+
+
+def name_problem(name: str) -> str | None:
+    """Say that no merging method has a name, and which one is like it; None if there is one.
+
+    Args:
+        name: As it is typed; what is no single word (an import path, YAML) is left to the parser.
+    """
+    known = {kind.__name__ for kind in _kinds(MergeMethod)}
+    if name in known or not name.isidentifier() or name == "null":
+        return None
+    plain = {one.lower(): one for one in sorted(known)}
+    sought = name.replace("_", "").lower()
+    like = [one for one in plain if sought.startswith(one)] or get_close_matches(sought, plain, 1)
+    hint = f"do you mean {' or '.join(plain[one] for one in like)}? " if like else ""
+    return f"There is no merging method {name!r}; {hint}`lightning-merge methods` lists them."
+
+
+def _kinds(kind: type[MergeMethod]) -> Iterator[type[MergeMethod]]:
+    """Yield all classes that extend one, those of a project, too."""
+    for one in kind.__subclasses__():
+        yield one
+        yield from _kinds(one)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

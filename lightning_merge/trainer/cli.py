@@ -15,6 +15,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from lightning_merge.checkpoints import open_weights
 from lightning_merge.checkpoints.hyper_parameters import SAFE, unsafe_arguments
+from lightning_merge.methods.catalog import name_problem
 from lightning_merge.trainer.model_of_checkpoint import model_of_checkpoint
 from lightning_merge.trainer.trainer import MergeTrainer
 from lightning_merge.utilities.errors import MergeError, raise_all
@@ -110,6 +111,10 @@ class MergeCLI(LightningCLI):
             return
         words = sys.argv[1:] if args is None else args
         following = [*words, "-"][1:]
+        named = [after for word, after in zip(words, following, strict=True) if word == "--method"]
+        named += [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
+        if words[:1] in (["merge"], ["search"]):
+            raise_all([problem for name in named if (problem := name_problem(name))])
         self.config = parser.parse_args(
             [
                 "--plan=true" if argument == "--plan" and after.startswith("-") else argument

@@ -146,3 +146,17 @@ def test_trailing_bytes_and_other_files_do_no_harm(root):
     (root / "readme.txt").write_text("x")
     lm.DomainFolders(str(root), **SHAPE).setup("fit")
     assert len(find_images(root)["photo"]["dog"]) == 10
+
+
+def test_an_image_of_too_many_pixels_is_a_sentence(tmp_path):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        folder = tmp_path / "photo" / name
+        folder.mkdir(parents=True)
+        Image.new("1", (9000, 8000)).save(folder / "a.png")
+    data = lm.DomainFolders(str(tmp_path), size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(lm.MergeError, match=r"2 problems:(.|\n)*it has 72,000,000 pixels, more than 64,000,000"):
+        data.check(["photo"])
+    with pytest.raises(lm.MergeError, match=r"cat.a\.png cannot be read"):
+        data.dataset("photo", np.arange(2), augment=False)[0]

@@ -222,3 +222,27 @@ def test_a_file_that_zipfile_does_not_read_is_named(root, flag):
     path.write_bytes(content)
     with pytest.raises(lm.MergeError, match=r"grey.npz cannot be read"):
         lm.TaskArrays(root).class_names_of("grey")
+
+
+def test_arrays_far_larger_than_their_file_are_not_read(tmp_path):
+    from lightning_merge.data.task_files import read_task
+
+    parts = {f"{split}_labels": np.zeros(300_000, int) for split in ("train", "test")}
+    images = {f"{split}_images": np.zeros((300_000, 24, 24), np.uint8) for split in ("train", "test")}
+    path = tmp_path / "t.npz"
+    np.savez_compressed(path, **parts, **images, classes=np.array(["a", "b"]))
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(lm.MergeError, match=r"its arrays would have 35\d,\d{3},\d{3} bytes, more than 50 times"):
+        read_task(path)
+
+
+@pytest.mark.parametrize("content", [b"no array", b"\x93NUMPY\x01\x00\x10\x00{'descr': '''a\n  "])
+def test_what_is_no_array_is_a_sentence(tmp_path, content):
+    from lightning_merge.data.task_files import read_task
+
+    path = tmp_path / "t.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("train_images", "train_labels", "test_images", "test_labels", "classes"):
+            archive.writestr(name, content)
+    with pytest.raises(lm.MergeError, match=r"t\.npz"):
+        read_task(path)

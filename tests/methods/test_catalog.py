@@ -14,7 +14,7 @@ from lightning_merge import methods
 from lightning_merge.__main__ import main
 from lightning_merge.merging.toy_models import ToyModule, make_data, make_models, make_statistics
 from lightning_merge.methods import DARE, DELLA, TIES, CoreSpace, LiNeS, MergeMethod, TaskArithmetic, Wrapper
-from lightning_merge.methods.catalog import list_methods
+from lightning_merge.methods.catalog import list_methods, name_problem
 from tests.conftest import ROOT
 
 EXPORTED = [
@@ -104,3 +104,39 @@ def test_nothing_heavy_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("ties", "TIES"),
+        ("task_arithmetic", "TaskArithmetic"),
+        ("dare_ties", "DARE"),
+        ("Tie", "TIES"),
+        ("iso_cts", "IsoC"),
+    ],
+)
+def test_a_name_that_is_nearly_right(typed, meant):
+    problem = name_problem(typed)
+    assert problem.startswith(f"There is no merging method {typed!r}; do you mean {meant}")
+    assert problem.endswith("? `lightning-merge methods` lists them.")
+
+
+def test_names_that_are_left_to_the_parser():
+    assert (
+        name_problem("nonsense_qqq")
+        == "There is no merging method 'nonsense_qqq'; `lightning-merge methods` lists them."
+    )
+    for name in (*ROWS, "mine.Method", "{class_path: TIES}", "null"):
+        assert name_problem(name) is None
+
+
+@pytest.mark.parametrize("arguments", [["--method", "ties"], ["--method=ties"]])
+def test_the_command_line_says_it_in_one_line(arguments, capsys):
+    from lightning_merge.trainer.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", *arguments, "--base=b.safetensors", "--experts=[e.safetensors]"])
+    assert ended.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "merging method" in line]
+    assert line.startswith("lightning-merge: There is no merging method 'ties'; do you mean TIES?")
