@@ -26,7 +26,7 @@ from tests.toys import TINY_CONVNEXT, tiny_expert
 from tests.trainer.test_many_processes import free_port, slurm
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no fork")
-PATIENCE = 120  # s; only against processes that hang
+PATIENCE = 300  # s; only against processes that hang
 CONFIG = {
     "trainer": {
         "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "max_epochs": 1,
