@@ -115,12 +115,14 @@ class MergeCLI(LightningCLI):
         named += [word.removeprefix("--method=") for word in words if word.startswith("--method=")]
         if words[:1] in (["merge"], ["search"]):
             raise_all([problem for name in named if (problem := name_problem(name))])
-        self.config = parser.parse_args(
-            [
-                "--plan=true" if argument == "--plan" and after.startswith("-") else argument
-                for argument, after in zip(words, following, strict=True)
-            ]
-        )
+        words = [
+            "--plan=true" if argument == "--plan" and after.startswith("-") else argument
+            for argument, after in zip(words, following, strict=True)
+        ]
+        try:
+            self.config = parser.parse_args(words)
+        except UnicodeDecodeError as error:
+            raise MergeError("A file given by --config is no text in UTF-8; save it as such.") from error
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's hyper-parameters from ``--ckpt_path`` as Lightning does, but let the file choose no code."""

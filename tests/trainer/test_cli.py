@@ -311,3 +311,11 @@ def test_help_speaks_of_every_argument(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "Leave each domain out in turn" in text
     assert "The methods to compare, by the name of their row." in text
+
+
+def test_a_config_that_is_no_text(capsys):
+    Path("c.yaml").write_bytes(b"base: \xc3\x28")
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", "--config=c.yaml"])
+    assert ended.value.code == 1
+    assert "lightning-merge: A file given by --config is no text in UTF-8" in capsys.readouterr().err
