@@ -13,6 +13,7 @@ from lightning_merge.callbacks.beside_callback import BesideCallback
 from torch import Tensor
 
 from lightning_merge.checkpoints import Weights, match_names, open_weights, write_text
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.methods import MergeMethod
 from lightning_merge.models.fitted import check_whole
@@ -147,7 +148,7 @@ class CompareMerged(BesideCallback):
                 sys.stdout.write(f"\n{self.markdown()}\n")
                 if self.output is not None:
                     texts = {".csv": self.csv(), ".md": f"{self.markdown()}\n", ".tex": f"{self.grid().latex()}\n"}
-                    write_text(Path(self.output), texts[Path(self.output).suffix])
+                    write_text(local_path(self.output), texts[Path(self.output).suffix])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the table of a test, print it, and write it where a file was asked for."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints import check_output, checkpoint_of, open_weights, save_checkpoint
 from lightning_merge.checkpoints.contents import Beside, split_source
+from lightning_merge.checkpoints.remote import is_there
 from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
 from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, misses_last, trial_batches
@@ -134,7 +135,7 @@ class MergeAfterFit(MergingCallback):
         with processes.together():
             if processes.is_first:
                 experts = self.experts.values() if isinstance(self.experts, dict) else self.experts
-                sources = [open_weights(path) for path in (self.base, *experts) if split_source(path)[0].is_file()]
+                sources = [open_weights(path) for path in (self.base, *experts) if is_there(split_source(path)[0])]
                 raise_all([text for path in self.outputs.values() for text in problems_of(check_output, path, sources)])
 
 
@@ -147,7 +148,7 @@ def _outputs(output: str, methods: list[str]) -> dict[str, str]:
     if strange:
         raise MergeError(f"The method's name {strange[0]!r} cannot be part of a file's name; choose another one.")
     if len(methods) > 1 and "{method}" not in output:
-        output = str(path.with_name(f"{path.stem}-{{method}}.ckpt"))
+        output = f"{output.removesuffix('.ckpt')}-{{method}}.ckpt"
     return {name: output.replace("{method}", name) for name in methods}
 
 

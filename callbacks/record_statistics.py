@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.checkpoints import check_output, open_weights, statistics_file
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.views import Completed
 from lightning_merge.data.each_once import each_once
 from lightning_merge.evaluation.statistics.collect import Kind, Recipe
@@ -124,7 +125,7 @@ class RecordStatistics(Callback):
                 expert = running if checkpoint is None else open_weights(checkpoint)
                 if any(name not in expert for name in running):
                     expert = Completed(expert, running)  # a checkpoint may leave out what is frozen
-                path = Path(self.output) if self.output is not None else statistics_file(expert)
+                path = local_path(self.output) if self.output is not None else statistics_file(expert)
                 if path is None and not trial_batches(trainer):
                     raise MergeError(
                         "RecordStatistics: the fit has written no checkpoint, beside which to write; give output=…."

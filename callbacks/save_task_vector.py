@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_merge.callbacks.merging_callback import makes_layers_late
 
 from lightning_merge.checkpoints import TASK_VECTOR, Weights, match_names, open_weights, save_tensors
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.task_vector_files import task_vector_file
 from lightning_merge.checkpoints.task_vector_writing import check_task_vector, take_task_vector
 from lightning_merge.models.fitted import (
@@ -88,7 +89,7 @@ class SaveTaskVector(Callback):
         processes = processes_of_run()
         with processes.together():
             if processes.is_first:
-                output = None if self.output is None else Path(self.output).expanduser()
+                output = None if self.output is None else local_path(self.output)
                 base, run = self._models(open_weights(pl_module.state_dict(), "this run"))
                 check_task_vector(output, base, run, *self._how)
 
@@ -117,8 +118,8 @@ class SaveTaskVector(Callback):
     def _output(self, trainer: Trainer, fitted: Weights) -> Path:
         """Name the file to write: what was asked for, else beside the checkpoint of the weights or the last one."""
         if self.output is not None:
-            return Path(self.output).expanduser()
+            return local_path(self.output)
         if fitted.path is not None:
             return task_vector_file(fitted.path)
         checkpoint = model_checkpoints(trainer)[0]  # `setup` has made sure that there is one
-        return task_vector_file(Path(checkpoint.dirpath or trainer.default_root_dir) / "last.ckpt")
+        return task_vector_file(local_path(checkpoint.dirpath or trainer.default_root_dir) / "last.ckpt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_merge.align.axes import Axis, Fixed, Free, Product, Sum, groups_of
 from lightning_merge.checkpoints.names import matches
 from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.nested import check_expanded
+from lightning_merge.utilities.schemas import Count, check_schema, load_json, shown
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,37 @@ class Group:
     name: str
     size: int
     within: str | None = None
+
+
+class _Free(TypedDict):
+    group: str
+
+
+class _Product(TypedDict):
+    product: list[int | _Free | _Product | _Sum]
+
+
+class _Sum(TypedDict):
+    sum: list[int | _Free | _Product | _Sum]
+
+
+class _Size(TypedDict):
+    size: Count
+
+
+class _Group(_Size, total=False):
+    within: str | None
+
+
+class _Axes(TypedDict):
+    groups: dict[str, _Group]
+    axes: dict[str, list[int | _Free | _Product | _Sum]]
+
+
+class _Plain(_Axes, total=False):
+    features: dict[str, list[int | _Free | _Product | _Sum]]
+    statistics: list[str]
+    fixed: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -166,9 +199,14 @@ class Symmetries:
         Raises:
             MergeError: If it is something else.
         """
+        what, remedy = "This is no specification of permutation groups", "write it anew with `lightning-merge align`"
         try:
-            content = json.loads(text)
-            groups = {name: Group(name, **group) for name, group in content["groups"].items()}
+            content = load_json(text)
+            check_expanded(f"{what}: it", content)
+            check_schema(content, _Plain, what, remedy)
+            groups = {name: Group(name, of["size"], of.get("within")) for name, of in content["groups"].items()}
+            if unknown := [group.name for group in groups.values() if group.within not in (None, *groups)]:
+                raise MergeError(f"{what}: {shown(unknown[0])} is within a group that it does not name; {remedy}.")
 
             def tree(plain: Any) -> Axis:
                 if isinstance(plain, int):
@@ -189,8 +227,12 @@ class Symmetries:
                 frozenset(content.get("statistics", ())),
                 content.get("fixed", {}),
             )
-        except (ValueError, KeyError, TypeError) as error:
-            raise MergeError(f"This is no specification of permutation groups: {error!r}.") from error
+        except MergeError:
+            raise
+        except ValueError as error:
+            raise MergeError(f"{what}: {error}; {remedy}.") from error
+        except KeyError as error:
+            raise MergeError(f"{what}: it does not say how large the group {error} is; {remedy}.") from error
 
     def order_shape(self, group: str) -> tuple[int, ...]:
         """Return the shape of a group's part of a permutation: ``(n,)``, or ``(outer, n)`` within another group."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.checkpoints import write_text
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.schemas import read_json
 
 COMPARISON = "comparison.json"
 
@@ -19,8 +21,11 @@ def save_comparison(comparison: Comparison, folder: Path) -> None:
 
 def read_comparison(folder: Path) -> Comparison | None:
     """Read the ``comparison.json`` of a folder; None if there is none."""
-    path = folder / COMPARISON
+    path, remedy = folder / COMPARISON, "delete it, and the same command makes it again"
+    if not path.exists():
+        return None
+    content = read_json(path, dict[str, Any], "comparison of experts", remedy)
     try:
-        return Comparison.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise MergeError(f"{path} cannot be read ({error}); delete it, and the same command makes it again.") from error
+        return Comparison.from_dict(content)
+    except MergeError as error:
+        raise MergeError(f"{path} cannot be read; {remedy}. {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_merge.analysis.records import MatrixComparison, ParameterComparison
 from lightning_merge.analysis.score_map import pool
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.schemas import check_schema
 
 _VALUES = 256
 """The most singular values of a spectrum; those that follow are left out."""
@@ -22,6 +23,15 @@ _MAPS = 12
 """The most maps; those of the layers between are left out."""
 _DIGITS = {"products": 12, "merged_products": 12, "merged_squares": 12, "base_square": 12, "base_products": 12}
 """Significant digits, where it is not four: distances are differences of these."""
+
+
+class _Plain(TypedDict):
+    experts: list[str]
+    merged: list[str]
+    parameters: list[ParameterComparison]
+    matrices: list[MatrixComparison]
+    left_out: list[str]
+    rank_rule: str
 
 
 def to_plain(
@@ -61,20 +71,35 @@ def from_plain(plain: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MergeError: If the values are not those of a comparison.
     """
+    what, remedy = "This is no comparison of experts as Comparison.to_dict() gives it", "compare the experts anew"
+    check_schema(plain, dict[str, Any], what, remedy)
+    check_schema({key: _numbered(value) for key, value in plain.items()}, _Plain, what, remedy)
     try:
-        return {
-            "experts": plain["experts"],
-            "merged": plain["merged"],
-            "parameters": [ParameterComparison(**_read(record)) for record in plain["parameters"]],
-            "matrices": [MatrixComparison(**_read(record)) for record in plain["matrices"]],
-            "left_out": plain["left_out"],
-            "rank_rule": plain["rank_rule"],
+        parameters = [ParameterComparison(**_read(record)) for record in plain["parameters"]]
+        matrices = [MatrixComparison(**_read(record)) for record in plain["matrices"]]
+    except ValueError as error:  # rows of different lengths
+        raise MergeError(f"{what}: {error}; {remedy}.") from error
+    T = len(plain["experts"])
+    square = {parameter.name: parameter.products for parameter in parameters}
+    square |= {f"{matrix.name} ": part for matrix in matrices for part in (matrix.alignment, matrix.angles)}
+    if wrong := [name for name, part in square.items() if part.shape != (T, T)]:
+        raise MergeError(f"{what}: of {wrong[0].strip()!r} there are not {T} × {T} numbers, experts squared; {remedy}.")
+    return {**plain, "parameters": parameters, "matrices": matrices}
+
+
+def _numbered(records: Any) -> Any:
+    """Put a number where a mapping of a record has None, which is NaN."""
+    if not isinstance(records, list):
+        return records
+    return [
+        {
+            key: {k: 0.0 if v is None else v for k, v in value.items()} if isinstance(value, dict) else value
+            for key, value in record.items()
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise MergeError(
-            f"This is no comparison of experts as Comparison.to_dict() gives it ({type(error).__name__}: {error}); "
-            "compare the experts anew."
-        ) from error
+        if isinstance(record, dict)
+        else record
+        for record in records
+    ]
 
 
 def _reduced(matrix: MatrixComparison, with_map: bool) -> MatrixComparison:

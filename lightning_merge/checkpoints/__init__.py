@@ -7,7 +7,7 @@ from lightning_merge.checkpoints.part_file import PartFile
 from lightning_merge.checkpoints.private_folder import private_folder
 from lightning_merge.checkpoints.reading import STATISTICS, TORCH_SUFFIXES, Source, open_weights
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, open_safetensors
-from lightning_merge.checkpoints.statistics_files import open_statistics, statistics_file
+from lightning_merge.checkpoints.statistics_files import noted_of, open_statistics, statistics_file
 from lightning_merge.checkpoints.task_vector_files import open_task_vector
 from lightning_merge.checkpoints.task_vector_writing import save_task_vector
 from lightning_merge.checkpoints.views import match_names
@@ -39,6 +39,7 @@ __all__ = [
     "checkpoint_of",
     "header_metadata",
     "match_names",
+    "noted_of",
     "open_adapter",
     "open_expert",
     "open_experts",

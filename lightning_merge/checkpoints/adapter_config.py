@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_merge.checkpoints.patterns import Patterns
-from lightning_merge.checkpoints.safetensors_format import load_json
 from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.schemas import load_json
 
 CONFIG = "adapter_config.json"
 """The name of the file."""

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lightning_merge.checkpoints.paths import check_name
 from lightning_merge.checkpoints.private_folder import mode_of_new, private_folder
+from lightning_merge.checkpoints.remote import check_store, upload
 from lightning_merge.utilities.errors import MergeError
 
 
@@ -37,6 +39,7 @@ def put_in_place(new: Path, path: Path) -> None:
     with new.open("rb+") as file:
         os.fsync(file.fileno())
     keep_mode(new, path)
+    upload(new, path)
     os.replace(new, path)
     sync(path.parent)
 
@@ -62,8 +65,10 @@ def write_text(path: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def check_parent(path: Path) -> None:
-    """Raise a :class:`MergeError` if nothing can be written to a path, because of the folder it is in."""
+def check_parent(path: Path, is_folder: bool = False) -> None:
+    """Raise a :class:`MergeError` if nothing can be written to a path, because of its name or the folder it is in."""
+    check_name(path)
+    check_store(path, is_folder)
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise MergeError(f"Cannot write {path}: {existing} is no folder that can be written to.")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_merge.checkpoints.hyper_parameters import names_code, unsafe_arguments, without_code
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.utilities.errors import MergeError
 
 STATE = "state_dict"
@@ -47,7 +48,7 @@ class Beside:
 
 def split_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
     """Split ``file.ckpt#state_dict_ema`` into the file and the set of weights in it; None where none is named."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     before, mark, part = str(path).rpartition(MARK)
     return (Path(before), part) if mark and not os.path.lexists(path) else (path, None)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning_merge.checkpoints.atomic import check_parent
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.private_folder import open_new, open_plain
 from lightning_merge.checkpoints.replaced_folders import check_replaceable, is_listed
 from lightning_merge.checkpoints.weights import Weights
@@ -33,8 +34,8 @@ _CODE = (
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Tell whether a path means a folder: it is one, or has no suffix but perhaps a version (``Llama-3.2-1B``)."""
-    path = Path(path).expanduser()
-    return path.is_dir() or not path.suffix or path.suffix[1:2].isdigit()
+    path = local_path(path)
+    return os.path.isdir(path) or not path.suffix or path.suffix[1:2].isdigit()
 
 
 def weights_name(base: Path) -> str:
@@ -65,7 +66,7 @@ def check_folder(
         MergeError: If something else is in that folder, or if the base has no configuration to carry over, or has links
             out of its folder.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     resolved = [weights.path.resolve() for weights in inputs if weights.path is not None]
     if any(path.resolve() in file.parents for file in resolved) and is_listed(path):
         raise MergeError(f"{path} holds one of the models to merge; give the merged model another name.")
@@ -77,7 +78,7 @@ def check_folder(
         )
     if path.exists() and not path.is_dir():
         raise MergeError(f"{path} is a file, so that no folder can be written there; give another name.")
-    check_parent(path)
+    check_parent(path, is_folder=True)
     problems = [p for file in to_carry(base.parent, carry_code) for p in problems_of(_behind, file)]
     raise_all(problems + (problems_of(check_replaceable, path) if path.is_dir() else []))
 

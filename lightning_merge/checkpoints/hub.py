@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_merge.checkpoints.files import first_line
+from lightning_merge.checkpoints.remote import BESIDE
 from lightning_merge.utilities.errors import MergeError
 
 HUB = "hf-hub:"
 """What stands before the name of a model on the Hub, as in timm and open_clip."""
-_BESIDE = ("README.md", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 def download(source: str) -> Path:
@@ -31,7 +31,7 @@ def download(source: str) -> Path:
     name, _, revision = source.removeprefix(HUB).partition("@")
     try:
         for weights in ("*.safetensors", "*.bin"):
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[weights, *_BESIDE]))
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[weights, *BESIDE]))
             if any(folder.glob(weights)):
                 return folder
     except Exception as error:  # of the library, of the network, or of the name

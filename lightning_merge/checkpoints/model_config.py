@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_merge.checkpoints.safetensors_format import load_json
 from lightning_merge.checkpoints.weights import Weights
+from lightning_merge.utilities.schemas import load_json
 
 _CONFIG = "config.json"
 _SIZE = 1 << 20  # no such file has more bytes

@@ -6,18 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Union
+from typing import Annotated, Any, TypedDict, Union
 
 from torch import Tensor
 
 from lightning_merge.checkpoints.contents import MARK, split_source
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.hub import HUB, download
-from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, load_json, open_safetensors
+from lightning_merge.checkpoints.remote import fetch
+from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, open_safetensors
 from lightning_merge.checkpoints.sharded import check_consolidated, check_no_part
 from lightning_merge.checkpoints.torch_format import open_torch
 from lightning_merge.checkpoints.weights import Weights, from_memory, plain_names
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.schemas import Where, read_json, shown
 
 Source = Union[str, "os.PathLike[str]", Mapping[str, Tensor]]
 """Where weights come from: a file, a folder, or a state dict."""
@@ -54,7 +56,7 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
         path = _find_file(download(source))
     else:
         place, part = split_source(source)
-        path = _find_file(place)
+        path = _find_file(fetch(place, _FOLDER_PATTERNS))
     name = name or str(source)
     if part is not None and path.suffix not in TORCH_SUFFIXES:
         raise MergeError(f"{path} holds one set of weights, and none is called {part!r}; leave {MARK}{part} out.")
@@ -143,22 +145,20 @@ def _header_of_all(shards: Sequence[Weights]) -> dict[str, Any]:
     return shards[0].header | ({"extra_state": extra} if extra else {})
 
 
+class _Index(TypedDict):
+    weight_map: Annotated[dict[str, str], Where("with a file for every tensor", bool)]
+
+
 def _read_index(index: Path) -> dict[str, str]:
     """Read which shard holds which key: ``{key: name of a file beside the index}``.
 
     Raises:
         MergeError: If it does not say so, or if it points anywhere else.
     """
-    try:
-        content = load_json(index.read_bytes())
-    except (OSError, ValueError) as error:
-        raise MergeError(f"{index} is no index of shards: {error}.") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MergeError(f"{index} is no index of shards: it lacks a `weight_map` from keys to files.")
-    for key, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise MergeError(f"{index} is damaged: it gives {shard!r} as the file of {key!r}.")
+    content: _Index = read_json(
+        index, _Index, "index of shards, with a `weight_map` from keys to files", "copy it again"
+    )
+    for shard in set(content["weight_map"].values()):
         if shard != Path(shard).name or shard == ".." or "\0" in shard:
-            raise MergeError(f"{index} points to {shard!r}, outside its own folder, so it was refused.")
-    return weight_map
+            raise MergeError(f"{index} points to {shown(shard)}, outside its own folder, so it was refused.")
+    return content["weight_map"]

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from lightning_merge.checkpoints.atomic import exchange_names, keep_mode, sync
 from lightning_merge.checkpoints.private_folder import SWAPPED, is_plain, remove_private, written_for
-from lightning_merge.checkpoints.safetensors_format import load_json, read_header
+from lightning_merge.checkpoints.remote import upload
+from lightning_merge.checkpoints.safetensors_format import read_header
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.schemas import load_json
 
 NEW = "new"
 """The new folder, in a private one, from when it is put together until it takes its place."""
@@ -55,6 +57,7 @@ def put_folder_in_place(private: Path, path: Path) -> None:
         OSError: If it cannot be done; the old folder is still there.
     """
     new, swapped = private / NEW, private / SWAPPED
+    upload(new, path)
     if not path.exists():
         new.rename(path)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from torch import Tensor
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.weights import Weights, plain_names
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.schemas import MOST_TENSORS, load_json
 
 TIED = "tied:"
 """In the metadata, ``tied:<alias>`` -> the name under which the shared tensor is stored."""
@@ -68,11 +68,14 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
         MergeError: If it is no safetensors file, or a damaged one: tensors that overlap, leave holes, do not fill the
             file or have the wrong size, keys that stand there twice.
     """
-    _validate(path)
     file = InputFile(path)
-    length = int.from_bytes(_bytes(file, 0, LENGTH), "little")
+    length = int.from_bytes(_bytes(file, 0, min(LENGTH, file.size)), "little")
+    text = _bytes(file, LENGTH, min(length, max(file.size - LENGTH, 0)))
+    if (count := text.count(b"data_offsets")) > MOST_TENSORS:
+        raise MergeError(f"{path} holds {count:,} tensors, and no more than {MOST_TENSORS:,} are read.")
+    _validate(path)
     try:
-        header = load_json(_bytes(file, LENGTH, length))
+        header = load_json(text)
     except ValueError as error:
         raise MergeError(f"{path} is damaged: {error}.") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -94,26 +97,6 @@ def _validate(path: str | os.PathLike[str]) -> None:
 
 def _bytes(file: InputFile, begin: int, size: int) -> bytes:
     return file.read(begin, size).numpy().tobytes()
-
-
-def load_json(text: str | bytes) -> Any:
-    """Parse JSON.
-
-    Raises:
-        ValueError: If it is none, or if a key stands twice in the same object.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-        return content
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def open_safetensors(name: str, path: Path) -> Weights:

@@ -22,17 +22,20 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from lightning_merge.checkpoints.paths import local_path, shown_path
 from lightning_merge.checkpoints.reading import STATISTICS, Source, open_weights
+from lightning_merge.checkpoints.remote import is_there
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR
 from lightning_merge.checkpoints.views import rename_statistics
 from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.checkpoints.writing import save_tensors
-from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
+from lightning_merge.utilities.schemas import check_schema
 
 HOW_TO_MAKE = {
     "fisher": "the mean over the expert's examples of the squared gradient of log p(y | x)",
@@ -40,6 +43,32 @@ HOW_TO_MAKE = {
     "gram_out": "the mean of g gᵀ over the gradients g of the loss at the layer's outputs, on the expert's data",
 }
 """The kinds of statistics, and how each is made."""
+
+
+class _Expert(TypedDict):
+    path: str | None
+    digest: str
+
+
+class _Noted(TypedDict):
+    expert: _Expert
+
+
+class _Recorded(_Noted, total=False):
+    kinds: list[str]
+    examples: int
+
+
+def noted_of(statistics: Weights) -> _Recorded | None:
+    """Return what a file of statistics says of itself; None where it was made by other means and does not say.
+
+    Raises:
+        MergeError: If it says something else.
+    """
+    noted = statistics.header.get("statistics")
+    if noted is not None:
+        check_schema(noted, _Recorded, f"The header of {statistics.name} is no record of statistics", "make them anew")
+    return noted
 
 
 def statistics_file(expert: Weights) -> Path | None:
@@ -66,8 +95,8 @@ def save_statistics(
     Raises:
         MergeError: If the file cannot be written.
     """
-    path = Path(path).expanduser()
-    noted = {"expert": {"path": str(expert.path) if expert.path else None, "digest": expert.digest()}, **about}
+    path = local_path(path)
+    noted = {"expert": {"path": shown_path(expert.path), "digest": expert.digest()}, **about}
     save_tensors(path, statistics, {"statistics": json.dumps(noted)})
     return path
 
@@ -101,7 +130,7 @@ def open_statistics(
     if not needs:
         return []
     files = {name: statistics_file(expert) for name, expert in experts.items()}
-    statistics = {name: file for name, file in files.items() if file and file.is_file()} | dict(statistics or {})
+    statistics = {name: file for name, file in files.items() if file and is_there(file)} | dict(statistics or {})
     problems = _absent(statistics, needs, experts)
     opened = {}
     for name in (name for name in experts if name in statistics):
@@ -149,13 +178,15 @@ def command(expert: Weights, kinds: Sequence[str]) -> str:
         path = Path(expert.header[TASK_VECTOR]["expert"]["path"] or "EXPERT.ckpt")
     homes = [folder / "config.yaml" for folder in (path.parent, path.parent.parent)]
     config = next((file for file in homes if file.is_file()), "CONFIG.yaml")
-    arguments = {"--config": config, "--expert": path, "--kinds": f"[{', '.join(kinds)}]"}
+    arguments = {"--config": config, "--expert": shown_path(path), "--kinds": f"[{', '.join(kinds)}]"}
     return shlex.join(["lightning-merge", "statistics", *(str(part) for pair in arguments.items() for part in pair)])
 
 
 def foreign_problems(statistics: Weights, expert: Weights, name: str, kinds: Sequence[str]) -> list[str]:
     """Report statistics whose header says that they are of other weights; those made by other means do not say."""
-    noted = statistics.header.get("statistics")
+    if problems := problems_of(noted_of, statistics):
+        return problems
+    noted = noted_of(statistics)
     if noted is None or noted["expert"]["digest"] == expert.digest():
         return []
     return [

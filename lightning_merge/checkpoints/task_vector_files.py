@@ -19,28 +19,36 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
 
 from lightning_merge.checkpoints.differences import Change, Dense, Difference, Product
+from lightning_merge.checkpoints.paths import local_path, shown_path
 from lightning_merge.checkpoints.reading import Source, open_weights
+from lightning_merge.checkpoints.remote import fetch
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, open_safetensors
 from lightning_merge.checkpoints.weights import Weights
 from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.schemas import check_schema, shown
 
 _FORMAT = 1
 _SUFFIX = f".{TASK_VECTOR}.safetensors"
-_HEADER: dict[str, type] = {
-    "base": dict,
-    "expert": dict,
-    "relative_error": float,
-    "exclude": list,
-    "missing": list,
-    "tied": dict,
-}
-_MODEL: dict[str, type | tuple[type, ...]] = {"path": (str, type(None)), "digest": str}
+
+
+class _Model(TypedDict):
+    path: str | None
+    digest: str
+
+
+class _Header(TypedDict):
+    base: _Model
+    expert: _Model
+    relative_error: float
+    exclude: list[str]
+    missing: list[str]
+    tied: dict[str, str]
 
 
 def task_vector_file(checkpoint: Path) -> Path:
@@ -56,10 +64,9 @@ def is_task_vector(source: Source) -> TypeGuard[str | os.PathLike[str]]:
     """Tell whether a source is the file of a task vector, by its header."""
     if not isinstance(source, (str, os.PathLike)):
         return False
-    path = Path(source).expanduser()
-    if path.suffix != ".safetensors" or not path.is_file():
-        return False
     try:
+        if local_path(source).suffix != ".safetensors" or not os.path.isfile(path := fetch(source)):
+            return False
         return TASK_VECTOR in open_safetensors(str(source), path).header
     except MergeError:
         return False  # whoever opens it says what is wrong with it
@@ -94,7 +101,7 @@ def open_task_vector(
     Raises:
         MergeError: If there is no such file, or if it is the difference to another base.
     """
-    origin, file = open_weights(base, "base"), Path(path).expanduser()
+    origin, file = open_weights(base, "base"), fetch(path)
     name = name or str(path)
     stored = open_safetensors(name, file)
     about = stored.header.get(TASK_VECTOR)
@@ -102,10 +109,11 @@ def open_task_vector(
         raise MergeError(f"{file} is no task vector; lightning_merge.save_task_vector writes one.")
     if about.get("format") != _FORMAT:
         raise MergeError(
-            f"{file} is a task vector of format {about.get('format')}, and this version of lightning_merge reads "
-            f"format {_FORMAT}; install the one that wrote it ({about.get('lightning_merge')}), or a newer one."
+            f"{file} is a task vector of format {shown(about.get('format'))}, and this lightning_merge reads format "
+            f"{_FORMAT}; install the version that wrote it ({shown(about.get('lightning_merge'))}), or a newer one."
         )
-    _check_header(file, about)
+    anew = "write it anew with lightning_merge.save_task_vector"
+    check_schema(about, _Header, f"{file} is damaged, as its header is not that of a task vector", anew)
     if read and origin.digest() != about["base"]["digest"]:
         raise MergeError(
             f"{_which(name, about)}, and {_where(origin)} is another model ({_short(origin.digest())}); give that base."
@@ -119,18 +127,6 @@ def open_task_vector(
         if parameter not in own_keys
     }
     return TaskVector(name, stored, origin, changes, own_keys, about["missing"], about["tied"])
-
-
-def _check_header(file: Path, about: Mapping[str, Any]) -> None:
-    """Raise a :class:`MergeError` unless the header says all that is relied on."""
-    wrong = [key for key, kind in _HEADER.items() if not isinstance(about.get(key), kind)]
-    for model in (key for key in ("base", "expert") if key not in wrong):
-        wrong += [f"{model}.{key}" for key, kind in _MODEL.items() if not isinstance(about[model].get(key, 0), kind)]
-    if wrong:
-        raise MergeError(
-            f"{file} is damaged: its header does not say {', '.join(wrong)}, as that of a task vector does; write it "
-            "anew with lightning_merge.save_task_vector."
-        )
 
 
 def _sort(stored: Weights, base: Weights, about: Mapping[str, Any]) -> tuple[dict[str, set[str]], list[str]]:
@@ -183,7 +179,7 @@ def _which(name: str, about: Mapping[str, Any]) -> str:
 
 
 def _where(base: Weights) -> str:
-    return str(base.path or "the base in memory")
+    return shown_path(base.path) or "the base in memory"
 
 
 def _short(digest: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_merge import __version__
 from lightning_merge.checkpoints.names import is_of_one_kind, is_running_statistic, matches, unused_patterns
+from lightning_merge.checkpoints.paths import local_path, shown_path
 from lightning_merge.checkpoints.reading import Source, open_weights
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR
 from lightning_merge.checkpoints.task_vector_files import _FORMAT, _SUFFIX, _decode
@@ -58,7 +59,7 @@ def save_task_vector(
     Raises:
         MergeError: If the expert was not fine-tuned from this base, or if the file cannot be written.
     """
-    path, origin = Path(path).expanduser(), own_names(open_weights(base, "base"))
+    path, origin = local_path(path), own_names(open_weights(base, "base"))
     fitted = match_names(origin, open_weights(expert, "the expert" if isinstance(expert, Mapping) else None))
     check_task_vector(path, origin, fitted, rank, dtype, exclude)
     tensors, about = take_task_vector(origin, fitted, rank, dtype, exclude)
@@ -141,8 +142,8 @@ def take_task_vector(
         whole += float(delta.double().square().sum())
     about = {
         "format": _FORMAT,
-        "base": {"path": str(base.path) if base.path else None, "digest": base.digest()},
-        "expert": {"path": str(expert.path) if expert.path else None, "digest": expert.digest()},
+        "base": {"path": shown_path(base.path), "digest": base.digest()},
+        "expert": {"path": shown_path(expert.path), "digest": expert.digest()},
         "rank": rank,
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
         "relative_error": math.sqrt(lost / whole) if whole else 0.0,

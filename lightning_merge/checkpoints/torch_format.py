@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.contents import choose_state, header_of
 from lightning_merge.checkpoints.files import InputFile, first_line
+from lightning_merge.checkpoints.remote import fetch
 from lightning_merge.checkpoints.weights import Weights, from_memory, named_tensors
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.nested import check_expanded, replace_tensors, walk
@@ -112,6 +113,8 @@ def load_plain(source: str | os.PathLike[str] | IO[bytes], map_location: Any = "
     Raises:
         MergeError: If the file is damaged, no file of torch, or cannot be loaded without running code.
     """
+    if isinstance(source, (str, os.PathLike)):
+        source = fetch(source)
     try:
         if not hasattr(source, "read"):
             _find_records(InputFile(source))

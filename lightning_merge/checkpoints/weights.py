@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.contents import header_of
 from lightning_merge.checkpoints.files import InputFile
+from lightning_merge.checkpoints.paths import shown_path
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.tensors import tied_names
 
@@ -101,7 +102,7 @@ class Weights(Mapping[str, Tensor]):
     def provenance(self) -> dict[str, Any]:
         """Describe where these weights are from, in plain values: path and sha256 of the file, if there is one."""
         part = f"#{self.header['part']}" if "part" in self.header else ""
-        return {"path": f"{self.path}{part}" if self.path else None, "sha256": self.fingerprint()}
+        return {"path": f"{shown_path(self.path)}{part}" if self.path else None, "sha256": self.fingerprint()}
 
     def delta(self, name: str, base: Tensor) -> Tensor | None:
         """Compute the difference of a parameter to a base's ``(…)`` where it is known exactly, otherwise None."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_merge.checkpoints.atomic import check_parent, replacing
 from lightning_merge.checkpoints.contents import Beside
 from lightning_merge.checkpoints.files import first_line
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.reading import TORCH_SUFFIXES, Weights
 from lightning_merge.checkpoints.safetensors_format import SAFETENSORS_DTYPES, TIED
 from lightning_merge.checkpoints.weights import from_memory
@@ -44,7 +45,7 @@ def save_weights(
         MergeError: If the file type is not known, or if the file cannot be written.
     """
     check_output(path)
-    path = Path(path).expanduser()
+    path = local_path(path)
     extra = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items() if name not in extra}
     if extra and path.suffix == ".safetensors":
@@ -68,7 +69,7 @@ def check_output(path: str | os.PathLike[str], inputs: Sequence[Weights] = ()) -
         path: Where the weights are to be written.
         inputs: What must not be replaced.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     for weights in inputs:
         if path.resolve() in (file.resolve() for file in weights.files):
             raise MergeError(f"{path} is one of the models to merge; give the merged model another name.")
@@ -157,7 +158,7 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
     Raises:
         MergeError: If the file cannot be written.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     with replacing(path) as file:
         _torch_save(file, dict(content))
     return path

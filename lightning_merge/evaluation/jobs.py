@@ -31,6 +31,7 @@ from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.locking import locked
 from lightning_merge.utilities.modules import stored_tensors
 from lightning_merge.utilities.processes import processes_of_run
+from lightning_merge.utilities.schemas import read_json
 from lightning_merge.utilities.terminal import visible
 
 _DONE = "done"
@@ -166,9 +167,12 @@ def mark_done(folder: Path, content: Mapping[str, Any]) -> None:
     write_text(folder / _DONE, json.dumps(content) + "\n")
 
 
-def read_done(folder: Path) -> dict[str, Any]:
-    """Read the results of the job of this folder; none if it is not done."""
-    return json.loads((folder / _DONE).read_text()) if is_done(folder) else {}
+def read_done(folder: Path, schema: Any = dict[str, Any]) -> dict[str, Any]:
+    """Read the results of the job of this folder, which must look as a schema says; none if it is not done."""
+    if not is_done(folder):
+        return {}
+    remedy = "delete it, and the benchmark does this part again"
+    return read_json(folder / _DONE, schema, "record of what a benchmark has done", remedy)
 
 
 def settings_of(trainer: RepeatableTrainer, model: LightningModule, datamodule: DomainDataModule) -> dict[str, Any]:
@@ -210,7 +214,9 @@ def claim_output(output: Path, settings: Mapping[str, Any], write: bool) -> None
     settings = json.loads(json.dumps(settings, default=str))
     file = output / "settings.json"
     if file.exists():
-        before, now = _flat(json.loads(file.read_text())), _flat(settings)
+        remedy = "choose another output folder, or delete this one"
+        made_with = read_json(file, dict[str, Any], "record of a benchmark's settings", remedy)
+        before, now = _flat(made_with), _flat(settings)
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:
             differences = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed[:5])

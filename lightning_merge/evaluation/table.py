@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.evaluation.held_out import BASE, ENSEMBLE, OWN_EXPERT, is_method
 from lightning_merge.models.metrics import METRICS
 from lightning_merge.utilities.grid import Cell, Grid, Place, places
@@ -143,7 +144,7 @@ class Table:
 
     def save(self, folder: str | Path) -> None:
         """Write ``results.jsonl``, ``table.md``, ``table.tex`` (every metric) and ``table.csv`` (this one) there."""
-        folder = Path(folder)
+        folder = local_path(folder)
         every = self.grids()
         write_text(folder / "results.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         write_text(folder / "table.md", "\n\n".join(grid.markdown() for grid in every) + "\n")

@@ -192,8 +192,9 @@ def read_symmetries(path: str) -> Symmetries:
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise MergeError(f"The permutation groups cannot be read from {path}: {error.strerror}.") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MergeError(f"The permutation groups cannot be read from {path}: {reason}.") from error
     try:
         return Symmetries.from_json(text)
     except MergeError as error:

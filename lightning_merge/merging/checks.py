@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_merge.checkpoints import Weights, check_dtypes, check_output
 from lightning_merge.checkpoints.folders import check_folder, is_folder
+from lightning_merge.checkpoints.paths import is_url
 from lightning_merge.merging.inventory import Inventory
 from lightning_merge.merging.options import MergeOptions
 from lightning_merge.methods import MergeMethod
@@ -48,6 +49,11 @@ def check_arguments(
         )
     if options.resume:
         problems += problems_of(check_resumable, [base, *experts.values()])
+    if output is not None and is_url(output) and (options.resume or options.distributed):
+        how = "resumed" if options.resume else "made by several processes"
+        problems.append(
+            f"A merge to {output} cannot be {how}, as it is complete before it is uploaded; write to a file."
+        )
     if options.dtype not in (None, torch.float32, torch.float64):
         problems.append(f"The arithmetic can be float32 or float64, not {options.dtype}.")
     problems += problems_of(method.check_count, len(experts))

@@ -15,6 +15,7 @@ from lightning_merge.checkpoints import Weights, check_output
 from lightning_merge.checkpoints.contents import Beside
 from lightning_merge.checkpoints.folders import check_folder, is_folder
 from lightning_merge.checkpoints.names import is_left_out
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.streaming import SHARD_SIZE, StreamedModel
 from lightning_merge.merging.computation import Computation
 from lightning_merge.merging.inventory import Inventory
@@ -168,7 +169,7 @@ class Merged:
         with model.open(Processes()):
             for name in self.inventory.stored:
                 model.write(name, self.weights[name])
-        return Path(os.path.abspath(Path(path).expanduser()))
+        return Path(os.path.abspath(local_path(path)))
 
     def card(self, scores: Scores | None = None, output: str | os.PathLike[str] = "merged.safetensors") -> ModelCard:
         """Describe the merged model as the Hugging Face Hub shows it: ``str(merged.card())`` is its ``README.md``.
@@ -196,7 +197,7 @@ class Merged:
         """
         stored = set(self.inventory.stored)
         return StreamedModel(
-            Path(path),
+            local_path(path),
             {name: meta for name, meta in self.base.meta.items() if name in stored},
             self.inventory.tied,
             self.manifest,
@@ -206,6 +207,6 @@ class Merged:
             shard_size,
             carry_code,
             later=[f"{what}.safetensors" for what in ("corrections", "heads") if getattr(self, what)],
-            card=lambda: str(self.card(output=os.path.abspath(Path(path).expanduser()))),
+            card=lambda: str(self.card(output=os.path.abspath(local_path(path)))),
             beside=self.beside,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lightning_merge.checkpoints import check_parent
 from lightning_merge.checkpoints.folders import CARD, is_folder, weights_name
 from lightning_merge.checkpoints.hub import HUB
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.merging.recipe import (
     SYMBOLS,
     layers,
@@ -25,6 +25,7 @@ from lightning_merge.merging.recipe import (
 )
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.grid import Cell, Grid, as_markdown, one_line
+from lightning_merge.utilities.schemas import load_json, load_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -79,7 +80,7 @@ def model_card(manifest: Mapping[str, Any], output: str | os.PathLike[str], scor
 
 def check_card(path: str | os.PathLike[str]) -> None:
     """Raise a :class:`MergeError` if no model card can be written to ``path``: to be called before any work."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.suffix != ".md" or path.is_dir():
         raise MergeError(f"A model card is a Markdown file, and {path} is not the name of one; end it in .md.")
     check_parent(path)
@@ -173,11 +174,11 @@ def _library(base: Mapping[str, Any]) -> str | None:
     """Find which library reads a folder like the base's; None where its configuration does not say."""
     if base.get("path") is None:
         return None
-    path = Path(base["path"])
+    path = local_path(base["path"])
     if weights_name(path).startswith("open_clip"):
         return "open_clip"
     try:
-        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        config = load_json((path.parent / "config.json").read_bytes())
     except (OSError, ValueError):
         return "open_clip" if (path.parent / "open_clip_config.json").is_file() else None
     libraries = {"pretrained_cfg": "timm", "model_type": "transformers"}
@@ -186,18 +187,16 @@ def _library(base: Mapping[str, Any]) -> str | None:
 
 def _license(models: list[Mapping[str, Any]]) -> str | None:
     """Find the licence that the cards of the base and of all experts name; None if they name several, or none."""
-    licences = {_license_beside(Path(model["path"])) if model.get("path") else None for model in models}
+    licences = {_license_beside(local_path(model["path"])) if model.get("path") else None for model in models}
     licence = licences.pop()
     return licence if not licences and licence != "other" else None
 
 
 def _license_beside(path: Path) -> str | None:
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
     try:
-        data = metadata_load(path.parent / CARD)
-    except (OSError, ValueError, YAMLError):  # no card, or none that can be read
+        text = (path.parent / CARD).read_text(encoding="utf-8-sig")
+        data = load_yaml(text.removeprefix("---").partition("\n---")[0]) if text.startswith("---") else None
+    except (OSError, ValueError):  # no card, or none that can be read
         return None
     named = data.get("license") if isinstance(data, dict) else None
     return named if isinstance(named, str) else None

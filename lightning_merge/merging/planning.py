@@ -24,6 +24,7 @@ from lightning_merge.checkpoints import (
 from lightning_merge.checkpoints.adapters import is_adapter
 from lightning_merge.checkpoints.contents import keep_beside
 from lightning_merge.checkpoints.experts import open_each
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.checkpoints.views import Renamed
 from lightning_merge.merging.checks import check_arguments, check_resumable, check_separable, check_task_data
@@ -124,7 +125,7 @@ def _problems(models: _Models, experts: Mapping[str, Weights], method: MergeMeth
     if options.output is not None:
         twice = Path(options.output).suffix in TORCH_SUFFIXES  # it is written as a safetensors file first
         size_on_disk = models.stored * (2 if twice else 1)
-        problems += problems_of(_check_space, Path(options.output).expanduser(), size_on_disk)
+        problems += problems_of(_check_space, local_path(options.output), size_on_disk)
     return problems
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_merge import methods
 from lightning_merge.checkpoints.hub import HUB
+from lightning_merge.checkpoints.paths import is_url
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.utilities.grid import Cell, Grid
@@ -81,6 +82,8 @@ def source_of(provenance: Mapping[str, Any]) -> str | None:
     if provenance.get("path") is None:
         return None
     path = PurePath(provenance["path"])
+    if is_url(provenance["path"]):
+        return provenance["path"].removesuffix(f"/{path.name}" if path.name in _ADAPTERS else "")
     for i, part in enumerate(path.parts[:-2]):  # as huggingface_hub lays out its cache
         if part.startswith("models--") and path.parts[i + 1] == "snapshots":
             return f"{HUB}{part.removeprefix('models--').replace('--', '/', 1)}@{path.parts[i + 2]}"

@@ -47,7 +47,7 @@ def read_moments(expert: Weights, name: str) -> dict[Site, Moments]:
     raise_all(foreign_problems(statistics, expert, name, _KINDS))
     try:
         moments = from_tensors(statistics)
-    except KeyError as error:
+    except (KeyError, ValueError) as error:
         raise MergeError(f"{statistics.name} is not complete: {error.args[0]}; {how}.") from error
     if not moments:
         raise MergeError(f"{statistics.name} holds no moments of activations, mean.<site>; {how}.")

@@ -21,6 +21,7 @@ from lightning_merge.checkpoints.hyper_parameters import (
 )
 from lightning_merge.checkpoints.torch_format import load_plain
 from lightning_merge.utilities.errors import MergeError, raise_all
+from lightning_merge.utilities.schemas import read_yaml
 
 
 def load_checkpoint(source: str | os.PathLike[str] | IO[bytes], map_location: Any) -> dict[str, Any]:
@@ -43,11 +44,9 @@ def read_hyper_parameters(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     Raises:
         MergeError: If there is no such file, or if it holds something else.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = read_yaml(Path(path))
+    except ValueError as error:
         raise MergeError(f"The hyper-parameters in {path} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not names with values; is it hparams.yaml?")

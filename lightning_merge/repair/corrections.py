@@ -9,17 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from lightning_merge.checkpoints import save_tensors
-from lightning_merge.checkpoints.safetensors_format import load_json, read_header
+from lightning_merge.checkpoints.paths import local_path
+from lightning_merge.checkpoints.remote import fetch
+from lightning_merge.checkpoints.safetensors_format import read_header
 from lightning_merge.repair.calibration import Goals
 from lightning_merge.repair.moments import Moments
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.modules import plain
+from lightning_merge.utilities.schemas import check_schema, load_json, shown
 from lightning_merge.utilities.sites import Site, at_sites
 
 
@@ -196,13 +199,25 @@ def _prefix(site: Site) -> str:
 # As a file
 
 
+class _Place(TypedDict):
+    task: str
+    path: str
+    axis: int
+    input: bool
+
+
+class _Noted(TypedDict):
+    tasks: list[str]
+    sites: dict[str, _Place]
+
+
 def save_corrections(path: str | os.PathLike[str], corrections: Mapping[str, Correction]) -> Path:
     """Write the corrections of all tasks to one safetensors file, completely or not at all.
 
     Raises:
         MergeError: If it cannot be written; what stood there before is still there.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     entries = _entries(corrections)
     tensors = {
         f"{key}.{name}": getattr(corrections[task], name)[site]
@@ -228,19 +243,23 @@ def load_corrections(path: str | os.PathLike[str]) -> dict[str, Correction]:
     """
     from safetensors.torch import load_file
 
-    path = Path(path).expanduser()
+    path = fetch(path)
     if not path.is_file():
         raise MergeError(f"There is no file {path}; check the path to the corrections.")
     metadata, _, _ = read_header(path)
     tensors = load_file(path)
+    what, remedy = f"{path} holds no corrections", "give a file that save_corrections wrote"
     try:
-        noted = load_json(metadata["corrections"])
-        values: dict[str, dict[str, dict[Site, Tensor]]] = {task: {"scale": {}, "shift": {}} for task in noted["tasks"]}
-        for key, about in noted["sites"].items():
-            for name, part in values[about["task"]].items():
-                part[Site(about["path"], about["axis"], about["input"])] = tensors[f"{key}.{name}"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise MergeError(f"{path} holds no corrections; give a file that save_corrections wrote.") from error
+        noted: _Noted = load_json(metadata.get("corrections", ""))
+    except ValueError as error:
+        raise MergeError(f"{what}; {remedy}.") from error
+    check_schema(noted, _Noted, what, remedy)
+    values: dict[str, dict[str, dict[Site, Tensor]]] = {task: {"scale": {}, "shift": {}} for task in noted["tasks"]}
+    for key, about in noted["sites"].items():
+        if about["task"] not in values or not {f"{key}.scale", f"{key}.shift"} <= tensors.keys():
+            raise MergeError(f"{path} is damaged: of {shown(key)} it holds no scale and shift, or no task; {remedy}.")
+        for name, part in values[about["task"]].items():
+            part[Site(about["path"], about["axis"], about["input"])] = tensors[f"{key}.{name}"]
     return {task: Correction(**parts) for task, parts in values.items()}
 
 

@@ -143,12 +143,17 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> dict[Site, Moments]:
 
     Raises:
         KeyError: If a site has a mean and lacks the rest.
+        ValueError: If they are of other shapes.
     """
     moments = {}
     for name in [key.removeprefix("mean.") for key in tensors if key.startswith("mean.")]:
         path, is_input = split_name(name)
+        mean, variance = tensors[f"mean.{name}"], tensors[f"var.{name}"]
+        single = tensors[f"count.{name}"].numel() == tensors[f"axis.{name}"].numel() == 1
+        if not single or mean.ndim != 1 or mean.shape != variance.shape:
+            raise ValueError(f"mean and var of {name!r} are no vectors of one length, or count and axis no numbers")
         site = Site(path, int(tensors[f"axis.{name}"]), is_input)
-        moments[site] = Moments.known(int(tensors[f"count.{name}"]), tensors[f"mean.{name}"], tensors[f"var.{name}"])
+        moments[site] = Moments.known(int(tensors[f"count.{name}"]), mean, variance)
     return moments
 
 

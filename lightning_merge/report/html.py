@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge.checkpoints import write_text
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.report.page import Listing, Page, Picture
 from lightning_merge.utilities.grid import Cell, Grid
 
@@ -32,7 +33,7 @@ def write_page(page: Page, path: str | Path, *, data: Mapping[str, Any] | None =
     Returns:
         The file.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     text = render(page, data=data)
     write_text(path, text)
     return path

@@ -14,6 +14,7 @@ from lightning_merge.analysis.compare_experts import compare_experts
 from lightning_merge.analysis.comparison import Comparison
 from lightning_merge.analysis.comparison_files import read_comparison, save_comparison
 from lightning_merge.checkpoints import check_parent, write_text
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.evaluation.benchmark.foundations_table import FoundationsTable
 from lightning_merge.evaluation.table import Table
 from lightning_merge.merging.merged import Merged
@@ -31,7 +32,7 @@ def check_report(path: str | Path | None) -> None:
     """Raise a :class:`MergeError` if no report can be written to this file."""
     if path is None:
         return
-    path = Path(path).expanduser()
+    path = local_path(path)
     if path.suffix not in (".html", ".htm") or path.is_dir():
         raise MergeError(f"The report is an HTML file, and {path} is not the name of one; end it in .html.")
     check_parent(path)
@@ -42,7 +43,7 @@ def report_analysis(comparison: Comparison, folder: str | Path, configuration: s
     from lightning_merge.report.analysis_report import analysis_page
     from lightning_merge.report.experts import experts_grid
 
-    folder, grid = Path(folder).expanduser(), experts_grid(comparison)
+    folder, grid = local_path(folder), experts_grid(comparison)
     write_text(folder / "table.md", grid.markdown() + "\n")
     write_text(folder / "table.csv", grid.csv())
     write_text(folder / "table.tex", grid.latex() + "\n")

@@ -50,7 +50,9 @@ def test_the_group_laws(seed):
 
 def test_json_round_trip_and_what_is_no_specification():
     assert Symmetries.from_json(HEADS.to_json()) == HEADS
-    for text in ("[]", "{", '{"groups": {}}', '{"groups": {}, "axes": {"w": [{"group": "g"}]}}'):
+    groups = '{"groups": {"g": {"size": 2, "within": "h"}}, "axes": {}}'
+    deep = '{"groups": {}, "axes": {"w": [' + '{"sum": [' * 300 + "]}" * 300 + "]}}"
+    for text in ("[]", "{", '{"groups": {}}', '{"groups": {}, "axes": {"w": [{"group": "g"}]}}', groups, deep):
         with pytest.raises(MergeError, match="no specification of permutation groups"):
             Symmetries.from_json(text)
 

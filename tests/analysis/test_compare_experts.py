@@ -302,6 +302,11 @@ def test_what_is_stored_is_read_back(base, experts, merged):
     assert again.to_dict() == found.to_dict()
     with pytest.raises(lm.MergeError, match="no comparison of experts"):
         Comparison.from_dict({"experts": []})
+    for name, value in (("products", [[1.0]]), ("products", "x"), ("moved", None), ("unknown", 1)):
+        broken = json.loads(json.dumps(found.to_dict()))
+        broken["parameters"][0][name] = value
+        with pytest.raises(lm.MergeError, match="no comparison of experts"):
+            Comparison.from_dict(broken)
 
 
 def test_what_is_stored_of_a_large_matrix_is_small():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -252,3 +254,12 @@ class TestBesideTheExpert:
             save_statistics(statistics_file(expert), state, expert, {})
         with pytest.raises(MergeError, match=r"holds no gram\.<parameter>.*: `lightning-merge statistics .*\[gram\]"):
             merge(models[0], files, RegMean())
+
+
+@pytest.mark.parametrize("noted", [{}, {"expert": []}, {"expert": {"path": 1, "digest": None}}])
+def test_a_header_that_does_not_say_of_which_expert(noted):
+    torch.save({"w": torch.ones(2, 2)}, "base.pt")
+    save_file({"w": torch.full((2, 2), 2.0)}, "e.safetensors")
+    save_file({"fisher.w": torch.ones(2, 2)}, "e.statistics.safetensors", {"statistics": json.dumps(noted)})
+    with pytest.raises(lm.MergeError, match=r"header of e\.statistics\.safetensors is no record of statistics: expert"):
+        lm.merge("base.pt", ["e.safetensors"], lm.methods.Fisher())

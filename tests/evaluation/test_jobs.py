@@ -18,7 +18,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 import lightning_merge as lm
 from lightning_merge.evaluation import jobs
+from lightning_merge.evaluation.benchmark.records import HeldOut
 from lightning_merge.evaluation.jobs import Job, JobList
+from lightning_merge.utilities.errors import MergeError
 from tests.toys import quiet_trainer, tiny_expert
 
 
@@ -68,6 +70,23 @@ def test_a_marker_says_what_was_found():
     jobs.mark_done(folder, {"seconds": 1.5})
     assert jobs.is_done(folder)
     assert jobs.read_done(folder) == {"seconds": 1.5}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"records": {}}', '{"records": [{"row": "x"}]}', '{"updates": [1]}'])
+def test_a_marker_of_another_shape_says_how_to_go_on(text):
+    folder = Path("job")
+    jobs.mark_done(folder, {"records": []})
+    (folder / "done").write_text(text)
+    remedy = "delete it, and the benchmark does this part again"
+    with pytest.raises(MergeError, match=rf"job/done is no record of what a benchmark has done: .*; {remedy}\.$"):
+        jobs.read_done(folder, HeldOut)
+
+
+def test_settings_of_another_shape_are_no_traceback():
+    Path("out").mkdir()
+    Path("out/settings.json").write_text("[1]")
+    with pytest.raises(MergeError, match=r"settings\.json is no record of a benchmark's settings: .*choose another"):
+        jobs.claim_output(Path("out"), {"a": 1}, write=True)
 
 
 def test_a_job_starts_from_its_seed_whatever_ran_before():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.func import functional_call
 
@@ -59,8 +61,31 @@ def test_what_is_no_correction_is_refused():
             insert(module, Correction(other, other))
     with pytest.raises(MergeError, match="There is no file"):
         load_corrections("nowhere.safetensors")
-    from safetensors.torch import save_file
-
     save_file({"w": torch.ones(1)}, "weights.safetensors")
     with pytest.raises(MergeError, match="holds no corrections"):
         load_corrections("weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("noted", "message"),
+    [
+        ([], "it is a list of 0 values where an object belongs"),
+        (
+            {"tasks": ["a"], "sites": {"a/0": {"task": "a", "path": 0, "axis": 1, "input": False}}},
+            "path is 0 where text",
+        ),
+        (
+            {"tasks": ["b"], "sites": {"a/0": {"task": "a", "path": "0", "axis": 1, "input": False}}},
+            "of 'a/0' it holds",
+        ),
+        (
+            {"tasks": ["a"], "sites": {"a/1": {"task": "a", "path": "0", "axis": 1, "input": False}}},
+            "of 'a/1' it holds",
+        ),
+    ],
+)
+def test_a_record_of_another_shape_is_refused(noted, message):
+    tensors = {"a/0.scale": torch.ones(2), "a/0.shift": torch.ones(2)}
+    save_file(tensors, "c.safetensors", {"corrections": json.dumps(noted)})
+    with pytest.raises(MergeError, match=rf"c\.safetensors .*{message}.*; give a file that save_corrections wrote\.$"):
+        load_corrections("c.safetensors")

@@ -150,7 +150,7 @@ def test_what_came_out_is_not_finite():
 
 def test_a_comparison_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "comparison.json").write_text('{"experts": ["a"]')
-    with pytest.raises(lm.MergeError, match=r"comparison.json cannot be read .*; delete it"):
+    with pytest.raises(lm.MergeError, match=r"comparison.json is no comparison of experts: .*; delete it"):
         read_comparison(tmp_path)
 
 

@@ -33,6 +33,7 @@ from lightning_merge.evaluation.benchmark.options import (
     private_problems,
     task_problems,
 )
+from lightning_merge.evaluation.benchmark.records import OfFoundations
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.engines import Engine, Sequential
 from lightning_merge.evaluation.jobs import (
@@ -183,7 +184,7 @@ class FoundationsBenchmark(JobList):
         records: list[Record] = []
         for study in self.options.seeds:
             for count in self.options.merged:
-                records += read_done(self._folder(study) / "merged" / str(count))["records"]
+                records += read_done(self._folder(study) / "merged" / str(count), OfFoundations)["records"]
         table = FoundationsTable(records)
         with processes_of_run().together():
             if self.trainer.is_global_zero:

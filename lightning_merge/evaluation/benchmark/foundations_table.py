@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_merge.analysis.normalized import normalized_accuracy
 from lightning_merge.checkpoints import write_text
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.utilities.grid import Cell, Grid, as_csv, places
 
 
@@ -106,7 +107,7 @@ class FoundationsTable:
 
     def save(self, folder: str | Path) -> None:
         """Write ``results.jsonl``, ``table.md``, ``table.tex`` and ``table.csv`` (every measurement) to a folder."""
-        folder = Path(folder)
+        folder = local_path(folder)
         write_text(folder / "results.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         write_text(folder / "table.md", self.markdown() + "\n")
         write_text(folder / "table.tex", "\n\n".join(grid.latex() for grid in self.grids()) + "\n")

@@ -28,9 +28,10 @@ from lightning.pytorch import LightningModule
 from lightning_merge.analysis import compare_experts
 from lightning_merge.analysis.compare_experts import update_ratios
 from lightning_merge.analysis.comparison_files import COMPARISON, save_comparison
-from lightning_merge.checkpoints import Weights, open_weights, statistics_file
+from lightning_merge.checkpoints import Weights, noted_of, open_weights, statistics_file
 from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.benchmark.options import Pretrain, unknown_domains
+from lightning_merge.evaluation.benchmark.records import HeldOut
 from lightning_merge.evaluation.candidates import Record
 from lightning_merge.evaluation.engines import Engine, Sequential
 from lightning_merge.evaluation.held_out import BASE, check_names, evaluate_domain
@@ -185,7 +186,8 @@ class Benchmark(JobList):
 
     def _is_collected(self, domain: str) -> bool:
         path = _statistics_path(self._expert(domain))
-        return path.exists() and set(self._needed()) <= set(open_weights(path).header["statistics"]["kinds"])
+        noted = noted_of(open_weights(path)) if path.exists() else None
+        return noted is not None and set(self._needed()) <= set(noted.get("kinds", ()))
 
     def _is_held_out(self, domain: str) -> bool:
         return bool(self._records(domain)) and not self._missing(domain)
@@ -206,10 +208,10 @@ class Benchmark(JobList):
         return open_weights(self.output / "base" / "expert.ckpt") if self.pretrain else self.model.state_dict()
 
     def _records(self, domain: str) -> list[Record]:
-        return read_done(self.output / "held_out" / domain).get("records", [])
+        return read_done(self.output / "held_out" / domain, HeldOut).get("records", [])
 
     def _updates(self, domain: str) -> dict[str, dict[str, float]]:
-        return read_done(self.output / "held_out" / domain).get("updates", {})
+        return read_done(self.output / "held_out" / domain, HeldOut).get("updates", {})
 
     def write_results(self) -> Table:
         """Write ``results.jsonl`` and the tables from what was measured, and return the table."""

@@ -22,6 +22,7 @@ from lightning_merge.checkpoints import (
 )
 from lightning_merge.checkpoints.adapters import is_adapter
 from lightning_merge.checkpoints.folders import is_folder
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.safetensors_format import read_header
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.data import DomainDataModule
@@ -186,7 +187,7 @@ class AlignAndRepair:
         this name belongs to that one, and is removed.
         """
         heads = {f"{task}.{name}": t for task, head in merged.heads.items() for name, t in head.items()}
-        path = Path(output).expanduser().absolute()
+        path = local_path(output).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         with private_folder(path.with_name(f"{path.name}.tasks")) as folder:
             new = {what: folder / f"{what}.safetensors" for what in _KINDS}
@@ -237,5 +238,5 @@ def _is_of_tasks(path: Path, what: str) -> bool:
 
 def _beside(output: str, what: str) -> Path:
     """Name the file of a merged model's corrections or heads: beside the model's file, or in its folder."""
-    path = Path(output).expanduser()
+    path = local_path(output)
     return path / f"{what}.safetensors" if is_folder(output) else path.with_suffix(f".{what}.safetensors")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_merge.analysis import Comparison, compare_experts
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.methods.base.matrices import Matrices
 from lightning_merge.report.experts import experts_grid
 from lightning_merge.report.loggers import log_to_loggers
@@ -65,7 +64,7 @@ class AnalyzeVerb(ReportingTrainer):
         start = base if base is not None or model is None else model.state_dict()
         if start is None:
             raise MergeError("Experts are compared as differences to a base; give it with --base, or give the --model.")
-        check_report(Path(output) / REPORT)
+        check_report(local_path(output) / REPORT)
         with self.progress_shown():
             comparison = compare_experts(
                 start,
@@ -80,6 +79,6 @@ class AnalyzeVerb(ReportingTrainer):
         self.table = experts_grid(comparison).markdown()
         if self.is_global_zero:
             page = report_analysis(comparison, output, self.configuration)
-            self.report = Path(output) / REPORT
+            self.report = local_path(output) / REPORT
             log_to_loggers(self.given_loggers, None, page.figures)
         return comparison

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 
+from lightning_merge.checkpoints.paths import path_here
 from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation import Table
 from lightning_merge.evaluation.benchmark.foundations import FoundationsBenchmark
@@ -75,13 +76,14 @@ class BenchmarkVerb(ReportingTrainer):
         """
         if model is None or not isinstance(datamodule, DomainDataModule):
             raise MergeError("A benchmark needs a model and data of several domains; give --model and --data.")
+        folder = path_here(output, "A benchmark")
         if foundations is not None:
             others = {"pretrain": pretrain, "search": search, "statistics": statistics}
             with self.progress_shown():
                 self.table = self._benchmark_foundations(
-                    model, datamodule, methods, output, domains, foundations, others, engine
+                    model, datamodule, methods, folder, domains, foundations, others, engine
                 )
-            self._publish(report_benchmark if report else None, Path(output))
+            self._publish(report_benchmark if report else None, folder)
             return self.table
         base_domains = pretrain.domains if pretrain else ()
         job_list = Benchmark(
@@ -89,7 +91,7 @@ class BenchmarkVerb(ReportingTrainer):
             model=model,
             datamodule=datamodule,
             methods=methods or {},
-            output=Path(output),
+            output=folder,
             domains=domains or [domain for domain in datamodule.domains if domain not in base_domains],
             pretrain=pretrain,
             statistics=statistics,
@@ -98,7 +100,7 @@ class BenchmarkVerb(ReportingTrainer):
         )
         with self.progress_shown():
             self.table = job_list.run()
-        self._publish(partial(report_benchmark, updates=job_list.updates()) if report else None, Path(output))
+        self._publish(partial(report_benchmark, updates=job_list.updates()) if report else None, folder)
         return self.table
 
     def _benchmark_foundations(
@@ -106,7 +108,7 @@ class BenchmarkVerb(ReportingTrainer):
         model: LightningModule,
         datamodule: DomainDataModule,
         methods: Mapping[str, MergeMethod] | None,
-        output: str,
+        folder: Path,
         domains: Sequence[str] | None,
         options: Foundations,
         others: Mapping[str, Any],
@@ -118,5 +120,12 @@ class BenchmarkVerb(ReportingTrainer):
             raise MergeError(f"`{unused[0]}` belongs to a benchmark of one base; leave it or `foundations` out.")
         tasks = [domain for domain in datamodule.domains if domain not in options.domains]
         return FoundationsBenchmark(
-            self, model, datamodule, methods or {}, Path(output), domains or tasks, options, make_engine(engine)
+            self,
+            model,
+            datamodule,
+            methods or {},
+            folder,
+            domains or tasks,
+            options,
+            make_engine(engine),
         ).run()

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_merge.checkpoints import write_text
 from lightning_merge.checkpoints.folders import CARD, is_folder
+from lightning_merge.checkpoints.paths import local_path, path_here
 from lightning_merge.checkpoints.streaming import SHARD_SIZE
 from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation import Table
@@ -155,6 +156,7 @@ class MergeVerb(ReportingTrainer):
         weights, opened = several.open(source, experts, processes)
         options |= module_and_data(self, model, domains, method, opened)
         if repair is not None:
+            path_here(output, "A repaired model, with what belongs to its tasks,")
             with processes.together():
                 check_arguments(
                     method, weights, opened, MergeOptions(output=output, shard_size=shard_size, carry_code=carry_code)
@@ -177,11 +179,11 @@ class MergeVerb(ReportingTrainer):
 
     def _describe(self, merged: Merged, output: str, report: str | None, card: str | None, workers: int | None) -> None:
         """Write model card and report of a merged model, and log table and figures."""
-        cards: list[str | Path] = [card] if card is not None else []
+        cards = [local_path(card)] if card is not None else []
         if self.table is not None and is_folder(output):
-            cards.append(Path(output, CARD))  # the one there knows no scores
+            cards.append(local_path(output) / CARD)  # the one there knows no scores
         for path in cards:
-            write_text(Path(path).expanduser(), str(merged.card(self.table, output)))
+            write_text(path, str(merged.card(self.table, output)))
         figures = {}
         if report is not None:
             with self.progress_shown():

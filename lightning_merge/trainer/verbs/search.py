@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from lightning.pytorch import LightningModule
 
 from lightning_merge.checkpoints import check_suffix
+from lightning_merge.checkpoints.paths import path_here
 from lightning_merge.data import DomainDataModule
 from lightning_merge.evaluation.jobs import quiet_lightning
 from lightning_merge.evaluation.search import Found, row_name, search_coefficients
@@ -80,6 +80,7 @@ class SearchVerb(ReportingTrainer):
         if model is None or datamodule is None:
             raise MergeError("Searching needs a model and data; give --model and --data, or the config.yaml of a fit.")
         check_suffix(output)
+        folder = path_here(results, "A search")
         with quiet_lightning(), self.progress_shown():
             self.found = search_coefficients(
                 self,
@@ -91,7 +92,7 @@ class SearchVerb(ReportingTrainer):
                 grid,
                 patience,
                 at_once,
-                results,
+                folder,
                 statistics=statistics,
                 include=include,
                 exclude=exclude or (),
@@ -104,5 +105,5 @@ class SearchVerb(ReportingTrainer):
             if self.is_global_zero:
                 self.merged.save(output)
         setting, name = row_name(self.found.setting), type(self.found.method).__name__
-        self._publish(partial(report_search, chosen=setting, method=name), Path(results))
+        self._publish(partial(report_search, chosen=setting, method=name), folder)
         return self.found

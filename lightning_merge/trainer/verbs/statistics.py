@@ -8,6 +8,7 @@ from typing import Literal
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_merge.checkpoints import open_weights, statistics_file
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.task_vector_files import is_task_vector
 from lightning_merge.evaluation.candidates import check_fit
 from lightning_merge.evaluation.statistics.collect import Kind, Recipe
@@ -67,7 +68,7 @@ class StatisticsVerb(ReportingTrainer):
         weights = open_weights(expert)
         check_fit(model, {expert: weights})
         recipe = Recipe(tuple(kinds), fisher, labels, batches)
-        path = Path(output) if output is not None else statistics_file(weights)
+        path = local_path(output) if output is not None else statistics_file(weights)
         assert path is not None  # the expert is a file
         self.recorded = path
         record_statistics(self, model, datamodule, weights, recipe, path)
