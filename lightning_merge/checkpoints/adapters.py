@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TypeGuard
 
 import torch
@@ -14,7 +13,9 @@ from lightning_merge.checkpoints.adapter_config import CONFIG, read_config
 from lightning_merge.checkpoints.adapter_tensors import AdapterTensors, find_misfits, find_transposed, sort_tensors
 from lightning_merge.checkpoints.differences import Change, Decomposed, Dense, Difference, Product, Rows
 from lightning_merge.checkpoints.model_config import read_model_config
+from lightning_merge.checkpoints.paths import local_path
 from lightning_merge.checkpoints.reading import Source, open_weights
+from lightning_merge.checkpoints.remote import fetch, is_there
 from lightning_merge.utilities.errors import MergeError, raise_all
 from lightning_merge.utilities.tensors import wide
 
@@ -23,7 +24,7 @@ _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 def is_adapter(source: Source) -> TypeGuard[str | os.PathLike[str]]:
     """Tell whether a source is a folder that peft has written."""
-    return isinstance(source, (str, os.PathLike)) and (Path(source).expanduser() / CONFIG).is_file()
+    return isinstance(source, (str, os.PathLike)) and is_there(local_path(source) / CONFIG)
 
 
 def open_adapter(
@@ -48,7 +49,7 @@ def open_adapter(
     Raises:
         MergeError: If there is no such adapter, if no dense weights are the same, or if it does not fit the base.
     """
-    folder = Path(folder).expanduser()
+    folder = fetch(folder, [[file] for file in _FILES])
     name = name or str(folder)
     config = read_config(folder, name)
     origin = open_weights(base)
