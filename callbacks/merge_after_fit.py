@@ -16,7 +16,15 @@ from lightning_merge.checkpoints.contents import Beside, split_source
 from lightning_merge.checkpoints.remote import is_there
 from lightning_merge.merging.merged import Merged
 from lightning_merge.methods import SCORE, MergeMethod
-from lightning_merge.models.fitted import Which, check_which, check_whole, fitted_weights, misses_last, trial_batches
+from lightning_merge.models.fitted import (
+    Which,
+    check_readable,
+    check_which,
+    check_whole,
+    fitted_weights,
+    misses_last,
+    trial_batches,
+)
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 from lightning_merge.utilities.modules import extra_state
 from lightning_merge.utilities.processes import processes_of_run
@@ -81,6 +89,7 @@ class MergeAfterFit(MergingCallback):
         if stage != "fit":
             return
         check_whole(trainer, type(self).__name__)
+        check_readable(trainer, pl_module, type(self).__name__)
         check_which(trainer, self.checkpoint, type(self).__name__)
         self._check_recorded(trainer)
         self._check_outputs()

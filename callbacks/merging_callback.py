@@ -26,7 +26,7 @@ from lightning_merge.merging.merged import Merged
 from lightning_merge.merging.origins import check_origins
 from lightning_merge.methods import MergeMethod
 from lightning_merge.methods.base.matrices import Matrices
-from lightning_merge.models.fitted import callbacks_of, check_whole
+from lightning_merge.models.fitted import callbacks_of, check_forward, check_whole
 from lightning_merge.utilities.errors import MergeError, problems_of, raise_all
 from lightning_merge.utilities.processes import Processes, processes_of_run
 from lightning_merge.utilities.progress import show_progress
@@ -168,6 +168,7 @@ class MergingCallback(Callback):
         for method in methods:
             problems += problems_of(check_arguments, method, base, experts)
             problems += self._data_problems(trainer, method, experts)
+            problems += problems_of(check_forward, pl_module, type(method).__name__) if method.needs_data else []
             if method.needs and not problems:
                 problems += self._statistics_problems(trainer, method, base, earlier, inventory.merged, with_run)
         if not problems and earlier:

@@ -16,7 +16,14 @@ from lightning_merge.checkpoints.views import Completed
 from lightning_merge.data.each_once import each_once
 from lightning_merge.evaluation.statistics.collect import Kind, Recipe
 from lightning_merge.evaluation.statistics.record import record, statistics_batches
-from lightning_merge.models.fitted import best_checkpoint, check_whole, last_checkpoint, trial_batches
+from lightning_merge.models.fitted import (
+    best_checkpoint,
+    check_forward,
+    check_readable,
+    check_whole,
+    last_checkpoint,
+    trial_batches,
+)
 from lightning_merge.utilities.errors import MergeError
 from lightning_merge.utilities.processes import processes_of_run
 
@@ -71,6 +78,9 @@ class RecordStatistics(Callback):
         if stage != self.when:
             return
         check_whole(trainer, "RecordStatistics")
+        check_forward(pl_module, "RecordStatistics")
+        if stage == "fit":
+            check_readable(trainer, pl_module, "RecordStatistics")
         with processes_of_run().together():
             if trial_batches(trainer):
                 return

@@ -16,6 +16,7 @@ from lightning_merge.checkpoints.task_vector_files import task_vector_file
 from lightning_merge.checkpoints.task_vector_writing import check_task_vector, take_task_vector
 from lightning_merge.models.fitted import (
     Which,
+    check_readable,
     check_which,
     check_whole,
     fitted_weights,
@@ -73,6 +74,7 @@ class SaveTaskVector(Callback):
         if stage != "fit":
             return
         check_whole(trainer, "SaveTaskVector")
+        check_readable(trainer, pl_module, "SaveTaskVector")
         check_which(trainer, self.checkpoint, "SaveTaskVector")
         with processes_of_run().together():
             if self.output is None and not model_checkpoints(trainer) and not trial_batches(trainer):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.hyper_parameters import names_code, unsafe_arguments, without_code
 from lightning_merge.checkpoints.paths import local_path
+from lightning_merge.checkpoints.recognition import find_state, states_within
 from lightning_merge.utilities.errors import MergeError
 
 STATE = "state_dict"
@@ -53,8 +54,10 @@ def split_source(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
     return (Path(before), part) if mark and not os.path.lexists(path) else (path, None)
 
 
-def choose_state(path: Path, content: Mapping[Any, Any], part: str | None) -> tuple[Any, tuple[str, ...]]:
-    """Choose a set of weights of a file, by default its ``state_dict``, else all of it.
+def choose_state(
+    path: Path, content: Mapping[Any, Any], part: str | None
+) -> tuple[Mapping[Any, Any], str, tuple[str, ...]]:
+    """Choose a set of weights of a file, by default its ``state_dict``, else the only one there is.
 
     Args:
         path: The file.
@@ -62,23 +65,33 @@ def choose_state(path: Path, content: Mapping[Any, Any], part: str | None) -> tu
         part: The keys that lead to the set, with ``/`` between them, as in ``callbacks/EMA/weights``.
 
     Returns:
-        The set, and what leads to the others, which have its shapes: averaged weights, those before averaging.
+        The set; the keys that lead to it, none if it is all of the file; and what leads to the others, which have its
+        shapes: averaged weights, those before averaging.
 
     Raises:
-        MergeError: If it holds no such set.
+        MergeError: If it holds no such set, or if it holds several and none was chosen.
     """
-    state = content.get(STATE, content)
-    sets = {STATE: state, **dict(_other_sets(content, state))} if STATE in content else {}
+    states = {"/".join(keys): state for keys, state in states_within(content)}
+    if part is None or part not in states:
+        state = find_state(path, content) if part is None or STATE in content or not states else {}
+        place = next((name for name, value in states.items() if value is state), "")
+        sets = {place: state, **dict(_other_sets(content, state))} if place else states
+    else:
+        sets = states | dict(_other_sets(content, states[part]))
     if part is None:
-        return state, tuple(sets)[1:]
+        return state, place, tuple(name for name in sets if name != place)
     if part not in sets:
         known = f"it holds {', '.join(sets)}" if sets else f"it is a state dict itself: leave {MARK}{part} out"
         raise MergeError(f"{path} holds no set of weights {part!r}; {known}.")
-    return sets[part], tuple(name for name in sets if name != part)
+    return sets[part], part, tuple(name for name in sets if name != part)
 
 
 def header_of(
-    content: Mapping[Any, Any], state: Mapping[Any, Any], others: Sequence[str] = (), part: str | None = None
+    content: Mapping[Any, Any],
+    state: Mapping[Any, Any],
+    place: str = "",
+    others: Sequence[str] = (),
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Collect what a file holds besides a state dict's tensors, but for other sets of weights.
 
@@ -89,7 +102,7 @@ def header_of(
     """
     whole = {} if state is content else content
     header = {key: content[key] for key in ("hyper_parameters", "merge") if key in content}
-    sets = {name.partition("/")[0] for name in (*others, part or STATE)}
+    sets = {name.partition("/")[0] for name in (*others, place)}
     left = {*header, *_OF_THE_RUN, *sets}
     more = {
         "beside": {key: value for key, value in whole.items() if isinstance(key, str) and key not in left},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from lightning_merge.utilities.errors import MergeError
 
+_UNSAFE_ADVICE = re.compile(
+    r"weights_only|safe_globals|trust_remote_code|allow_pickle|use_safetensors|arbitrary code|trusted source"
+)
 _BLOCK = 1 << 20  # bytes that are hashed at a time
 _DIGESTS: dict[tuple[str, int, int, int, int], str] = {}  # (path, size, mtime_ns, inode, ctime_ns) -> sha256
 
@@ -122,7 +126,8 @@ class InputFile:
         except FileNotFoundError as error:
             raise MergeError(f"There is no file {self.path} (any more); check the path to the weights.") from error
         except OSError as error:
-            raise MergeError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            reason = error.strerror or error
+            raise MergeError(f"{self.path} cannot be read: {reason}; check your rights to it, and the disk.") from error
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
@@ -132,6 +137,10 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def first_line(error: Exception) -> str:
-    """Take the first line of an error's message, after the type of the error where it is no more than a word."""
-    line = (str(error).splitlines() or [""])[0]
+    """Take the first line of an error's message, after the type of the error where it is no more than a word.
+
+    Advice to switch the safety of a loader off is left out.
+    """
+    sentences = re.split(r"(?<=[.!;]) ", (str(error).splitlines() or [""])[0])
+    line = " ".join(sentence for sentence in sentences if not _UNSAFE_ADVICE.search(sentence)).strip()
     return line if " " in line else f"{type(error).__name__} {line}".strip()

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_merge.checkpoints.contents import MARK, split_source
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.hub import HUB, download
+from lightning_merge.checkpoints.recognition import find_format
 from lightning_merge.checkpoints.remote import fetch
 from lightning_merge.checkpoints.safetensors_format import TASK_VECTOR, open_safetensors
 from lightning_merge.checkpoints.sharded import check_consolidated, check_no_part
@@ -64,7 +65,8 @@ def open_weights(source: Source, name: str | None = None) -> Weights:
 
 
 def _from_file(name: str, path: Path, part: str | None = None) -> Weights:
-    if path.suffix == ".safetensors":
+    suffix = find_format(InputFile(path))
+    if suffix == ".safetensors":
         weights = open_safetensors(name, path)
         if TASK_VECTOR in weights.header:
             raise MergeError(
@@ -72,7 +74,9 @@ def _from_file(name: str, path: Path, part: str | None = None) -> Weights:
                 "base."
             )
         return weights
-    if path.suffix in TORCH_SUFFIXES:
+    if suffix == ".pt" and path.suffix == ".safetensors":
+        raise MergeError(f"{path} is a file of torch.save and not what its name says; let its name end in .pt.")
+    if suffix in TORCH_SUFFIXES:
         return open_torch(name, path, part)
     suffixes = ", ".join([".safetensors", *TORCH_SUFFIXES])
     raise MergeError(f"{path} is no weight file that is known here; give one that ends in {suffixes}, or a folder.")
@@ -84,18 +88,28 @@ _FOLDER_PATTERNS = (
     ("*.ckpt", "checkpoints/*.ckpt"),
     ("*.bin.index.json",),
     ("*.bin",),
-    ("*.pt", "*.pth"),
+    ("*.pt", "*.pth", "*.pth.tar"),
 )
 """What a folder's weights may be called, most telling first."""
 
 
+_FOREIGN = (".gguf", ".h5", ".keras", ".onnx", ".msgpack", ".npz")
+"""How weights of other libraries end, which are named where a folder holds nothing else."""
+
+
 def _find_file(path: Path) -> Path:
     """Find the weight file that ``path`` means: itself, or the only one in the folder."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MergeError(f"There is no file or folder {path}; check the path to the weights.") from error
+    except OSError as error:
+        raise MergeError(f"{path} cannot be read: {error.strerror}; check your rights to its folder.") from error
     if os.path.isfile(path):
         check_no_part(path)
         return path
-    if not os.path.isdir(path):
-        raise MergeError(f"There is no file or folder {path}; check the path to the weights.")
+    if not os.path.isdir(path) or not os.access(path, os.R_OK | os.X_OK):
+        raise MergeError(f"{path} cannot be read: it is no file, or a folder to which you have no rights; check both.")
     check_consolidated(path)
     for patterns in _FOLDER_PATTERNS:
         files = sorted(file for pattern in patterns for file in path.glob(pattern))
@@ -105,6 +119,8 @@ def _find_file(path: Path) -> Path:
         if files:
             names = ", ".join(str(file.relative_to(path)) for file in files)
             raise MergeError(f"The folder {path} holds several weight files ({names}); name the one that you mean.")
+    for file in sorted(file for suffix in _FOREIGN for file in path.glob(f"*{suffix}")):
+        find_format(InputFile(file))
     raise MergeError(f"The folder {path} holds no weight file (.safetensors, .ckpt, .bin or .pt).")
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lightning_merge.checkpoints.contents import choose_state, header_of
 from lightning_merge.checkpoints.files import InputFile, first_line
+from lightning_merge.checkpoints.recognition import check_archive_kind
 from lightning_merge.checkpoints.remote import fetch
 from lightning_merge.checkpoints.weights import Weights, from_memory, named_tensors
 from lightning_merge.utilities.errors import MergeError
@@ -135,18 +136,16 @@ def _explained(path: Any, error: Exception) -> MergeError:
             f"{path} cannot be loaded without running code that is stored in it ({refused[1]}), so it was refused; "
             "save its state_dict alone and give that file."
         )
-    reason = message.partition("WeightsUnpickler error: ")[2].partition("\n")[0].strip()
-    return MergeError(f"{path} is damaged or no PyTorch file ({reason or first_line(error)}); copy it again.")
+    reason = first_line(Exception(message.partition("WeightsUnpickler error: ")[2] or error))
+    return MergeError(f"{path} is damaged or no PyTorch file ({reason}); copy it again.")
 
 
 def _parts(path: Path, content: Any, part: str | None) -> tuple[Mapping[Any, Any], dict[str, Any]]:
     """Split what was loaded into the state dict and a header: what else the file holds."""
     if not isinstance(content, Mapping):
         raise MergeError(f"{path} holds a {type(content).__name__}, not a state dict.")
-    state, others = choose_state(path, content, part)
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise MergeError(f"{path} holds no state dict; its keys are {', '.join(map(str, list(content)[:8]))}.")
-    header = header_of(content, state, others, part)
+    state, place, others = choose_state(path, content, part)
+    header = header_of(content, state, place, others, part)
     check_expanded(str(path), header)
     return state, header
 
@@ -233,6 +232,7 @@ def _find_records(file: InputFile) -> dict[int, _Record] | None:
             infos = {info.filename.removeprefix(f"{folder}/"): info for info in listed}
             if len(infos) < len(listed):
                 raise MergeError(f"{file.path} is damaged: two of its records have the same name.")
+            check_archive_kind(file.path, infos)
             _check_size(file, sum(info.file_size for info in listed))
             _forget_zeros(archive)
             archive.read(infos["data.pkl"])  # compares its checksum, which PyTorch does not

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from lightning_merge.checkpoints.contents import header_of
 from lightning_merge.checkpoints.files import InputFile
 from lightning_merge.checkpoints.paths import shown_path
 from lightning_merge.utilities.errors import MergeError
+from lightning_merge.utilities.schemas import MOST_TENSORS
 from lightning_merge.utilities.tensors import tied_names
 
 
@@ -166,18 +168,33 @@ def named_tensors(name: str, state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def plain_names(name: str, keys: Iterable[str]) -> dict[str, str]:
-    """Map the names of a model's parameters, without what ``torch.compile`` puts into them, to the model's keys.
+    """Map the names of a model's parameters, without what wrappers of modules put into them, to the model's keys.
 
     Raises:
-        MergeError: If two keys have the same name.
+        MergeError: If there are very many, or two of the same name, or one that no module has.
     """
     names: dict[str, str] = {}
+    keys = list(keys)
+    if len(keys) > MOST_TENSORS:
+        raise MergeError(f"{name} holds {len(keys):,} tensors, and no more than {MOST_TENSORS:,} are read.")
     for key in keys:
-        plain = key.replace("_orig_mod.", "")
+        plain = _WRAPPERS.sub("", key)
+        if len(key) > _LONGEST_NAME:
+            raise MergeError(f"{name} holds a tensor whose name has {len(key):,} characters; no module has such names.")
+        if plain.endswith("_flat_param"):
+            raise MergeError(
+                f"{name} holds {key!r}, in which FSDP keeps many parameters as one; save the whole state dict "
+                "(StateDictType.FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True)."
+            )
         if plain in names:
             raise MergeError(f"{name} holds {names[plain]!r} and {key!r}, which are the same parameter; remove one.")
         names[plain] = key
     return names
+
+
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_fpw_module)\.")
+"""What torch.compile, activation checkpointing and FSDP put into names."""
+_LONGEST_NAME = 1000  # characters
 
 
 def widest(base: Weights) -> torch.dtype:

@@ -51,9 +51,7 @@ def check_arguments(
         problems += problems_of(check_resumable, [base, *experts.values()])
     if output is not None and is_url(output) and (options.resume or options.distributed):
         how = "resumed" if options.resume else "made by several processes"
-        problems.append(
-            f"A merge to {output} cannot be {how}, as it is complete before it is uploaded; write to a file."
-        )
+        problems.append(f"A merge to {output} is complete before it is uploaded and cannot be {how}; write to a file.")
     if options.dtype not in (None, torch.float32, torch.float64):
         problems.append(f"The arithmetic can be float32 or float64, not {options.dtype}.")
     problems += problems_of(method.check_count, len(experts))

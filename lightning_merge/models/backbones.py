@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.checkpoints import open_weights
+from lightning_merge.checkpoints.files import first_line
 from lightning_merge.utilities.errors import MergeError, raise_all
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def timm_backbone(name: str, pretrained: bool | str, **arguments: Any) -> tuple[
         model = build(bool(pretrained))
     except Exception as error:  # timm, the hub, and the model's own constructor raise many kinds
         hint = "; `timm.list_models()` lists those it has" if "Unknown model" in str(error) else ""
-        raise MergeError(f"timm has no model {name!r} that could be built: {error}{hint}.") from error
+        raise MergeError(f"timm has no model {name!r} that could be built: {first_line(error)}{hint}.") from error
     if isinstance(pretrained, str):
         _check_loaded(model, build(False), pretrained)
     config = timm.data.resolve_data_config(
@@ -138,10 +139,13 @@ def load_clip(name: str, pretrained: bool | str, **arguments: Any) -> CLIP:
         weights = {"load_weights": bool(pretrained)}
     else:
         weights = {"pretrained": pretrained or None, "require_pretrained": bool(pretrained)}
+    if isinstance(pretrained, str) and os.path.isfile(pretrained):
+        require_file(pretrained)
     try:
         return open_clip.create_model(name, **weights, **arguments)
     except Exception as error:  # open_clip and the hub raise many kinds
-        raise MergeError(f"open_clip could not build {name!r} with weights {pretrained!r}: {error}") from error
+        reason = first_line(error)
+        raise MergeError(f"open_clip could not build {name!r} with weights {pretrained!r}: {reason}.") from error
 
 
 def image_tower(clip: CLIP) -> tuple[nn.Module, int, Preprocessing]:
@@ -249,7 +253,9 @@ def load_exactly(model: nn.Module, path: str) -> None:
 
 
 def require_file(path: str) -> str:
-    """Return the path, or raise a :class:`MergeError` if there is no such file."""
+    """Return the path, or raise a :class:`MergeError` if there is no such file, or if it holds more than weights."""
     if not os.path.isfile(path):
         raise MergeError(f"There is no weight file {path}; check pretrained=…, or use True for the hub's weights.")
+    if not path.endswith((".npz", ".npy")):  # timm and open_clip read these without pickle, and others with it
+        open_weights(path)
     return path

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import io
+import pickle
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_merge.checkpoints import Weights, open_weights
 from lightning_merge.utilities.errors import MergeError
@@ -27,6 +31,53 @@ def check_whole(trainer: Trainer, who: str) -> None:
             f"{who} needs the whole model on every process, and {type(trainer.strategy).__name__} divides it; use "
             "strategy ddp, or take the callback out and give the consolidated checkpoint to `lightning-merge` after "
             "the fit."
+        )
+
+
+def check_readable(trainer: Trainer, module: LightningModule, who: str) -> None:
+    """Raise a :class:`MergeError` before a fit whose checkpoints could not be read without running code.
+
+    Args:
+        trainer: The trainer of the fit.
+        module: Its module.
+        who: What reads a checkpoint at the end, for the message.
+    """
+    owners = (module, getattr(trainer, "datamodule", None)) if model_checkpoints(trainer) else ()
+    stored = {key: value for owner in owners for key, value in getattr(owner, "hparams", {}).items()}
+    if wrong := [key for key, value in stored.items() if not _is_plain(value)]:
+        kinds = ", ".join(f"{key} is a {type(stored[key]).__name__}" for key in wrong)
+        raise MergeError(
+            f"{who} reads a checkpoint of this run at its end, and with these hyper-parameters none can be loaded "
+            f"without running code: {kinds}. Give plain values, or self.save_hyperparameters(ignore={wrong})."
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether a value in a checkpoint can be read again, or is not written at all."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+    except Exception:  # of any class: Lightning leaves out what cannot be pickled
+        return True
+    file.seek(0)
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+def check_forward(module: LightningModule, who: str) -> None:
+    """Raise a :class:`MergeError` if a module has no ``forward``.
+
+    Args:
+        module: The module.
+        who: What calls it, for the message.
+    """
+    if not is_overridden("forward", module) and "forward" not in vars(module):
+        raise MergeError(
+            f"{who} runs the model by calling it, and {type(module).__name__} has no forward(); let forward(self, x) "
+            "return the logits."
         )
 
 

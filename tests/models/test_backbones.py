@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 import lightning_merge as lm
 from lightning_merge.data.transforms import eval_transform
-from lightning_merge.models.backbones import Preprocessing, split_name, timm_backbone
+from lightning_merge.models.backbones import Preprocessing, load_clip, split_name, timm_backbone
 from tests.toys import TINY_CONVNEXT, register_tiny_clip
 
 TINY_VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -111,3 +112,19 @@ def test_preprocessing_is_open_clip_s_own(mode):
     theirs = open_clip.image_transform(32, is_train=False, mean=(0.5,) * 3, std=(0.25,) * 3, resize_mode=mode)
     ours = eval_transform(Preprocessing((32, 32), (0.5,) * 3, (0.25,) * 3, resize=mode))
     torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-5)
+
+
+def test_no_library_is_given_a_pickle_that_runs_code(tmp_path: Path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": {"w": Harm()}}, "harm.pth")
+    for build in (
+        lambda: timm_backbone("resnet10t", "harm.pth"),
+        lambda: load_clip("ViT-B-32", "harm.pth"),
+    ):
+        with pytest.raises(lm.MergeError, match=r"harm\.pth cannot be loaded without running code") as raised:
+            build()
+        assert "weights_only" not in str(raised.value)
+    assert not (tmp_path / "ran").exists()
