@@ -70,6 +70,11 @@ class InputFile:
             raise MergeError(f"{self.path} ended {len(free)} bytes early when it was read; copy it again.")
         return buffer
 
+    def head(self, size: int) -> bytes:
+        """Read the first bytes, fewer where there are not so many."""
+        with self._failing_clearly(), open(self._absolute, "rb") as file:
+            return file.read(size)
+
     def check_unchanged(self) -> None:
         """Raise a :class:`MergeError` if the file is not the one that was opened.
 

@@ -58,7 +58,7 @@ def find_format(file: InputFile) -> str:
     Raises:
         MergeError: If it is of a kind that is not read here; the sentence says what to do with it.
     """
-    path, head = file.path, file.read(0, min(_LOOKED_AT, file.size)).numpy().tobytes()
+    path, head = file.path, file.head(_LOOKED_AT)
     if not head:
         raise MergeError(f"{path} is empty; copy or download it again.")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.size:

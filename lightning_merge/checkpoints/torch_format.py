@@ -234,6 +234,10 @@ def _find_records(file: InputFile) -> dict[int, _Record] | None:
                 raise MergeError(f"{file.path} is damaged: two of its records have the same name.")
             check_archive_kind(file.path, infos)
             _check_size(file, sum(info.file_size for info in listed))
+            if (size := infos["data.pkl"].file_size) > file.size + _BLOCK:  # torch.save compresses nothing
+                raise MergeError(
+                    f"{file.path} has {file.size:,} bytes, and {size:,} say what it holds; it is no model."
+                )
             _forget_zeros(archive)
             archive.read(infos["data.pkl"])  # compares its checksum, which PyTorch does not
             byteorder = archive.read(infos["byteorder"]) if "byteorder" in infos else b"little"

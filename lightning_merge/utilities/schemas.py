@@ -151,7 +151,9 @@ def mismatches(content: Any, schema: Any, place: str = "") -> Iterator[str]:
             )
     elif origin is Annotated:
         base, *conditions = arguments
-        if any(mismatches(content, base, place)) or not all(condition.holds(content) for condition in conditions):
+        if _is_nested(base, content) and any(mismatches(content, base, place)):
+            yield from mismatches(content, base, place)
+        elif any(mismatches(content, base, place)) or not all(condition.holds(content) for condition in conditions):
             yield _mismatch(content, schema, place)
     elif _is_record(schema):
         yield from _record_mismatches(content, schema, place)

@@ -98,7 +98,7 @@ class TestFolders:
             ({"weight_map": {"w": "gone.safetensors"}}, "no file gone.safetensors"),
             ({"weight_map": {"w": ".."}}, "outside its own folder"),
             ({"weight_map": {"w": "sub"}}, "There is no file sub"),
-            ({"weight_map": {"w": "notes.txt"}}, "no weight file that is known"),
+            ({"weight_map": {"w": "notes.txt"}}, "notes.txt is empty"),
             ({"weight_map": {"w": 3}}, r"weight_map\['w'\] is 3 where text belongs"),
             ({"weight_map": ["w"]}, "weight_map is a list of 1 values where an object"),
             ({"weight_map": {}}, "weight_map is an object of 0 values where an object with a file for every tensor"),
@@ -201,7 +201,7 @@ def test_a_file_cut_short_is_named(name, keep):
     [
         (lambda: open_weights("nowhere.ckpt"), "no file or folder nowhere.ckpt"),
         (lambda: torch.save([1, 2], "list.pt") or open_weights("list.pt"), "holds a list"),
-        (lambda: torch.save({"model": 1}, "odd.pt") or open_weights("odd.pt"), "its keys are model"),
+        (lambda: torch.save({"model": 1}, "odd.pt") or open_weights("odd.pt"), "its keys are 'model'"),
         (lambda: Path("a.txt").write_text("x") and open_weights("a.txt"), "no weight file that is known"),
         (lambda: Path("empty").mkdir() or open_weights("empty"), "holds no weight file"),
         (lambda: open_weights({}), "holds no tensors"),

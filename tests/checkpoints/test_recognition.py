@@ -201,3 +201,24 @@ def test_no_advice_that_switches_safety_off_is_passed_on():
     advice = "It failed. Try again with `weights_only=False` if you trust it. Sorry."
     assert first_line(RuntimeError(advice)) == "It failed. Sorry."
     assert first_line(RuntimeError("set trust_remote_code=True")) == "RuntimeError"
+
+
+def test_a_small_file_that_says_a_lot_is_not_parsed():
+    torch.save(STATE, "a.pt")
+    lists = b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01]q\x02(" + b"]" * 3_000_000 + b"eu."
+    with zipfile.ZipFile("a.pt") as old, zipfile.ZipFile("b.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, lists if name.endswith("data.pkl") else old.read(name))
+    with pytest.raises(MergeError, match="3,000,022 say what it holds"):
+        open_weights("b.pt")
+
+
+def test_very_many_tensors_and_very_long_names_are_refused(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(MergeError, match="name has 1,001 characters"):
+        open_weights({"a" * 1001: torch.ones(1)})
+    monkeypatch.setattr("lightning_merge.checkpoints.weights.MOST_TENSORS", 1)
+    monkeypatch.setattr("lightning_merge.checkpoints.safetensors_format.MOST_TENSORS", 1)
+    save_file(STATE, "a.safetensors")
+    for source in (STATE, "a.safetensors"):
+        with pytest.raises(MergeError, match="holds 2 tensors, and no more than 1 are read"):
+            open_weights(source)
