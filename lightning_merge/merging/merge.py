@@ -7,6 +7,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,8 @@ def _compute(
             return replace(merged, weights={**_in_memory(computation, home, processes), **merged.beside.state})
         _to_disk(merged, computation, options.output, options, processes)
     written = open_weights(options.output, "the merged model")
-    return replace(merged, weights=ChainMap(dict(merged.beside.state), written) if merged.beside.state else written)
+    state = merged.beside.state
+    return replace(merged, weights=ChainMap(dict(state), cast(Any, written)) if state else written)
 
 
 def _in_memory(computation: Computation, home: torch.device, processes: Processes) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ class Origins:
 
 def _pairs(cosines: Tensor) -> Tensor:
     """Return the cosines ``(T, T)`` of the pairs of task vectors that are not zero, each pair once."""
-    pairs = cosines[tuple(torch.triu_indices(*cosines.shape, 1))]
+    pairs = cosines[tuple(torch.triu_indices(len(cosines), len(cosines), 1))]
     return pairs[pairs.isfinite()]
 
 

@@ -147,7 +147,7 @@ def _parameters(model: type) -> set[str]:
     names: set[str] = set()
     for kind in model.__mro__:
         if "__init__" in vars(kind):
-            parameters = inspect.signature(kind.__init__).parameters
+            parameters = inspect.signature(vars(kind)["__init__"]).parameters
             names |= set(parameters)
             if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
                 break

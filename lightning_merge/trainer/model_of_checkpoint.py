@@ -43,7 +43,8 @@ def model_of_checkpoint(
     arguments = _arguments(path, stated, said, model)
     if not subclasses:
         return arguments
-    return {"class_path": named or f"{model.__module__}.{model.__qualname__}", "dict_kwargs": arguments}
+    path_of_class = named if model is None else f"{model.__module__}.{model.__qualname__}"
+    return {"class_path": path_of_class, "dict_kwargs": arguments}
 
 
 def _arguments(path: str, stated: Mapping[str, Any], said: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -77,8 +77,9 @@ def replace_tensors(content: Any, replace: Callable[[Tensor], Tensor]) -> Any:
             return value
         if id(value) not in done:
             if isinstance(value, Mapping):
-                done[id(value)] = filled = copy.copy(value)
+                filled: Any = copy.copy(value)
                 filled.update({key: copied(part) for key, part in value.items()})
+                done[id(value)] = filled
             elif hasattr(value, "_fields"):
                 done[id(value)] = type(value)(*map(copied, value))
             else:

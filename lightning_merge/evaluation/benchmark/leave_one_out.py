@@ -292,10 +292,8 @@ def _method_problems(methods: Mapping[str, MergeMethod], domains: int) -> list[s
 
 def _search_problems(search: Mapping[str, SearchGrid], methods: Mapping[str, MergeMethod]) -> list[str]:
     """List what is wrong with the grids that methods are searched over."""
-    problems = []
-    for name, grid in search.items():
-        if name in methods:
-            problems += problems_of(check_search, methods[name], grid)
-        else:
-            problems.append(f"There is no method {name!r} to search; the methods are {', '.join(methods)}.")
-    return problems
+    unknown = [name for name in search if name not in methods]
+    problems = [p for name in search if name in methods for p in problems_of(check_search, methods[name], search[name])]
+    return problems + [
+        f"There is no method {name!r} to search; the methods are {', '.join(methods)}." for name in unknown
+    ]

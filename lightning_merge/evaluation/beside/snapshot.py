@@ -50,7 +50,7 @@ class Snapshot:
         self._seen: dict[int, Any] = {
             id(tensor): tensor for tensor in without
         }  # holds on to them: an id is of its time
-        self._restore: list[Callable[[], None]] = []
+        self._restore: list[Callable[[], object]] = []
         with torch.inference_mode(False), torch.no_grad():
             self._keep([module, *module.parameters(), *module.buffers()], type(module).__name__, with_tensors=True)
             for loader in loaders:
