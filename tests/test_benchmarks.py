@@ -162,7 +162,7 @@ def test_candidates(capsys):
     candidates.main([*toy, "--repeat", "1"])
     head, *lines = rows(capsys.readouterr().out)
     counted = [[line[head.index(name)] for name in ("forward passes", "samples read")] for line in lines]
-    assert counted == [["4", "0"], ["6", "5"], ["4", "10"]] * 2
+    assert counted == [["4", "0"], ["6", "15"], ["4", "10"]] * 2
 
 
 def test_every_script_stands_in_the_readme():

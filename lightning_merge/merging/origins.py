@@ -117,6 +117,8 @@ class Origins:
         if len(strangers) == 1:
             return f"Give the base that it was fine-tuned from, {align}"
         pairs = _pairs(self.cosines[strangers][:, strangers])
+        if not len(pairs):
+            return f"Give the base that they were fine-tuned from, {align.replace('its', 'their')}"
         if float(pairs.min()) > ONE_ORIGIN:
             return f"Their task vectors have cosines of {_range(pairs)}: they come from one other base. Give that one"
         return (

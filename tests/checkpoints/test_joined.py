@@ -23,8 +23,8 @@ INPUTS = {"conv": (1, 3, 5, 5), "up": (1, 3, 5)}
 
 
 def normalised(form, seed):
-    """A module whose weights are normalised along several axes, with directions of all lengths."""
-    torch.manual_seed(seed)
+    """A fine-tuned form of one module whose weights are normalised along several axes, directions of all lengths."""
+    torch.manual_seed(0)
     norm = FORMS[form]
     module = nn.ModuleDict(
         {
@@ -38,12 +38,16 @@ def normalised(form, seed):
             "plain": nn.Linear(4, 2),
         }
     )
+    torch.manual_seed(seed)
+    sign = -1 if seed == 2 else 1  # of magnitude and direction, so that the weight keeps its own
     with torch.no_grad():
         for name, parameter in module.named_parameters():
+            parameter.add_(0.3 * parameter.abs().mean() * torch.randn_like(parameter) if seed else 0)
             if name.endswith(("_v", "original1")):
-                parameter.mul_(torch.rand(parameter.shape[0]).reshape(-1, *[1] * (parameter.dim() - 1)) + seed)
+                lengths = torch.rand(parameter.shape[0]).reshape(-1, *[1] * (parameter.dim() - 1)) + 0.1 + seed
+                parameter.mul_(sign * lengths if name.partition(".")[0] not in ("columns", "whole", "up") else sign)
             if name.endswith(("_g", "original0")):
-                parameter.mul_(-1 if seed == 2 else 1.5)
+                parameter.mul_(1.5 * sign)
     return module
 
 

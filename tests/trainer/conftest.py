@@ -37,9 +37,9 @@ def opened(monkeypatch):
     counts: Counter[str] = Counter()
     open_file = reading._from_file
 
-    def count(name, path):
+    def count(name, path, part=None):
         counts[path.name] += 1
-        return open_file(name, path)
+        return open_file(name, path, part)
 
     monkeypatch.setattr(reading, "_from_file", count)
     return counts

@@ -36,7 +36,7 @@ CONFIG = {
         "class_path": "Expert",
         "init_args": {
             "backbone": "timm/convnext_tiny", "backbone_args": TINY_CONVNEXT, "pretrained": False, "num_classes": 10,
-            "warmup_steps": 0,
+            "warmup_steps": 0, "weights": "base.ckpt",
         },
     },
     "data": {"class_path": "Digits", "init_args": {"batch_size": 2000, "test_domains": ["thick"]}},
@@ -55,9 +55,13 @@ SINGLE_BATCH = "the only batch, and so the last: Lightning looks for signals bet
 
 @pytest.fixture(autouse=True)
 def files() -> None:
-    for i, name in enumerate(("noisy", "rotated")):
-        torch.manual_seed(i)
-        lm.save_weights(f"{name}.ckpt", tiny_expert().state_dict())
+    base = tiny_expert().state_dict()
+    lm.save_weights("base.ckpt", base)
+    for i, name in enumerate(("noisy", "rotated"), start=1):
+        expert = {
+            key: tensor * (1 + 0.01 * i) if tensor.is_floating_point() else tensor for key, tensor in base.items()
+        }
+        lm.save_weights(f"{name}.ckpt", expert)
     Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
 
 
@@ -88,6 +92,7 @@ def wait_for(path: str) -> None:
     latest = time.monotonic() + PATIENCE
     while not Path(path).exists():
         assert time.monotonic() < latest, "it never came so far"
+        assert multiprocessing.active_children(), "it ended before: " + Path("0.err").read_text()[-2000:]
         time.sleep(0.01)
 
 
@@ -115,7 +120,7 @@ def stopping(monkeypatch, verb: str, only: int | None = None) -> None:
 def written() -> list[str]:
     """The files of results that are there."""
     paths = (path.relative_to(Path.cwd()) for path in Path.cwd().rglob("*") if path.is_file())
-    ours = ("config.yaml", "noisy.ckpt", "rotated.ckpt", "inside", "0.err", "1.err", "lightning_logs")
+    ours = ("config.yaml", "base.ckpt", "noisy.ckpt", "rotated.ckpt", "inside", "0.err", "1.err", "lightning_logs")
     return sorted(str(path) for path in paths if path.parts[0] not in ours and path.name != LOCK)
 
 

@@ -85,7 +85,7 @@ def test_other_metrics_in_another_process_are_an_error():
 def test_a_process_that_fails_stops_the_others_once():
     found = None
     with pytest.raises(lm.MergeError, match="Process 1 has failed, and the others stop: out of luck"):
-        found = numbers(Two([(False, "out of luck")]))
+        found = numbers(Two(["out of luck"]))
     assert found is None
 
 
