@@ -6,7 +6,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from torch import Tensor
 
@@ -38,21 +38,25 @@ class Record:
         Raises:
             MergeError: If the record does not have its checksum.
         """
-        whole = (begin, size) == (self.begin, self.size)
         content = file.read(begin, size)
-        if self.checksum is not None and self.checksum != (
-            zlib.crc32(memoryview(content.numpy())) if whole else self._sum(file)
-        ):
-            raise MergeError(f"{file.path} is damaged: a tensor in it does not have its checksum; copy it again.")
-        self.checksum = None
+        if self.checksum is not None:
+            whole = (begin, size) == (self.begin, self.size)
+            if self.checksum != (_crc(content) if whole else self._crc_of_all(file)):
+                raise MergeError(f"{file.path} is damaged: a tensor in it does not have its checksum; copy it again.")
+            self.checksum = None
         return content
 
-    def _sum(self, file: InputFile) -> int:
+    def _crc_of_all(self, file: InputFile) -> int:
         """Compute the checksum of the whole record, of which a tensor is a part."""
-        end, total = self.begin + self.size, 0
+        end, crc = self.begin + self.size, 0
         for begin in range(self.begin, end, _BLOCK):
-            total = zlib.crc32(memoryview(file.read(begin, min(_BLOCK, end - begin)).numpy()), total)
-        return total
+            crc = _crc(file.read(begin, min(_BLOCK, end - begin)), crc)
+        return crc
+
+
+def _crc(content: Tensor, before: int = 0) -> int:
+    """Compute the CRC-32 of bytes ``(size,)``, uint8, that follow others of a known one."""
+    return zlib.crc32(cast(Any, content.numpy()), before)
 
 
 def find_records(file: InputFile) -> dict[int, Record] | None:
