@@ -248,8 +248,8 @@ def test_prefix(tmp_path, base):
     [
         (Q, {"peft_type": "IA3"}, "of type IA3"),
         (Q, {"init_lora_weights": "pissa_niter_16"}, "changes the base"),
-        (Q, {"r": None}, "r is null where a whole number of at least 1 belongs"),
-        (Q, {"r": 0}, "r is 0 where a whole number of at least 1 belongs"),
+        (Q, {"r": None}, "does not say r; add what the adapter was trained with"),
+        (Q, {"r": 0}, "gives r as .0., which is not a rank r of at least 1"),
         (Q, {"r": 4}, r"not the rank 4"),
         (Q, {"r": True}, "gives r as 'True', which is not a rank"),
         (Q, {"r": 2.0}, "gives r as '2.0', which is not a rank"),

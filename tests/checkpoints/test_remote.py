@@ -183,7 +183,7 @@ def test_what_fails_midway_changes_nothing(monkeypatch, fails, output):
 
 def test_a_store_without_rights_is_found_before_any_work(monkeypatch):
     monkeypatch.setattr(Failing, "fails", "rights")
-    monkeypatch.setattr("lightning_merge.merging.merge._inspect", None)  # the work
+    monkeypatch.setattr("lightning_merge.merging.merge.inspect_inputs", None)  # the work
     with pytest.raises(
         MergeError, match=r"failing://out/m.ckpt cannot be written: .*AccessDenied; check the URL, your"
     ):
