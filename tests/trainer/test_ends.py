@@ -88,11 +88,12 @@ def ended(processes: Sequence[multiprocessing.Process]) -> list[tuple[int | None
     return [(process.exitcode, lines[-1] if lines else "") for process, lines in zip(processes, said, strict=True)]
 
 
-def wait_for(path: str) -> None:
+def wait_for(path: str, alive: Callable[[], object] = multiprocessing.active_children) -> None:
+    """Wait for a file that processes write, as long as one of them is alive."""
     latest = time.monotonic() + PATIENCE
     while not Path(path).exists():
         assert time.monotonic() < latest, "it never came so far"
-        assert multiprocessing.active_children(), "it ended before: " + Path("0.err").read_text()[-2000:]
+        assert alive(), "it ended before: " + Path("0.err").read_text()[-2000:]
         time.sleep(0.01)
 
 
@@ -231,7 +232,7 @@ def test_forked_processes_end_with_the_first():
     with Path("0.err").open("w") as errors:
         process = subprocess.Popen(command, stdout=errors, stderr=errors)
         try:
-            wait_for("inside")
+            wait_for("inside", alive=lambda: process.poll() is None)
             process.terminate()
             assert process.wait(PATIENCE) == 143
         finally:
